@@ -1,0 +1,113 @@
+"""Evaluate samplers on one policy: reward in closed loop, latency per chunk, side by side.
+
+    python eval.py [env=pusht checkpoint=FOLDER samplers=[sequential,semi_implicit] episodes=20 seed=100000]
+
+Results go to hydra's run folder: results.json, episodes.jsonl, latency_reward.png, videos/.
+"""
+
+import json
+import time
+from pathlib import Path
+from typing import Any
+
+import hydra
+import torch
+from hydra.core.hydra_config import HydraConfig
+from omegaconf import DictConfig, OmegaConf
+from tqdm import tqdm
+
+import parapolicy
+from envs import make_env
+from parapolicy.evaluate import metrics, report
+from parapolicy.evaluate.latency import measure_chunks
+from parapolicy.evaluate.rollout import Episode, rollout
+from parapolicy.evaluate.variants import build_variants, find_baseline
+from parapolicy.policy import Policy
+
+
+def run_episodes(policy: Policy, label: str, config: DictConfig, folder: Path) -> tuple[list[Episode], dict[str, Any]]:
+    """One sampler's episodes, each on disk as soon as it ends, and their summary."""
+    seeds = range(config.seed, config.seed + config.episodes)
+    length = config.env.options.max_episode_steps
+    episodes, videos = [], []
+    begin = time.perf_counter()
+    with (
+        tqdm(total=len(seeds) * length, desc=label, unit="step") as bar,
+        (folder / "episodes.jsonl").open("a") as lines,
+    ):
+        for episode in rollout(
+            policy,
+            lambda: make_env(config.env.name, policy.spec, **config.env.options),
+            seeds,
+            config.noise_seed,
+            config.num_envs,
+            record=seeds[: config.videos],
+            progress=bar.update,
+        ):
+            bar.update(length - len(episode.rewards))
+            episodes.append(episode)
+            row = metrics.episode_row(episode.seed - config.seed, episode)
+            print(json.dumps({"sampler": label, **row}), file=lines, flush=True)
+            if episode.frames:
+                path = folder / "videos" / f"{label}_{episode.seed}.mp4"
+                report.write_video(episode.frames, path, fps=round(policy.spec.control_hz))
+                episode.frames.clear()
+                videos.append(str(path))
+            bar.set_postfix(reward=f"{sum(e.max_reward for e in episodes) / len(episodes):.3f}")
+    return episodes, metrics.summarize_episodes(episodes, time.perf_counter() - begin, videos)
+
+
+def evaluate(config: DictConfig) -> dict[str, Any]:
+    """Run the whole evaluation and write its folder; returns what ``results.json`` holds."""
+    if config.episodes < 1 or config.latency_chunks < 1:
+        raise ValueError(f"episodes is {config.episodes}, latency_chunks {config.latency_chunks}; expected at least 1")
+    if config.threads:
+        torch.set_num_threads(config.threads)
+    policy = parapolicy.load_policy(config.checkpoint, device=config.device)
+    entries: Any = OmegaConf.to_container(config.samplers)
+    variants = build_variants(policy, entries)
+    folder = Path(HydraConfig.get().runtime.output_dir)
+    results: dict[str, Any] = {
+        "env": config.env.name,
+        "checkpoint": str(config.checkpoint),
+        "episodes": config.episodes,
+        "seeds": list(range(config.seed, config.seed + config.episodes)),
+        "machine": report.describe_machine(policy.device),
+        "versions": report.describe_versions(),
+        "samplers": {},
+    }
+    observations: list[Any] = []
+    for label, variant in variants.items():
+        episodes, results["samplers"][label] = run_episodes(variant, label, config, folder)
+        observations = observations or [step for episode in episodes for step in episode.observations]
+
+    stride = max(1, len(observations) // config.latency_chunks)
+    chosen = observations[::stride][: config.latency_chunks]
+    with tqdm(total=len(chosen) * len(variants), desc="latency", unit="chunk") as bar:
+        measured = measure_chunks(variants, chosen, config.noise_seed, bar.update)
+    baseline = find_baseline(variants)
+    for label, row in results["samplers"].items():
+        row |= metrics.summarize_chunks(measured[label])
+    for row in results["samplers"].values():
+        row |= metrics.compare(row, results["samplers"][baseline], baseline) if baseline else {}
+    results["test/mean_score"] = results["samplers"][label]["test/mean_score"]  # the last sampler's
+
+    (folder / "results.json").write_text(json.dumps(results, indent=2) + "\n")
+    report.plot_latency_reward(results, folder / "latency_reward.png")
+    report.print_table(results)
+    print(f"wrote {folder}")
+    return results
+
+
+@hydra.main(version_base="1.3", config_path="conf", config_name="eval")
+def main(config: DictConfig) -> None:
+    try:
+        evaluate(config)
+    except ValueError as error:
+        raise SystemExit(f"error: {error}") from error
+    except KeyboardInterrupt:
+        raise SystemExit("interrupted; the episodes that had ended stand in episodes.jsonl in the run folder") from None
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,21 @@
+"""parapolicy: a trained Diffusion Policy in real time, all denoising steps in parallel."""
+
+from parapolicy.errors import CheckpointError, DataError, ObservationError
+from parapolicy.noise import draw_noise
+from parapolicy.observation import ObservationHistory
+from parapolicy.policy import Chunk, ChunkStats, Policy, load_policy, save_policy
+from parapolicy.samplers import list_samplers
+
+__all__ = [
+    "CheckpointError",
+    "Chunk",
+    "ChunkStats",
+    "DataError",
+    "ObservationError",
+    "ObservationHistory",
+    "Policy",
+    "draw_noise",
+    "list_samplers",
+    "load_policy",
+    "save_policy",
+]

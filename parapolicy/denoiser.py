@@ -1,0 +1,58 @@
+"""The one function that samplers see: state and step in, estimate of the clean sample out."""
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+from torch.nn import functional
+
+from parapolicy.schedule import Schedule
+
+# CPU and GPU libraries pick a kernel, and with it an order of summation, by batch size. Batches of a multiple of this
+# size were all seen to take the same kernels, whose results for one row do not depend on the other rows.
+REPRODUCIBLE_MULTIPLE = 4
+
+
+class Denoiser:
+    """Runs the network on any mixture of batch elements and steps.
+
+    Args:
+        network: ``(sample (N, H, D), timestep (N,), condition (N, C)) -> (N, H, D)``.
+        schedule: says what the network predicts, and at which timesteps.
+        condition: (B, C), one row per batch element.
+        reproducible: pad every network call to a multiple of ``REPRODUCIBLE_MULTIPLE``, so that a row's result does
+            not depend on how many rows share its call.
+    """
+
+    def __init__(
+        self,
+        network: Callable[[Tensor, Tensor, Tensor], Tensor],
+        schedule: Schedule,
+        condition: Tensor,
+        reproducible: bool = False,
+    ) -> None:
+        self.network = network
+        self.schedule = schedule
+        self.condition = condition
+        self.reproducible = reproducible
+
+    def __call__(self, x: Tensor, step: Tensor, element: Tensor) -> Tensor:
+        """u_j at N states in one network call.
+
+        Args:
+            x: states, (N, H, D).
+            step: (N,) int64, the step index j of each.
+            element: (N,) int64, the batch element of each.
+        """
+        missing = -len(x) % REPRODUCIBLE_MULTIPLE if self.reproducible else 0
+        inputs: tuple[Tensor, ...] = (x, self.schedule.timesteps[step], self.condition[element])
+        if missing:
+            inputs = tuple(functional.pad(value, (0, 0) * (value.ndim - 1) + (0, missing)) for value in inputs)
+        output = self.network(*inputs)[: len(x)]
+        return self.schedule.estimate(output, x, step)
+
+
+def check_finite(value: Tensor, name: str) -> None:
+    """Raise ``FloatingPointError`` where a computed value is not finite."""
+    if not torch.isfinite(value).all():
+        raise FloatingPointError(f"the {name} holds a value that is not finite; check the weights and the observation")

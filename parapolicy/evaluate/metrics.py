@@ -1,0 +1,96 @@
+"""From episodes and timed chunks to the figures of ``results.json``.
+
+Keys of two published vocabularies stand side by side: ``test/mean_score`` and ``test/sim_max_reward_<seed>`` as
+real-stanford/diffusion_policy logs them, ``overall`` and ``per_episode`` as LeRobot's evaluation writes them.
+"""
+
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+
+from parapolicy.evaluate.latency import ChunkMeasurements
+from parapolicy.evaluate.rollout import Episode
+from parapolicy.evaluate.statistics import mean_interval, proportion_interval
+
+
+def summarize_episodes(episodes: Sequence[Episode], seconds: float, video_paths: Sequence[str]) -> dict[str, Any]:
+    """Scores and costs of one sampler's episodes, ordered by seed."""
+    episodes = sorted(episodes, key=lambda episode: episode.seed)
+    best = [episode.max_reward for episode in episodes]
+    successes = sum(episode.success for episode in episodes)
+    count = len(episodes)
+    return {
+        "mean_max_reward": float(np.mean(best)),
+        "mean_max_reward_ci95": mean_interval(best),
+        "success_rate": successes / count,
+        "success_rate_ci95": proportion_interval(successes, count),
+        "rounds": _mean_p95([value for episode in episodes for value in episode.rounds]),
+        "evaluations": _mean_p95([value for episode in episodes for value in episode.evaluations]),
+        "overall": {
+            "avg_max_reward": float(np.mean(best)),
+            "avg_sum_reward": float(np.mean([episode.sum_reward for episode in episodes])),
+            "pc_success": 100.0 * successes / count,
+            "n_episodes": count,
+            "eval_s": seconds,
+            "eval_ep_s": seconds / count,
+            "video_paths": list(video_paths),
+        },
+        "per_episode": [episode_row(i, episode) for i, episode in enumerate(episodes)],
+        "test/mean_score": float(np.mean(best)),
+        **{f"test/sim_max_reward_{episode.seed}": episode.max_reward for episode in episodes},
+    }
+
+
+def episode_row(index: int, episode: Episode) -> dict[str, Any]:
+    """One line of ``episodes.jsonl`` and of ``per_episode``."""
+    return {
+        "episode_ix": index,
+        "seed": episode.seed,
+        "sum_reward": episode.sum_reward,
+        "max_reward": episode.max_reward,
+        "success": episode.success,
+        "steps": len(episode.rewards),
+        "rounds_mean": float(np.mean(episode.rounds)),
+        "evaluations_mean": float(np.mean(episode.evaluations)),
+    }
+
+
+def summarize_chunks(measured: ChunkMeasurements) -> dict[str, Any]:
+    """Latency percentiles (ms, batch 1) and distance from the sequential chunk."""
+    p50, p95, p99 = np.percentile(np.asarray(measured.seconds) * 1e3, [50, 95, 99])
+    return {
+        "chunk_ms": {
+            "p50": float(p50),
+            "p95": float(p95),
+            "p99": float(p99),
+            "max": 1e3 * max(measured.seconds),
+            "batch": 1,
+            "chunks": len(measured.seconds),
+        },
+        "chunk_error": {
+            "median": float(np.median(measured.errors)),
+            "p95": float(np.percentile(measured.errors, 95)),
+            "max": max(measured.errors),
+        },
+    }
+
+
+def compare(row: dict[str, Any], baseline: dict[str, Any], name: str) -> dict[str, Any]:
+    """Speed-up over the baseline, and the reward difference to it, paired by seed."""
+    rewards, others = (
+        {episode["seed"]: episode["max_reward"] for episode in side["per_episode"]} for side in (row, baseline)
+    )
+    differences = [reward - others[seed] for seed, reward in rewards.items()]
+    return {
+        "paired_reward_difference": {
+            "to": name,
+            "mean": float(np.mean(differences)),
+            "ci95": mean_interval(differences),
+        },
+        "speedup_p50": baseline["chunk_ms"]["p50"] / row["chunk_ms"]["p50"],
+    }
+
+
+def _mean_p95(values: Sequence[int]) -> dict[str, float]:
+    return {"mean": float(np.mean(values)), "p95": float(np.percentile(values, 95))}

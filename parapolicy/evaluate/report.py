@@ -1,0 +1,103 @@
+"""What a person sees of an evaluation: the table, the picture, the videos; and what machine it was."""
+
+import importlib.metadata
+import os
+import platform
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import imageio.v2 as imageio
+import matplotlib
+
+matplotlib.use("Agg")
+import matplotlib.pyplot as plt
+import numpy as np
+import torch
+from rich.console import Console
+from rich.table import Table
+
+
+def print_table(results: Mapping[str, Any], console: Console | None = None) -> None:
+    """The per-sampler table of one ``results.json``."""
+    title = f"{results['env']}, {results['checkpoint']}: {results['episodes']} episodes from seed {results['seeds'][0]}"
+    table = Table(title=title, caption="± and [ ]: 95 % intervals; chunk latency in ms at batch 1")
+    headings = "sampler|mean max reward|success|paired diff|ms p50|p95|p99|speed-up|rounds (p95)|evals (p95)|error p95"
+    for i, heading in enumerate(headings.split("|")):
+        table.add_column(heading, justify="right" if i else "left", no_wrap=True)
+    for name, row in results["samplers"].items():
+        low, high = row["mean_max_reward_ci95"]
+        difference, latency = row.get("paired_reward_difference"), row["chunk_ms"]
+        table.add_row(
+            name,
+            f"{row['mean_max_reward']:.3f} ± {(high - low) / 2:.3f}",
+            f"{row['success_rate']:.2f}",
+            "{:+.3f} [{:+.3f}, {:+.3f}]".format(difference["mean"], *difference["ci95"]) if difference else "—",
+            *(f"{latency[name]:.1f}" for name in ("p50", "p95", "p99")),
+            f"{row['speedup_p50']:.2f}×" if "speedup_p50" in row else "—",
+            *("{mean:.1f} ({p95:.0f})".format(**row[name]) for name in ("rounds", "evaluations")),
+            f"{row['chunk_error']['p95']:.1e}",
+        )
+    # Piped into a file the table would be folded at 80 columns.
+    (console or Console(width=None if os.isatty(1) else 160)).print(table)
+
+
+def plot_latency_reward(results: Mapping[str, Any], path: Path) -> None:
+    """Mean maximum reward against p50 chunk latency, with the rewards' intervals and the latencies' p50 to p95."""
+    figure, axes = plt.subplots(figsize=(6.4, 4.0), layout="constrained")
+    for name, row in results["samplers"].items():
+        latency, reward = row["chunk_ms"], row["mean_max_reward"]
+        low, high = row["mean_max_reward_ci95"]
+        axes.errorbar(
+            latency["p50"],
+            reward,
+            xerr=[[0.0], [latency["p95"] - latency["p50"]]],
+            yerr=[[max(0.0, reward - low)], [max(0.0, high - reward)]],
+            fmt="o",
+            capsize=3,
+            label=name,
+        )
+    axes.set(
+        xscale="log",
+        xlabel="chunk latency, ms (p50, whisker to p95; batch 1)",
+        ylabel="mean maximum reward (95 % interval)",
+        title=f"{results['env']}: {results['episodes']} episodes",
+    )
+    axes.grid(alpha=0.3, which="both")
+    axes.legend()
+    figure.savefig(path, dpi=150)
+    plt.close(figure)
+
+
+def write_video(frames: Sequence[np.ndarray], path: Path, fps: int) -> None:
+    """Frames (H, W, 3) uint8 as an mp4 at the environment's own pace."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    imageio.mimwrite(path, list(frames), fps=fps)
+
+
+def describe_machine(device: torch.device) -> dict[str, Any]:
+    """Enough of the machine to judge a latency by."""
+    model = platform.processor() or platform.machine()
+    cpuinfo = Path("/proc/cpuinfo")
+    if cpuinfo.is_file():
+        names = [line.split(":")[1].strip() for line in cpuinfo.read_text().splitlines() if "model name" in line]
+        model = names[0] if names else model
+    return {
+        "cpu": model,
+        "cores": os.cpu_count(),
+        "threads": torch.get_num_threads(),
+        "system": platform.platform(),
+        "device": torch.cuda.get_device_name(device) if device.type == "cuda" else device.type,
+    }
+
+
+def describe_versions() -> dict[str, str]:
+    """Versions of Python and of the packages that a result depends on."""
+    packages = ("parapolicy", "torch", "diffusers", "numpy", "gymnasium", "gym-pusht", "pymunk")
+    found = {"python": platform.python_version()}
+    for package in packages:
+        try:
+            found[package] = importlib.metadata.version(package)
+        except importlib.metadata.PackageNotFoundError:
+            continue
+    return found

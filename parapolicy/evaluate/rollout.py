@@ -1,0 +1,136 @@
+"""Closed-loop episodes, many at a time: each environment gets the chunk it would get if it ran alone."""
+
+import dataclasses
+from collections.abc import Callable, Container, Iterator, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import gymnasium
+import numpy as np
+
+from parapolicy.observation import ObservationHistory
+from parapolicy.policy import Policy
+
+
+@dataclass
+class Episode:
+    """One episode's record.
+
+    Attributes:
+        seed: of the initial state.
+        rewards: one per control step.
+        success: whether the environment reported success.
+        rounds, evaluations: one per chunk.
+        observations: the history each chunk was computed from.
+        frames: rendered before the first and after every control step, where asked for.
+    """
+
+    seed: int
+    rewards: list[float] = field(default_factory=list)
+    success: bool = False
+    rounds: list[int] = field(default_factory=list)
+    evaluations: list[int] = field(default_factory=list)
+    observations: list[dict[str, np.ndarray]] = field(default_factory=list)
+    frames: list[np.ndarray] = field(default_factory=list)
+
+    @property
+    def max_reward(self) -> float:
+        return max(self.rewards)
+
+    @property
+    def sum_reward(self) -> float:
+        return sum(self.rewards)
+
+
+class _Seat:
+    """One environment and the episode that runs in it."""
+
+    def __init__(self, env: gymnasium.Env, policy: Policy) -> None:
+        self.env = env
+        self.history = ObservationHistory(policy.spec)
+        self.episode: Episode
+
+    def begin(self, seed: int, record: bool) -> None:
+        observation, _ = self.env.reset(seed=seed)
+        self.episode = Episode(seed)
+        self.record = record
+        self.history.reset()
+        self.history.push(observation)
+        self._film()
+
+    def execute(self, actions: np.ndarray) -> bool:
+        """Run a chunk's actions (n, Da) one by one; True when the episode is over."""
+        for action in actions:
+            observation, reward, terminated, truncated, info = self.env.step(action)
+            self.episode.rewards.append(float(reward))
+            self.episode.success = self.episode.success or bool(info.get("is_success", False))
+            self.history.push(observation)
+            self._film()
+            if terminated or truncated:
+                return True
+        return False
+
+    def _film(self) -> None:
+        if self.record:
+            self.episode.frames.append(np.asarray(self.env.render()))
+
+
+def chunk_seed(noise_seed: int, episode_seed: int, chunk: int) -> int:
+    """The seed of one chunk's noise: the same for every sampler, different for every chunk of every episode."""
+    return int(np.random.SeedSequence((noise_seed, episode_seed, chunk)).generate_state(1, np.uint64)[0] >> 1)
+
+
+def rollout(
+    policy: Policy,
+    make_env: Callable[[], gymnasium.Env],
+    seeds: Sequence[int],
+    noise_seed: int = 0,
+    num_envs: int = 20,
+    record: Container[int] = (),
+    progress: Callable[[int], Any] = lambda steps: None,
+) -> Iterator[Episode]:
+    """Run one episode per seed with a receding horizon, yielding each as it ends.
+
+    All waiting environments share one ``predict`` call. An episode depends on its seed and ``noise_seed`` only, not
+    on ``num_envs``.
+
+    Args:
+        policy: the policy; it is run with ``reproducible=True``.
+        make_env: builds an environment whose observations fit the policy.
+        seeds: of the episodes' initial states.
+        noise_seed: of the sampling noise.
+        num_envs: how many environments run at a time.
+        record: seeds whose episodes are filmed.
+        progress: called with the number of control steps taken since the last call.
+    """
+    policy = dataclasses.replace(policy, reproducible=True)
+    waiting = list(reversed(seeds))
+    seats = [_Seat(make_env(), policy) for _ in range(min(num_envs, len(seeds)))]
+    try:
+        for seat in seats:
+            seat.begin(seed := waiting.pop(), seed in record)
+        active = seats
+        while active:
+            histories = [seat.history.stacked() for seat in active]
+            observation = {key: np.stack([history[key] for history in histories]) for key in policy.spec.observation}
+            noise_seeds = [chunk_seed(noise_seed, seat.episode.seed, len(seat.episode.rounds)) for seat in active]
+            chunk = policy.predict(observation, seed=noise_seeds)
+            remaining = []
+            for i, seat in enumerate(active):
+                episode = seat.episode
+                episode.observations.append(histories[i])
+                episode.rounds.append(int(chunk.stats.rounds[i]))
+                episode.evaluations.append(int(chunk.stats.evaluations[i]))
+                before = len(episode.rewards)
+                over = seat.execute(chunk.actions[i])
+                progress(len(episode.rewards) - before)
+                if over:
+                    yield episode
+                    if not waiting:
+                        continue
+                    seat.begin(seed := waiting.pop(), seed in record)
+                remaining.append(seat)
+            active = remaining
+    finally:
+        for seat in seats:
+            seat.env.close()

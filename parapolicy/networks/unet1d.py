@@ -1,0 +1,166 @@
+"""The conditional 1-D UNet of Diffusion Policy (Chi et al., RSS 2023, section III-A).
+
+The module tree is that of the published code, name for name, so that a published state dict loads with
+``strict=True``. The optional local conditioning of that code has no part here: no published policy uses it.
+"""
+
+import itertools
+import math
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor, nn
+
+
+class SinusoidalPosEmb(nn.Module):
+    """Timestep (N,) -> sine and cosine features (N, dim)."""
+
+    def __init__(self, dim: int) -> None:
+        super().__init__()
+        self.dim = dim
+
+    def forward(self, timestep: Tensor) -> Tensor:
+        half = self.dim // 2
+        rate = math.log(10000) / (half - 1)
+        frequency = torch.exp(torch.arange(half, device=timestep.device, dtype=torch.float32) * -rate)
+        angle = timestep[:, None].to(torch.float32) * frequency
+        return torch.cat((angle.sin(), angle.cos()), dim=-1)
+
+
+class Downsample1d(nn.Module):
+    def __init__(self, dim: int) -> None:
+        super().__init__()
+        self.conv = nn.Conv1d(dim, dim, 3, stride=2, padding=1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.conv(x)
+
+
+class Upsample1d(nn.Module):
+    def __init__(self, dim: int) -> None:
+        super().__init__()
+        self.conv = nn.ConvTranspose1d(dim, dim, 4, stride=2, padding=1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.conv(x)
+
+
+class Conv1dBlock(nn.Module):
+    """Conv1d, then GroupNorm, then Mish."""
+
+    def __init__(self, in_channels: int, out_channels: int, kernel_size: int, n_groups: int) -> None:
+        super().__init__()
+        self.block = nn.Sequential(
+            nn.Conv1d(in_channels, out_channels, kernel_size, padding=kernel_size // 2),
+            nn.GroupNorm(n_groups, out_channels),
+            nn.Mish(),
+        )
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.block(x)
+
+
+class ConditionalResidualBlock1D(nn.Module):
+    """Two convolution blocks with FiLM (Perez et al., 2018) between them, and a residual path."""
+
+    def __init__(
+        self, in_channels: int, out_channels: int, cond_dim: int, kernel_size: int, n_groups: int, film_scale: bool
+    ) -> None:
+        super().__init__()
+        self.film_scale = film_scale
+        self.blocks = nn.ModuleList(
+            [
+                Conv1dBlock(in_channels, out_channels, kernel_size, n_groups),
+                Conv1dBlock(out_channels, out_channels, kernel_size, n_groups),
+            ]
+        )
+        self.cond_encoder = nn.Sequential(nn.Mish(), nn.Linear(cond_dim, out_channels * (2 if film_scale else 1)))
+        self.residual_conv = nn.Conv1d(in_channels, out_channels, 1) if in_channels != out_channels else nn.Identity()
+
+    def forward(self, x: Tensor, cond: Tensor) -> Tensor:  # (N, C, H), (N, cond_dim) -> (N, C', H)
+        hidden = self.blocks[0](x)
+        embedding = self.cond_encoder(cond)[..., None]
+        if self.film_scale:
+            scale, bias = embedding.chunk(2, dim=1)
+            hidden = scale * hidden + bias
+        else:
+            hidden = hidden + embedding
+        return self.blocks[1](hidden) + self.residual_conv(x)
+
+
+class ConditionalUnet1D(nn.Module):
+    """Predicts noise (or sample, or velocity) from a noisy action sequence, its timestep and a condition.
+
+    Args:
+        input_dim: action dimension Da.
+        global_cond_dim: length C of the condition vector.
+        diffusion_step_embed_dim: length of the timestep embedding.
+        down_dims: channels of each resolution level.
+        kernel_size: of the main convolutions; odd.
+        n_groups: groups of every GroupNorm.
+        cond_predict_scale: FiLM with scale and bias (True) or bias only (False).
+    """
+
+    def __init__(
+        self,
+        input_dim: int,
+        global_cond_dim: int,
+        diffusion_step_embed_dim: int = 256,
+        down_dims: Sequence[int] = (256, 512, 1024),
+        kernel_size: int = 5,
+        n_groups: int = 8,
+        cond_predict_scale: bool = True,
+    ) -> None:
+        super().__init__()
+        if kernel_size % 2 == 0:
+            raise ValueError(f"kernel_size is {kernel_size}, expected an odd number: an even one changes the horizon")
+        dims = [input_dim, *down_dims]
+        levels = list(itertools.pairwise(dims))
+        step_dim = diffusion_step_embed_dim
+        cond_dim = step_dim + global_cond_dim
+        self.horizon_multiple = 2 ** (len(levels) - 1)
+
+        def residual(in_channels: int, out_channels: int) -> ConditionalResidualBlock1D:
+            return ConditionalResidualBlock1D(
+                in_channels, out_channels, cond_dim, kernel_size, n_groups, cond_predict_scale
+            )
+
+        self.diffusion_step_encoder = nn.Sequential(
+            SinusoidalPosEmb(step_dim), nn.Linear(step_dim, step_dim * 4), nn.Mish(), nn.Linear(step_dim * 4, step_dim)
+        )
+        self.mid_modules = nn.ModuleList([residual(dims[-1], dims[-1]), residual(dims[-1], dims[-1])])
+        self.down_modules = nn.ModuleList(
+            nn.ModuleList(
+                [
+                    residual(dim_in, dim_out),
+                    residual(dim_out, dim_out),
+                    nn.Identity() if i == len(levels) - 1 else Downsample1d(dim_out),
+                ]
+            )
+            for i, (dim_in, dim_out) in enumerate(levels)
+        )
+        self.up_modules = nn.ModuleList(
+            nn.ModuleList([residual(dim_out * 2, dim_in), residual(dim_in, dim_in), Upsample1d(dim_in)])
+            for dim_in, dim_out in reversed(levels[1:])
+        )
+        self.final_conv = nn.Sequential(
+            Conv1dBlock(down_dims[0], down_dims[0], kernel_size, n_groups), nn.Conv1d(down_dims[0], input_dim, 1)
+        )
+
+    def forward(self, sample: Tensor, timestep: Tensor, global_cond: Tensor) -> Tensor:
+        """(N, H, Da), (N,), (N, C) -> (N, H, Da). H must be a multiple of ``2 ** (levels - 1)``."""
+        cond = torch.cat((self.diffusion_step_encoder(timestep), global_cond), dim=-1)
+        x = sample.movedim(-1, -2)
+        skips: list[Tensor] = []
+        for level in self.down_modules:
+            first, second, downsample = level.children()
+            x = second(first(x, cond), cond)
+            skips.append(x)
+            x = downsample(x)
+        for block in self.mid_modules:
+            x = block(x, cond)
+        for level in self.up_modules:
+            first, second, upsample = level.children()
+            x = second(first(torch.cat((x, skips.pop()), dim=1), cond), cond)
+            x = upsample(x)
+        return self.final_conv(x).movedim(-1, -2)

@@ -1,0 +1,45 @@
+"""All the randomness of a chunk, drawn before sampling starts."""
+
+from collections.abc import Sequence
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from parapolicy.schedule import Schedule
+
+
+def draw_noise(
+    schedule: Schedule,
+    batch: int = 1,
+    seed: int | Sequence[int] = 0,
+    sample_shape: tuple[int, int] | None = None,
+) -> Tensor:
+    """Standard normal noise for a batch of chunks, (T + 1, B, H, Da), float32, on the CPU.
+
+    [0] is x_T and [j + 1] is z_j. Each element has its own generator, so its numbers depend neither on the batch size
+    nor on the device; x_T does not depend on the number of steps either.
+
+    Args:
+        schedule: gives T, and (H, Da) where it belongs to a policy.
+        batch: number of elements B; ignored where ``seed`` is a sequence.
+        seed: one seed for the batch (element b draws from (seed, b)), or one per element (element b draws what
+            ``seed=seeds[b]`` would draw for a batch of one).
+        sample_shape: (H, Da), for a schedule without one.
+
+    Raises:
+        ValueError: no shape is known, or a seed is negative.
+    """
+    shape = sample_shape or schedule.sample_shape
+    if shape is None:
+        raise ValueError("the schedule belongs to no policy, so sample_shape=(horizon, action_dim) must be given")
+    entropies = [(seed, b) for b in range(batch)] if isinstance(seed, int | np.integer) else [(s, 0) for s in seed]
+    if any(entropy[0] < 0 for entropy in entropies):
+        raise ValueError(f"seed is {seed}, expected no negative number")
+    noise = torch.empty(len(schedule) + 1, len(entropies), *shape)
+    for b, entropy in enumerate(entropies):
+        state = np.random.SeedSequence(entropy).generate_state(1, np.uint64)[0]
+        generator = torch.Generator().manual_seed(int(state >> 1))
+        noise[0, b] = torch.randn(shape, generator=generator)
+        noise[1:, b] = torch.randn((len(schedule), *shape), generator=generator)
+    return noise

@@ -1,0 +1,165 @@
+"""From an observation to an action chunk."""
+
+import dataclasses
+import os
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from parapolicy.checkpoint.native import read_checkpoint, write_checkpoint
+from parapolicy.checkpoint.spec import PolicySpec
+from parapolicy.denoiser import Denoiser, check_finite
+from parapolicy.networks import ConditionalUnet1D
+from parapolicy.noise import draw_noise
+from parapolicy.normalizer import Normalizer
+from parapolicy.observation import encode
+from parapolicy.samplers import Sampler, make_sampler
+from parapolicy.schedule import Schedule, make_schedule
+
+
+@dataclass(frozen=True)
+class ChunkStats:
+    """What a chunk cost. Each is a scalar for one observation and an array (B,) for a batch, but ``seconds``.
+
+    Attributes:
+        rounds: batched network calls, one after the other.
+        evaluations: network evaluations.
+        residual: root mean square change of the normalised trajectory in its last round.
+        seconds: wall time of the whole call.
+    """
+
+    rounds: Any
+    evaluations: Any
+    residual: Any
+    seconds: float
+
+
+@dataclass(frozen=True)
+class Chunk:
+    """A predicted action chunk, float32, in the environment's units.
+
+    Attributes:
+        actions: those to execute, (n_action_steps, Da) or (B, n_action_steps, Da).
+        trajectory: the whole predicted horizon, (H, Da) or (B, H, Da).
+        stats: what it cost.
+    """
+
+    actions: np.ndarray
+    trajectory: np.ndarray
+    stats: ChunkStats
+
+
+@dataclass(frozen=True)
+class Policy:
+    """A trained Diffusion Policy (Chi et al., RSS 2023) with a schedule and a sampler.
+
+    Attributes:
+        spec: what it takes and gives.
+        network, normalizer, schedule: on ``device``.
+        sampler: how the schedule is run.
+        reproducible: make an element's result independent, to the bit on a CPU, of the batch it is computed in; costs
+            up to three more network rows per call.
+    """
+
+    spec: PolicySpec
+    network: ConditionalUnet1D
+    normalizer: Normalizer
+    schedule: Schedule
+    sampler: Sampler
+    device: torch.device
+    reproducible: bool = False
+
+    def with_sampler(self, name: str, **parameters: Any) -> "Policy":
+        """The same weights with another sampler; see :func:`parapolicy.samplers.make_sampler`."""
+        return dataclasses.replace(self, sampler=make_sampler(name, **parameters))
+
+    def with_schedule(self, solver: str | None = None, steps: int | None = None, **settings: Any) -> "Policy":
+        """The same weights with another solver or number of steps; see :func:`parapolicy.schedule.make_schedule`."""
+        shape = (self.spec.horizon, self.spec.action_dim)
+        schedule = make_schedule(self.spec.scheduler, solver, steps, sample_shape=shape, **settings)
+        return dataclasses.replace(self, schedule=schedule.to(self.device))
+
+    @torch.inference_mode()
+    def predict(
+        self, observation: Mapping[str, Any], noise: Tensor | None = None, seed: int | Sequence[int] = 0
+    ) -> Chunk:
+        """Sample one action chunk per observation history.
+
+        Args:
+            observation: {key: (To, ...)} or {key: (B, To, ...)}, numbers in the environment's units.
+            noise: (T + 1, B, H, Da) as :func:`parapolicy.draw_noise` gives it; None: drawn from ``seed``.
+            seed: see :func:`parapolicy.draw_noise`.
+
+        Raises:
+            ObservationError: a missing or unknown key, a wrong shape, or a value that is not finite.
+            ValueError: noise or seeds that do not fit the batch.
+            FloatingPointError: the computed chunk is not finite.
+        """
+        begin = time.perf_counter()
+        condition, batched = encode(self.spec, self.normalizer, observation)
+        batch = len(condition)
+        if noise is None:
+            noise = draw_noise(self.schedule, batch, seed)
+        expected = (len(self.schedule) + 1, batch, self.spec.horizon, self.spec.action_dim)
+        if tuple(noise.shape) != expected:
+            raise ValueError(f"noise has shape {tuple(noise.shape)}, expected {expected}: (T + 1, B, H, Da)")
+        denoiser = Denoiser(self.network, self.schedule, condition, self.reproducible)
+        sample = self.sampler.sample(denoiser, self.schedule, noise.to(self.device, torch.float32))
+        check_finite(sample.x, "action chunk")
+
+        trajectory = self.normalizer.unnormalize("action", sample.x).cpu().numpy()
+        first = self.spec.n_obs_steps - 1
+        actions = trajectory[:, first : first + self.spec.n_action_steps]
+        rounds, evaluations, residual = (v.cpu().numpy() for v in (sample.rounds, sample.evaluations, sample.residual))
+        seconds = time.perf_counter() - begin
+        if batched:
+            return Chunk(actions, trajectory, ChunkStats(rounds, evaluations, residual, seconds))
+        stats = ChunkStats(int(rounds[0]), int(evaluations[0]), float(residual[0]), seconds)
+        return Chunk(actions[0], trajectory[0], stats)
+
+
+def load_policy(
+    folder: str | os.PathLike[str], sampler: str = "semi_implicit", device: str = "auto", **parameters: Any
+) -> Policy:
+    """Load a policy folder (``config.json`` and ``model.safetensors``).
+
+    Args:
+        folder: the policy folder.
+        sampler: one of :func:`parapolicy.list_samplers`; ``parameters`` are its own.
+        device: ``auto`` (a GPU where there is one), ``cpu``, ``cuda``, ``cuda:1``, …
+
+    Raises:
+        CheckpointError: a file is missing, damaged, or does not match the other one.
+        ValueError: an unknown sampler, parameter or device.
+    """
+    chosen = make_sampler(sampler, **parameters)
+    target = pick_device(device)
+    spec, network, normalizer = read_checkpoint(folder)
+    schedule = make_schedule(spec.scheduler, sample_shape=(spec.horizon, spec.action_dim))
+    return Policy(spec, network.to(target), normalizer.to(target), schedule.to(target), chosen, target)
+
+
+def save_policy(policy: Policy, folder: str | os.PathLike[str]) -> None:
+    """Write a policy folder that :func:`load_policy` reads back, weights equal to the bit."""
+    write_checkpoint(folder, policy.spec, policy.network.state_dict(), policy.normalizer)
+
+
+def pick_device(name: str) -> torch.device:
+    """A device by name, with ``auto`` for the first GPU or else the CPU.
+
+    Raises:
+        ValueError: not a device name, or a device that is not there.
+    """
+    if name == "auto":
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        device = torch.device(name)
+        torch.empty(0, device=device)
+    except (RuntimeError, AssertionError) as error:
+        raise ValueError(f"device {name!r} is not to be had here ({error}); take 'auto' or 'cpu'") from error
+    return device

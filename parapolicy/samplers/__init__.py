@@ -1,0 +1,42 @@
+"""Samplers by name. Each file holds one algorithm."""
+
+import dataclasses
+from typing import Any
+
+from parapolicy.samplers.base import DenoiserLike, Sample, Sampler
+from parapolicy.samplers.paradigms import ParaDiGMS
+from parapolicy.samplers.semi_implicit import SemiImplicit
+from parapolicy.samplers.sequential import Sequential
+
+SAMPLERS: dict[str, Any] = {"sequential": Sequential, "paradigms": ParaDiGMS, "semi_implicit": SemiImplicit}
+
+__all__ = [
+    "SAMPLERS",
+    "DenoiserLike",
+    "ParaDiGMS",
+    "Sample",
+    "Sampler",
+    "SemiImplicit",
+    "Sequential",
+    "list_samplers",
+    "make_sampler",
+]
+
+
+def list_samplers() -> list[str]:
+    """The names that :func:`make_sampler`, ``load_policy`` and ``with_sampler`` take."""
+    return list(SAMPLERS)
+
+
+def make_sampler(name: str, **parameters: Any) -> Sampler:
+    """A sampler by name.
+
+    Raises:
+        ValueError: an unknown name, a parameter that this sampler lacks, or a value that it refuses.
+    """
+    if name not in SAMPLERS:
+        raise ValueError(f"sampler is {name!r}, expected one of {list_samplers()}")
+    known = [field.name for field in dataclasses.fields(SAMPLERS[name])]
+    if unknown := sorted(set(parameters) - set(known)):
+        raise ValueError(f"sampler {name!r} has no parameters {unknown}, expected {known or 'none'}")
+    return SAMPLERS[name](**parameters)

@@ -1,0 +1,52 @@
+"""The model card that stands beside a trained policy's weights."""
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from parapolicy.checkpoint.spec import PolicySpec
+from parapolicy.train.trainer import TrainResult
+
+
+def write_card(
+    folder: Path,
+    spec: PolicySpec,
+    *,
+    data_name: str,
+    command: str,
+    settings: Mapping[str, Any],
+    result: TrainResult,
+    machine: Mapping[str, Any],
+    versions: Mapping[str, str],
+    score: Mapping[str, Any] | None,
+    first_seed: int,
+) -> None:
+    """Write ``README.md`` into the policy's folder: what it is, how it was made, how well it does."""
+    parameters = sum(value.numel() for value in spec.build_network().parameters())
+    observed = ", ".join(f"{key} {list(shape)}" for key, shape in spec.observation.items())
+    lines = [
+        f"# {folder.name}",
+        "",
+        f"Diffusion Policy, {parameters / 1e6:.2f} M parameters ({spec.network['name']}, levels "
+        f"{list(spec.network['down_dims'])}), {spec.scheduler['num_train_timesteps']} denoising steps.",
+        "",
+        "| | |",
+        "|---|---|",
+        f"| data | {data_name} |",
+        f"| observation | {observed}; {spec.n_obs_steps} steps at {spec.control_hz} Hz |",
+        f"| action | {spec.action_dim} numbers; horizon {spec.horizon}, {spec.n_action_steps} executed |",
+        f"| command | `{command.strip()}` |",
+        f"| settings | {', '.join(f'{key} {value}' for key, value in settings.items())} |",
+        f"| time | {result.seconds / 60:.0f} minutes; last loss {result.loss:.4f} |",
+        f"| machine | {machine['cpu']}, {machine['cores']} cores, {machine['device']} |",
+        f"| versions | {', '.join(f'{name} {version}' for name, version in versions.items())} |",
+    ]
+    if score is not None:
+        low, high = score["mean_max_reward_ci95"]
+        success_low, success_high = score["success_rate_ci95"]
+        lines += [
+            f"| score | mean maximum reward **{score['mean_max_reward']:.3f}** [{low:.3f}, {high:.3f}], success rate "
+            f"**{score['success_rate']:.2f}** [{success_low:.2f}, {success_high:.2f}] (95 % intervals) over "
+            f"{score['overall']['n_episodes']} episodes, seeds from {first_seed}, all steps one after the other |",
+        ]
+    (folder / "README.md").write_text("\n".join(lines) + "\n")

@@ -1,0 +1,92 @@
+"""Demonstrations as training windows: (observation history, action horizon) pairs cut from whole episodes."""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+import zarr
+from torch import Tensor
+
+from parapolicy.errors import DataError
+
+
+@dataclass(frozen=True)
+class Demonstrations:
+    """All steps of all episodes, one after the other.
+
+    Attributes:
+        arrays: key -> (N, ...) float32, for each observation key and ``"action"``.
+        episode_ends: (E,) index just after each episode's last step, increasing, the last one N.
+    """
+
+    arrays: Mapping[str, Tensor]
+    episode_ends: np.ndarray
+
+    def windows(self, horizon: int, n_obs_steps: int, n_action_steps: int) -> Tensor:
+        """Indices (M, H) of all training windows.
+
+        As in the published sampler, a window may begin ``n_obs_steps - 1`` steps before its episode and end
+        ``n_action_steps - 1`` steps after it; what lies outside repeats the first or last step.
+        """
+        rows = []
+        start = 0
+        for end in self.episode_ends:
+            first = np.arange(start - (n_obs_steps - 1), end - horizon + n_action_steps)
+            rows.append(np.clip(first[:, None] + np.arange(horizon), start, end - 1))
+            start = end
+        return torch.from_numpy(np.concatenate(rows))
+
+
+def read_zarr(path: str | Path, sources: Mapping[str, str | Mapping[str, Any]]) -> Demonstrations:
+    """Read a replay buffer in the published layout: ``data/<name>`` arrays and ``meta/episode_ends``.
+
+    Args:
+        path: the zarr folder.
+        sources: key -> array name, or ``{"array": name, "columns": [...]}`` for some of its columns. Must have
+            ``"action"``.
+
+    Raises:
+        DataError: no such folder or array, arrays of different lengths, or a value that is not finite.
+    """
+    path = Path(path)
+    if not path.is_dir():
+        raise DataError(f"no data set at {str(path)!r}; give the path of a zarr replay buffer, data.path=FOLDER")
+    try:
+        root = zarr.open_group(str(path), mode="r")
+    except (FileNotFoundError, ValueError, KeyError) as error:
+        raise DataError(f"{str(path)!r} is no zarr group with data/ and meta/ ({error})") from error
+    ends = np.asarray(_array(root, "meta", "episode_ends", path), dtype=np.int64)
+    arrays = {}
+    for key, source in sources.items():
+        name, columns = (source, None) if isinstance(source, str) else (source["array"], source.get("columns"))
+        values = np.asarray(_array(root, "data", name, path), dtype=np.float32)
+        if columns is not None:
+            values = _columns(values, columns, name, path)
+        if len(values) != ends[-1]:
+            raise DataError(f"{path}: data/{name} has {len(values)} steps, meta/episode_ends calls for {ends[-1]}")
+        bad = np.flatnonzero(~np.isfinite(values.reshape(len(values), -1)).all(1))
+        if len(bad):
+            raise DataError(
+                f"{path}: data/{name} has {len(bad)} steps with a value that is not finite, the first at step {bad[0]} "
+                f"(episode {np.searchsorted(ends, bad[0], side='right')}); drop or mend those episodes"
+            )
+        arrays[key] = torch.from_numpy(values)
+    return Demonstrations(arrays, ends)
+
+
+def _array(root: zarr.Group, group: str, name: str, path: Path) -> Any:
+    try:
+        return root[f"{group}/{name}"][:]  # type: ignore[index]
+    except KeyError as error:
+        there = sorted(root[group].array_keys()) if group in root else []  # type: ignore[union-attr]
+        raise DataError(f"{path} has no array {group}/{name}; {group}/ holds {there}. Name one of them") from error
+
+
+def _columns(values: np.ndarray, columns: Sequence[int], name: str, path: Path) -> np.ndarray:
+    try:
+        return values[:, list(columns)]
+    except IndexError as error:
+        raise DataError(f"{path}: data/{name} has shape {values.shape}, no columns {list(columns)}") from error

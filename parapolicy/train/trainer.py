@@ -1,0 +1,222 @@
+"""Training of a Diffusion Policy: noise prediction on demonstration windows, with an exponential moving average.
+
+Every random draw of step s comes from a generator seeded by (seed, s), so that a run that was interrupted and resumed
+takes exactly the steps of a run that was not.
+"""
+
+import dataclasses
+import math
+import time
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from diffusers import DDPMScheduler
+from torch import Tensor
+from torch.nn import functional
+from tqdm import tqdm
+
+from parapolicy.checkpoint.native import write_checkpoint
+from parapolicy.checkpoint.spec import PolicySpec
+from parapolicy.networks import ConditionalUnet1D
+from parapolicy.normalizer import Normalizer
+from parapolicy.train.data import Demonstrations
+
+STATE = "training.pt"
+
+
+@dataclass(frozen=True)
+class TrainConfig:
+    """How to train.
+
+    Attributes:
+        steps: optimizer steps in all; the cosine schedule ends there.
+        batch_size: windows per step.
+        learning_rate: peak, reached after ``warmup_steps``.
+        weight_decay: of AdamW.
+        ema_power, ema_max_decay: the average's decay at step s is ``min(max, 1 - (1 + s) ** -power)``.
+        precision: ``float32``, ``bfloat16`` (autocast), or ``auto``: bfloat16 where the device computes in it.
+        compile: run the network through ``torch.compile``.
+        checkpoint_every: steps between savings of the run's whole state.
+        seed: of weights, batches, noise and timesteps.
+    """
+
+    steps: int = 10_000
+    batch_size: int = 256
+    learning_rate: float = 4e-4
+    warmup_steps: int = 500
+    weight_decay: float = 1e-6
+    ema_power: float = 0.75
+    ema_max_decay: float = 0.9999
+    precision: str = "auto"
+    compile: bool = False
+    checkpoint_every: int = 500
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        if self.precision not in ("auto", "float32", "bfloat16"):
+            raise ValueError(f"precision is {self.precision!r}, expected auto, float32 or bfloat16")
+        for name in ("steps", "batch_size", "checkpoint_every"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name} is {getattr(self, name)}, expected at least 1")
+
+
+@dataclass(frozen=True)
+class TrainResult:
+    """What a finished run reports: its last losses' mean and its whole wall time, resumed parts included."""
+
+    loss: float
+    seconds: float
+
+
+def train(
+    spec: PolicySpec, data: Demonstrations, config: TrainConfig, folder: str | Path, device: torch.device
+) -> TrainResult:
+    """Train a policy and write it, the averaged weights, to ``folder``.
+
+    The run's state stands in ``folder/training.pt`` until the run is finished; calling again with the same arguments
+    resumes from it. Ctrl-C saves the state before it ends the run.
+
+    Raises:
+        ValueError: the saved state belongs to a run with other settings.
+        FloatingPointError: the loss is no longer finite.
+    """
+    folder = Path(folder)
+    folder.mkdir(parents=True, exist_ok=True)
+    torch.manual_seed(config.seed)
+    network = spec.build_network().to(device)
+    average = [parameter.detach().clone() for parameter in network.parameters()]
+    optimizer = torch.optim.AdamW(
+        network.parameters(), lr=config.learning_rate, betas=(0.95, 0.999), weight_decay=config.weight_decay, fused=True
+    )
+    normalizer = Normalizer.fit(data.arrays)
+    loss_of = _Loss(spec, data, normalizer, config, network, device)
+    run = {"spec": _json_like(spec.to_dict()), "config": dataclasses.asdict(config)}
+    step, seconds, smooth = 0, 0.0, math.nan
+
+    if (folder / STATE).is_file():
+        state = torch.load(folder / STATE, map_location=device, weights_only=True)
+        if state["run"] != run:
+            raise ValueError(
+                f"{folder / STATE} is the state of a run with other settings; continue that one with its own settings, "
+                "or delete the file to start anew"
+            )
+        network.load_state_dict(state["network"])
+        optimizer.load_state_dict(state["optimizer"])
+        average = state["average"]
+        step, seconds, smooth = state["step"], state["seconds"], state["loss"]
+
+    def save() -> None:
+        partial = folder / f".{STATE}.partial"
+        torch.save(
+            {
+                "run": run,
+                "network": network.state_dict(),
+                "optimizer": optimizer.state_dict(),
+                "average": average,
+                "step": step,
+                "seconds": seconds + time.perf_counter() - begin,
+                "loss": smooth,
+            },
+            partial,
+        )
+        partial.replace(folder / STATE)
+
+    begin = time.perf_counter()
+    with tqdm(total=config.steps, initial=step, desc="train", unit="step", smoothing=0.05) as bar:
+        try:
+            while step < config.steps:
+                for group in optimizer.param_groups:
+                    group["lr"] = config.learning_rate * _warmup_cosine(step, config)
+                loss = loss_of(step)
+                optimizer.zero_grad(set_to_none=True)
+                loss.backward()
+                optimizer.step()
+                decay = min(config.ema_max_decay, 1 - (1 + step) ** -config.ema_power)
+                torch._foreach_lerp_(average, [p.detach() for p in network.parameters()], 1 - decay)
+                step += 1
+                if step % 20 == 0 or step == config.steps:
+                    value = loss.item()
+                    if not math.isfinite(value):
+                        raise FloatingPointError(f"the loss is {value} at step {step}; lower learning_rate")
+                    smooth = value if math.isnan(smooth) else 0.95 * smooth + 0.05 * value
+                    bar.set_postfix(loss=f"{smooth:.4f}")
+                bar.update()
+                if step % config.checkpoint_every == 0:
+                    save()
+        except KeyboardInterrupt:
+            save()
+            tqdm.write(f"interrupted at step {step}; the same command resumes from {folder / STATE}")
+            raise
+
+    names = [name for name, _ in network.named_parameters()]
+    write_checkpoint(folder, spec, dict(zip(names, average, strict=True)), normalizer)
+    (folder / STATE).unlink(missing_ok=True)
+    return TrainResult(smooth, seconds + time.perf_counter() - begin)
+
+
+class _Loss:
+    """The mean squared error of the network's prediction on step s's batch."""
+
+    def __init__(
+        self,
+        spec: PolicySpec,
+        data: Demonstrations,
+        normalizer: Normalizer,
+        config: TrainConfig,
+        network: ConditionalUnet1D,
+        device: torch.device,
+    ) -> None:
+        values = {key: normalizer.normalize(key, value) for key, value in data.arrays.items()}
+        self.steps_condition = torch.cat([values[key].flatten(1) for key in spec.observation], dim=1).to(device)
+        self.actions = values["action"].to(device)
+        self.windows = data.windows(spec.horizon, spec.n_obs_steps, spec.n_action_steps)
+        self.scheduler = DDPMScheduler.from_config(dict(spec.scheduler))
+        self.network = torch.compile(network) if config.compile else network
+        self.spec, self.config, self.device = spec, config, device
+        self.bfloat16 = config.precision == "bfloat16" or (config.precision == "auto" and _computes_bfloat16(device))
+
+    def __call__(self, step: int) -> Tensor:
+        entropy = np.random.SeedSequence((self.config.seed, step)).generate_state(1, np.uint64)[0]
+        generator = torch.Generator().manual_seed(int(entropy >> 1))
+        batch = torch.randint(len(self.windows), (self.config.batch_size,), generator=generator)
+        steps = self.windows[batch].to(self.device)  # (B, H)
+        action = self.actions[steps]
+        condition = self.steps_condition[steps[:, : self.spec.n_obs_steps]].flatten(1)
+        noise = torch.randn(action.shape, generator=generator).to(self.device)
+        count = self.scheduler.config.num_train_timesteps
+        timestep = torch.randint(count, (len(action),), generator=generator).to(self.device)
+        noisy = self.scheduler.add_noise(action, noise, timestep)
+        with torch.autocast(self.device.type, torch.bfloat16, enabled=self.bfloat16):
+            prediction = self.network(noisy, timestep, condition)
+        match self.scheduler.config.prediction_type:
+            case "epsilon":
+                target = noise
+            case "sample":
+                target = action
+            case _:
+                target = self.scheduler.get_velocity(action, noise, timestep)
+        return functional.mse_loss(prediction.float(), target)
+
+
+def _warmup_cosine(step: int, config: TrainConfig) -> float:
+    if step < config.warmup_steps:
+        return (step + 1) / config.warmup_steps
+    progress = (step - config.warmup_steps) / max(1, config.steps - config.warmup_steps)
+    return 0.5 * (1 + math.cos(math.pi * progress))
+
+
+def _computes_bfloat16(device: torch.device) -> bool:
+    if device.type == "cuda":
+        return torch.cuda.is_bf16_supported()
+    return device.type == "cpu" and torch.cpu._is_avx512_bf16_supported()
+
+
+def _json_like(value: Any) -> Any:
+    """Only what ``torch.load(weights_only=True)`` reads back: dicts, lists, numbers, strings."""
+    if isinstance(value, Mapping):
+        return {str(key): _json_like(inner) for key, inner in value.items()}
+    return [_json_like(inner) for inner in value] if isinstance(value, list | tuple) else value
