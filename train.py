@@ -56,7 +56,9 @@ def run(config: DictConfig) -> None:
         seeds = range(config.score.seed, config.score.seed + config.score.episodes)
         with tqdm(total=len(seeds), desc="score", unit="episode") as bar:
             episodes = []
-            for episode in rollout(trained, lambda: make_env(data["env"], spec), seeds, num_envs=50):
+            for episode in rollout(
+                trained, lambda: make_env(data["env"], spec, **config.score.options), seeds, num_envs=50
+            ):
                 episodes.append(episode)
                 bar.update()
         score = metrics.summarize_episodes(episodes, 0.0, [])

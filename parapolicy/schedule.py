@@ -144,9 +144,6 @@ def make_schedule(
     settings = {key: value for key, value in config.items() if not key.startswith("_")}
     if solver == "dpmsolver++":
         settings |= {} if order is None else {"solver_order": order}
-        if named.get(str(config.get("_class_name"))) != solver:
-            # "leading" skips the noisiest timesteps, "linspace" repeats one where T is the training's own number.
-            settings["timestep_spacing"] = "trailing"
     scheduler = SOLVERS[solver].from_config(settings)
     settings = scheduler.config
     count = settings["num_train_timesteps"]
@@ -158,13 +155,17 @@ def make_schedule(
     if settings.get("thresholding"):
         raise ValueError("thresholding is on, which is not linear in the state; turn it off and use clip_sample")
 
-    scheduler.set_timesteps(steps)
+    if solver == "dpmsolver++" and named.get(str(config.get("_class_name"))) != solver:
+        # Another solver's config: "leading" would skip the noisiest timesteps, "linspace" would repeat one at full T.
+        scheduler.set_timesteps(timesteps=[round(count - i * count / steps) - 1 for i in range(steps)])
+    else:
+        scheduler.set_timesteps(steps)
     timesteps = scheduler.timesteps.long()
     if len(timesteps) != steps or timesteps[0] >= count or timesteps[-1] < 0 or (timesteps.diff() >= 0).any():
         raise ValueError(
             f"{steps} steps with timestep_spacing {settings['timestep_spacing']!r} and steps_offset "
             f"{settings.get('steps_offset')} do not give {steps} distinct timesteps from {count - 1} to 0; "
-            "take fewer steps, or timestep_spacing 'trailing'"
+            "take another number of steps or timestep_spacing"
         )
     if solver == "dpmsolver++":
         # Its own config has no such key; a training config's clip_sample is honoured (see above).
@@ -232,6 +233,8 @@ def _ddim_tables(scheduler: Any, eta: float, use_clipped_model_output: bool) -> 
     direction = (1 - a_next - std**2) ** 0.5
     carry = direction / sigma
     gain = a_next**0.5 - carry * alpha
+    # With set_alpha_to_one off, the last step may change nothing (gain 0), yet a clipped excess still passes through.
+    gain = torch.where(gain.abs() < 1e-6, 1e-6, gain)
     overshoot = torch.zeros_like(a) if use_clipped_model_output else -carry * alpha / gain
     return {
         "A": carry,

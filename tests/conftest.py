@@ -1,0 +1,39 @@
+import os
+from pathlib import Path
+
+import hypothesis
+import pytest
+import torch
+
+import parapolicy
+
+ROOT = Path(__file__).resolve().parent.parent
+SHIPPED = ROOT / "checkpoints" / "pusht_lowdim"
+
+# Property tests run whole samplers: no time limit per example, and the same examples on every run.
+hypothesis.settings.register_profile("repeatable", deadline=None, derandomize=True, max_examples=40)
+hypothesis.settings.load_profile("repeatable")
+
+
+@pytest.fixture(autouse=True)
+def _seeded() -> None:
+    torch.manual_seed(0)
+
+
+@pytest.fixture(scope="session")
+def shipped() -> parapolicy.Policy:
+    """The shipped Push-T policy, on the CPU."""
+    return parapolicy.load_policy(SHIPPED, device="cpu")
+
+
+@pytest.fixture(scope="session")
+def demonstrations() -> Path:
+    """The published Push-T demonstrations, where they are at hand."""
+    path = Path(os.environ.get("PARAPOLICY_DEMONSTRATIONS", ROOT.parent / "shared" / "data"))
+    path = path if path.is_absolute() else ROOT / path
+    zarr = path / "pusht" / "pusht_cchi_v7_replay.zarr"
+    if not zarr.is_dir():
+        pytest.skip(
+            f"no Push-T demonstrations at {zarr}; set PARAPOLICY_DEMONSTRATIONS to the folder that holds pusht/"
+        )
+    return zarr

@@ -1,0 +1,236 @@
+"""Closed-loop episodes, their statistics, and the two commands as a user runs them."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import zarr
+
+import parapolicy
+from envs import make_env
+from parapolicy.evaluate import metrics
+from parapolicy.evaluate.latency import measure_chunks
+from parapolicy.evaluate.rollout import Episode, rollout
+from parapolicy.evaluate.statistics import mean_interval, proportion_interval
+from parapolicy.evaluate.variants import build_variants, find_baseline
+from tests.conftest import ROOT, SHIPPED
+from tests.helpers import small_policy, some_observation
+
+
+def run(script: str, *overrides: str, cwd: Path = ROOT) -> subprocess.CompletedProcess[str]:
+    command = [sys.executable, str(ROOT / script), *overrides]
+    return subprocess.run(command, capture_output=True, text=True, cwd=cwd, timeout=280)
+
+
+def test_episodes_do_not_depend_on_the_number_of_environments(shipped: parapolicy.Policy) -> None:
+    """Four seeds one at a time, three at a time and all at once: the same rewards, rounds and evaluations."""
+    policy = shipped.with_sampler("semi_implicit")
+    outcomes = []
+    for num_envs in (1, 3, 4):
+        episodes = rollout(
+            policy, lambda: make_env("pusht", policy.spec, max_episode_steps=24), range(100_000, 100_004), 0, num_envs
+        )
+        outcomes.append({episode.seed: episode for episode in episodes})
+    for other in outcomes[1:]:
+        assert other.keys() == outcomes[0].keys()
+        for seed, episode in other.items():
+            np.testing.assert_allclose(episode.rewards, outcomes[0][seed].rewards, rtol=1e-6)
+            assert episode.rounds == outcomes[0][seed].rounds
+            assert episode.evaluations == outcomes[0][seed].evaluations
+
+
+def test_rollout_executes_chunks_and_reports_progress(shipped: parapolicy.Policy) -> None:
+    steps: list[int] = []
+    (episode,) = rollout(
+        shipped.with_sampler("semi_implicit"),
+        lambda: make_env("pusht", shipped.spec, max_episode_steps=20, render_size=64),
+        [100_001],
+        record=[100_001],
+        progress=steps.append,
+    )
+    assert steps == [8, 8, 4]
+    assert (len(episode.rewards), len(episode.rounds), len(episode.observations)) == (20, 3, 3)
+    assert len(episode.frames) == 21
+    assert episode.max_reward == max(episode.rewards)
+
+
+def test_another_noise_seed_is_another_episode(shipped: parapolicy.Policy) -> None:
+    policy = shipped.with_schedule("ddim", 5)
+    rewards = []
+    for noise_seed in (0, 0, 1):
+        (episode,) = rollout(
+            policy, lambda: make_env("pusht", policy.spec, max_episode_steps=40), [100_002], noise_seed
+        )
+        rewards.append([float(step["agent_pos"][-1, 0]) for step in episode.observations])
+    assert rewards[0] == rewards[1] != rewards[2]
+
+
+def test_chunks_are_measured_against_sequential_with_the_same_noise() -> None:
+    policy = small_policy()
+    variants = build_variants(
+        policy,
+        [
+            "sequential",
+            {"name": "semi_implicit", "tolerance": 0.0, "label": "exact"},
+            {"name": "paradigms", "tolerance": 100.0, "window": 20, "label": "loose"},
+            {"name": "semi_implicit", "solver": "ddim", "steps": 5, "tolerance": 0.0, "label": "short"},
+        ],
+    )
+    observations = [some_observation(policy.spec, seed=i) for i in range(3)]
+    measured = measure_chunks(variants, observations)
+    assert {label: len(row.seconds) for label, row in measured.items()} == dict.fromkeys(variants, 3)
+    assert max(measured["sequential"].errors) == 0
+    assert max(measured["exact"].errors + measured["short"].errors) < 1e-5
+    assert min(measured["loose"].errors) > 1e-4
+    assert find_baseline(variants) == "sequential"
+    assert len(variants["short"].schedule) == 5
+
+
+@pytest.mark.parametrize(
+    ("entries", "message"),
+    [
+        ([], "samplers is empty"),
+        (["sequential", "sequential"], "label is 'sequential'"),
+        (["fast"], "sampler is 'fast'"),
+        ([{"name": "paradigms", "tol": 1}], r"no parameters \['tol'\]"),
+        ([{"window": 3}], "has no name"),
+        ([{"name": "sequential", "label": "../x"}], "label is '../x'"),
+    ],
+)
+def test_bad_sampler_lists_are_named(entries: Any, message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        build_variants(small_policy(), entries)
+
+
+def test_intervals_cover() -> None:
+    """95 % intervals of the mean hold the truth in about 95 % of 300 repetitions, for skewed rewards too."""
+    rng = np.random.default_rng(0)
+    hits = 0
+    for _ in range(300):
+        low, high = mean_interval(rng.beta(4, 1, 30))
+        hits += low <= 0.8 <= high
+    assert 0.90 <= hits / 300 <= 0.99
+    assert mean_interval([0.5, 0.5]) == (0.5, 0.5)
+    low, high = proportion_interval(0, 20)
+    assert (low, round(high, 3)) == (0.0, 0.161)
+
+
+def test_summaries_pair_by_seed() -> None:
+    def row(rewards: dict[int, float], p50: float) -> dict[str, Any]:
+        episodes = [
+            Episode(seed, [0.0, reward], reward >= 1, rounds=[3, 5], evaluations=[30, 50])
+            for seed, reward in rewards.items()
+        ]
+        return metrics.summarize_episodes(episodes, 2.0, ["a.mp4"]) | {"chunk_ms": {"p50": p50}}
+
+    ours, theirs = row({2: 0.5, 1: 1.0}, 10.0), row({1: 0.9, 2: 0.7}, 50.0)
+    result = metrics.compare(ours, theirs, "sequential")
+    assert result["paired_reward_difference"]["mean"] == pytest.approx(-0.05)
+    assert result["speedup_p50"] == 5.0
+    assert ours["mean_max_reward"] == ours["test/mean_score"] == ours["overall"]["avg_max_reward"] == 0.75
+    assert ours["overall"]["pc_success"] == 50.0
+    assert ours["test/sim_max_reward_2"] == 0.5
+    assert [episode["seed"] for episode in ours["per_episode"]] == [1, 2]
+    assert ours["rounds"]["mean"] == 4.0
+
+
+def test_eval_command(tmp_path: Path) -> None:
+    done = run(
+        "eval.py",
+        "episodes=2",
+        "samplers=[sequential,{name: semi_implicit, window: 10}]",
+        "env.options.max_episode_steps=16",
+        "latency_chunks=2",
+        "videos=1",
+        f"hydra.run.dir={tmp_path}",
+    )
+    assert done.returncode == 0, done.stderr
+    for text in ("semi_implicit", "mean max reward", "speed-up", str(tmp_path)):
+        assert text in done.stdout
+    results = json.loads((tmp_path / "results.json").read_text())
+    assert results["seeds"] == [100_000, 100_001]
+    assert {"machine", "versions", "env", "checkpoint", "test/mean_score"} <= results.keys()
+    row = results["samplers"]["semi_implicit"]
+    schema = """mean_max_reward mean_max_reward_ci95 success_rate success_rate_ci95 paired_reward_difference chunk_ms
+        speedup_p50 rounds evaluations chunk_error overall per_episode test/mean_score test/sim_max_reward_100001"""
+    assert set(schema.split()) <= row.keys()
+    assert row["rounds"]["mean"] < 100
+    assert row["chunk_error"]["max"] < 0.5
+    assert results["samplers"]["sequential"]["rounds"] == {"mean": 100.0, "p95": 100.0}
+    lines = [json.loads(line) for line in (tmp_path / "episodes.jsonl").read_text().splitlines()]
+    assert {(line["sampler"], line["seed"]) for line in lines} == {
+        (sampler, seed) for sampler in results["samplers"] for seed in (100_000, 100_001)
+    }
+    assert (tmp_path / "latency_reward.png").read_bytes()[:4] == b"\x89PNG"
+    video = tmp_path / "videos" / "semi_implicit_100000.mp4"
+    assert row["overall"]["video_paths"] == [str(video)]
+    assert video.read_bytes()[4:8] == b"ftyp"
+
+
+@pytest.mark.parametrize(
+    ("override", "message"),
+    [
+        ("episode=3", "episode"),
+        ("env=pushx", "Could not find 'env/pushx'"),
+        ("checkpoint=nowhere", "error: no checkpoint at 'nowhere'"),
+        ("samplers=[fast]", "error: sampler is 'fast', expected one of"),
+        ("device=cuda:99", "error: device 'cuda:99' is not to be had here"),
+        ("episodes=0", "error: episodes is 0"),
+    ],
+)
+def test_eval_errors_name_the_value(override: str, message: str, tmp_path: Path) -> None:
+    done = run("eval.py", override, f"hydra.run.dir={tmp_path}")
+    assert done.returncode != 0
+    assert message in done.stderr
+    assert "Traceback" not in done.stderr
+
+
+def test_train_command_then_eval(tmp_path: Path) -> None:
+    """Train on a made-up replay buffer, score in closed loop, write the card, load what was written."""
+    root = zarr.open_group(str(tmp_path / "replay.zarr"), mode="w")
+    rng = np.random.default_rng(0)
+    for name, width in {"state": 5, "action": 2}.items():
+        root[f"data/{name}"] = rng.uniform(50, 450, (60, width)).astype(np.float32)
+    root["meta/episode_ends"] = np.array([30, 60])
+    small = ["train.steps=4", "train.batch_size=8", "train.compile=false", "policy.network.down_dims=[16,32]"]
+    done = run(
+        "train.py",
+        "data=pusht_state",
+        f"data.path={tmp_path / 'replay.zarr'}",
+        f"output={tmp_path / 'policy'}",
+        "score.episodes=2",
+        "score.options.max_episode_steps=8",
+        *small,
+        f"hydra.run.dir={tmp_path / 'run'}",
+    )
+    assert done.returncode == 0, done.stderr
+    policy = parapolicy.load_policy(tmp_path / "policy")
+    assert dict(policy.spec.observation) == {"state": (5,)}
+    card = (tmp_path / "policy" / "README.md").read_text()
+    for text in ("data=pusht_state", "over 2 episodes, seeds from 100000", "steps 4", "seed 0"):
+        assert text in card
+    assert str(tmp_path / "replay.zarr") not in card
+
+
+@pytest.mark.parametrize(
+    ("override", "message"),
+    [
+        ("data.path=nowhere", "error: no data set at 'nowhere'"),
+        ("train.steps=4", "error: data.path is not set"),
+        ("train.stepz=4", "stepz"),
+    ],
+)
+def test_train_errors_name_the_value(override: str, message: str, tmp_path: Path) -> None:
+    done = run("train.py", override, f"hydra.run.dir={tmp_path}")
+    assert done.returncode != 0
+    assert message in done.stderr
+    assert "Traceback" not in done.stderr
+
+
+def test_the_shipped_policy_is_what_make_eval_runs() -> None:
+    assert "checkpoint: checkpoints/pusht_lowdim\n" in (ROOT / "conf" / "eval.yaml").read_text()
+    assert SHIPPED.is_dir()

@@ -1,0 +1,164 @@
+"""Observation in, chunk out: shapes, seeds, batches, and what is refused."""
+
+import subprocess
+import sys
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+import parapolicy
+from tests.helpers import small_policy, small_spec, some_observation
+
+
+def test_one_observation() -> None:
+    policy = small_policy()
+    chunk = policy.predict(some_observation(policy.spec), seed=1)
+    assert chunk.trajectory.shape == (8, 2)
+    assert chunk.actions.shape == (4, 2)
+    # The first predicted action belongs to the first observation step; execution begins at the newest.
+    np.testing.assert_array_equal(chunk.actions, chunk.trajectory[1:5])
+    assert chunk.stats.rounds == chunk.stats.evaluations == 20
+    assert chunk.stats.residual == 0
+    assert chunk.stats.seconds > 0
+
+
+@pytest.mark.parametrize("sampler", parapolicy.list_samplers())
+def test_a_batch_is_its_elements(sampler: str) -> None:
+    policy = small_policy().with_sampler(sampler)
+    observation = some_observation(policy.spec, batch=3)
+    batch = policy.predict(observation, seed=[4, 5, 6])
+    assert batch.actions.shape == (3, 4, 2)
+    for b in range(3):
+        single = policy.predict({key: value[b] for key, value in observation.items()}, seed=4 + b)
+        np.testing.assert_allclose(single.trajectory, batch.trajectory[b], atol=1e-2)  # units of 100
+        assert single.stats.evaluations == batch.stats.evaluations[b]
+
+
+def test_same_seed_same_chunk_and_given_noise() -> None:
+    policy = small_policy("semi_implicit")
+    observation = some_observation(policy.spec)
+    first, again, other = (policy.predict(observation, seed=seed).trajectory for seed in (1, 1, 2))
+    np.testing.assert_array_equal(first, again)
+    assert not np.allclose(first, other)
+    noise = parapolicy.draw_noise(policy.schedule, seed=1)
+    np.testing.assert_array_equal(policy.predict(observation, noise=noise).trajectory, first)
+
+
+def test_tensors_and_float64_are_taken() -> None:
+    policy = small_policy()
+    observation = some_observation(policy.spec)
+    expected = policy.predict(observation).trajectory
+    as_float64 = {key: value.astype(np.float64) for key, value in observation.items()}
+    as_tensors = {key: torch.from_numpy(value) for key, value in observation.items()}
+    np.testing.assert_array_equal(policy.predict(as_float64).trajectory, expected)
+    np.testing.assert_array_equal(policy.predict(as_tensors).trajectory, expected)
+
+
+def test_reproducible_batches_agree_to_the_bit_or_nearly() -> None:
+    """On x86 CPUs they agree to the bit; elsewhere the padding may not be enough for that."""
+    import dataclasses
+
+    policy = dataclasses.replace(small_policy("semi_implicit"), reproducible=True)
+    observation = some_observation(policy.spec, batch=5)
+    batch = policy.predict(observation, seed=range(5))
+    single = policy.predict({key: value[3] for key, value in observation.items()}, seed=3)
+    np.testing.assert_allclose(single.trajectory, batch.trajectory[3], rtol=0, atol=1e-3)
+
+
+BAD = {
+    "missing key": (lambda o: o.pop("points"), "lacks .'points'"),
+    "unknown key": (lambda o: o.update(image=np.zeros((2, 3))), "unknown keys .'image'"),
+    "wrong shape": (lambda o: o.update(points=np.zeros((2, 4, 2))), r"'points' has shape \(2, 4, 2\), expected"),
+    "too little history": (lambda o: o.update(position=np.zeros((1, 2))), r"'position' has shape \(1, 2\)"),
+    "mixed batches": (lambda o: o.update(points=np.zeros((1, 2, 3, 2))), "batch axis"),
+    "empty batch": (lambda o: o.update(position=np.zeros((0, 2, 2))), r"shape \(0, 2, 2\)"),
+    "NaN": (lambda o: o["position"].__setitem__((1, 0), np.nan), r"holds nan at index \(1, 0\)"),
+    "infinite": (lambda o: o["points"].__setitem__((0, 2, 1), np.inf), r"holds inf at index \(0, 2, 1\)"),
+    "text": (lambda o: o.update(position="left"), "no array of numbers"),
+}
+
+
+@pytest.mark.parametrize("case", BAD)
+def test_bad_observations_are_named(case: str) -> None:
+    policy = small_policy()
+    observation: dict[str, Any] = some_observation(policy.spec)
+    change, message = BAD[case]
+    change(observation)
+    with pytest.raises(parapolicy.ObservationError, match=message):
+        policy.predict(observation)
+
+
+def test_wrong_noise_is_named() -> None:
+    policy = small_policy()
+    noise = parapolicy.draw_noise(policy.with_schedule("ddim", 5).schedule)
+    with pytest.raises(ValueError, match=r"noise has shape \(6, 1, 8, 2\), expected \(21, 1, 8, 2\)"):
+        policy.predict(some_observation(policy.spec), noise=noise)
+
+
+@pytest.mark.parametrize("sampler", parapolicy.list_samplers())
+def test_a_chunk_that_is_not_finite_is_an_error(sampler: str) -> None:
+    policy = small_policy(sampler)
+    policy.network.final_conv[1].bias.fill_(torch.nan)
+    with pytest.raises(FloatingPointError, match="action chunk"):
+        policy.predict(some_observation(policy.spec))
+
+
+@pytest.mark.parametrize("device", ["cuda:99", "gpu"])
+def test_a_device_that_is_not_there_is_named(device: str, tmp_path: Any) -> None:
+    parapolicy.save_policy(small_policy(), tmp_path)
+    with pytest.raises(ValueError, match=f"device '{device}' is not to be had here"):
+        parapolicy.load_policy(tmp_path, device=device)
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device here")
+@pytest.mark.parametrize("sampler", parapolicy.list_samplers())
+def test_cuda_agrees_with_the_cpu(sampler: str, shipped: parapolicy.Policy, tmp_path: Any) -> None:
+    parapolicy.save_policy(shipped, tmp_path)
+    observation = some_observation(shipped.spec)
+    expected = shipped.with_sampler("sequential").predict(observation, seed=1).trajectory
+    parameters = {} if sampler == "sequential" else {"tolerance": 0.0}
+    policy = parapolicy.load_policy(tmp_path, sampler=sampler, device="cuda", **parameters)
+    np.testing.assert_allclose(policy.predict(observation, seed=1).trajectory, expected, atol=0.1)
+
+
+def test_history_pads_slides_and_resets() -> None:
+    history = parapolicy.ObservationHistory(small_spec())
+    with pytest.raises(parapolicy.ObservationError, match="empty"):
+        history.stacked()
+    steps = [{"position": np.full(2, i), "points": np.full((3, 2), i)} for i in range(3)]
+    history.push(steps[0])
+    assert history.stacked()["position"][:, 0].tolist() == [0, 0]
+    history.push(steps[1])
+    history.push(steps[2])
+    assert history.stacked()["points"][:, 0, 0].tolist() == [1, 2]
+    history.reset()
+    history.push(steps[2])
+    assert history.stacked()["position"][:, 0].tolist() == [2, 2]
+
+
+def test_history_refuses_and_keeps_what_it_had() -> None:
+    history = parapolicy.ObservationHistory(small_spec())
+    good = {"position": np.zeros(2), "points": np.zeros((3, 2))}
+    history.push(good)
+    for bad in ({"position": np.zeros(2)}, {**good, "position": np.zeros(3)}, {**good, "position": [np.nan, 0]}):
+        with pytest.raises(parapolicy.ObservationError):
+            history.push(bad)
+    assert np.isfinite(history.stacked()["position"]).all()
+
+
+def test_history_does_not_alias_the_callers_buffer() -> None:
+    history = parapolicy.ObservationHistory(small_spec())
+    buffer = {"position": np.zeros(2, np.float32), "points": np.zeros((3, 2), np.float32)}
+    history.push(buffer)
+    buffer["position"][:] = 9
+    history.push(buffer)
+    assert history.stacked()["position"][:, 0].tolist() == [0, 9]
+
+
+def test_the_library_imports_no_simulator_config_or_plotting() -> None:
+    modules = ["hydra", "omegaconf", "gymnasium", "gym_pusht", "matplotlib", "zarr", "pygame", "envs"]
+    code = f"import sys, parapolicy; print([m for m in {modules} if m in sys.modules])"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == "[]"
