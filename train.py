@@ -62,7 +62,7 @@ def run(config: DictConfig) -> None:
                 episodes.append(episode)
                 bar.update()
         score = metrics.summarize_episodes(episodes, 0.0, [])
-    overrides = [argument for argument in sys.argv[1:] if not argument.startswith("data.path=")]
+    overrides = [word for word in sys.argv[1:] if not word.startswith(("data.path=", "hydra."))]
     write_card(
         folder,
         spec,
