@@ -41,7 +41,7 @@ def run_episodes(policy: Policy, label: str, config: DictConfig, folder: Path) -
             seeds,
             config.noise_seed,
             config.num_envs,
-            record=seeds[: config.videos],
+            record=seeds[: config.videos] if isinstance(config.videos, int) else list(config.videos),
             progress=bar.update,
         ):
             bar.update(length - len(episode.rewards))
@@ -90,7 +90,7 @@ def evaluate(config: DictConfig) -> dict[str, Any]:
         row |= metrics.summarize_chunks(measured[label])
     for row in results["samplers"].values():
         row |= metrics.compare(row, results["samplers"][baseline], baseline) if baseline else {}
-    results["test/mean_score"] = results["samplers"][label]["test/mean_score"]  # the last sampler's
+    results["test/mean_score"] = list(results["samplers"].values())[-1]["test/mean_score"]
 
     (folder / "results.json").write_text(json.dumps(results, indent=2) + "\n")
     report.plot_latency_reward(results, folder / "latency_reward.png")

@@ -81,11 +81,11 @@ class PushT(gymnasium.Env):
             options: ``{"state": (5,)}`` begins at a recorded state instead: agent x, y, block x, y, angle.
         """
         super().reset(seed=seed)
-        _, info = self._simulator.reset(seed=seed)
+        self._simulator.reset(seed=seed)
         self._steps = 0
         if options is not None and "state" in options:
             self._set_state(np.asarray(options["state"], dtype=np.float64))
-        return self._observe(), info
+        return self._observe(), {**self._simulator._get_info(), "is_success": False}
 
     def step(self, action: Any) -> tuple[dict[str, np.ndarray], float, bool, bool, dict[str, Any]]:
         """Move the agent's target to ``action`` (2,), in pixels, for a tenth of a second."""

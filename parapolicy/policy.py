@@ -14,6 +14,7 @@ from torch import Tensor
 from parapolicy.checkpoint.native import read_checkpoint, write_checkpoint
 from parapolicy.checkpoint.spec import PolicySpec
 from parapolicy.denoiser import Denoiser, check_finite
+from parapolicy.errors import CheckpointError
 from parapolicy.networks import ConditionalUnet1D
 from parapolicy.noise import draw_noise
 from parapolicy.normalizer import Normalizer
@@ -140,7 +141,10 @@ def load_policy(
     chosen = make_sampler(sampler, **parameters)
     target = pick_device(device)
     spec, network, normalizer = read_checkpoint(folder)
-    schedule = make_schedule(spec.scheduler, sample_shape=(spec.horizon, spec.action_dim))
+    try:
+        schedule = make_schedule(spec.scheduler, sample_shape=(spec.horizon, spec.action_dim))
+    except (ValueError, TypeError, RuntimeError, NotImplementedError) as error:
+        raise CheckpointError(f"{folder}: its scheduler config gives no schedule: {error}") from error
     return Policy(spec, network.to(target), normalizer.to(target), schedule.to(target), chosen, target)
 
 

@@ -23,6 +23,7 @@ SOLVERS = {
     "ddim": DDIMScheduler,
     "dpmsolver++": DPMSolverMultistepScheduler,
 }
+MAX_TRAIN_TIMESTEPS = 10_000  # ten times the most in use; a larger number is a damaged config
 PREDICTIONS = ("epsilon", "sample", "v_prediction")
 
 
@@ -141,12 +142,14 @@ def make_schedule(
     if order is not None and solver != "dpmsolver++":
         raise ValueError(f"order is {order}, but only dpmsolver++ takes it; the solver is {solver}")
 
+    count = config.get("num_train_timesteps", 1000)
+    if not isinstance(count, int) or not 1 <= count <= MAX_TRAIN_TIMESTEPS:
+        raise ValueError(f"num_train_timesteps is {count!r}, expected 1 to {MAX_TRAIN_TIMESTEPS}")
     settings = {key: value for key, value in config.items() if not key.startswith("_")}
     if solver == "dpmsolver++":
         settings |= {} if order is None else {"solver_order": order}
     scheduler = SOLVERS[solver].from_config(settings)
     settings = scheduler.config
-    count = settings["num_train_timesteps"]
     steps = count if steps is None else steps
     if not 1 <= steps <= count:
         raise ValueError(f"steps is {steps}, expected 1 to {count}, the config's num_train_timesteps")

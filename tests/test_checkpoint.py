@@ -31,6 +31,10 @@ def edit_config(change: Callable[[dict[str, Any]], Any]) -> Callable[[Path], Non
     return edit
 
 
+def edit_scheduler(**changes: Any) -> Callable[[Path], None]:
+    return edit_config(lambda config: config["spec"]["scheduler"].update(changes))
+
+
 def edit_weights(change: Callable[[dict[str, torch.Tensor]], Any]) -> Callable[[Path], None]:
     def edit(folder: Path) -> None:
         tensors = load_file(folder / "model.safetensors")
@@ -88,6 +92,12 @@ DAMAGES = {
     "other width": (edit_config(lambda c: c["spec"]["network"].update(down_dims=[16, 64])), "calls for"),
     "other observation": (edit_config(lambda c: c["spec"]["observation"].update(position=[3])), "calls for"),
     "renamed observation": (edit_config(lambda c: c["spec"]["observation"].update(other=[2])), "missing tensors"),
+    "endless horizon": (edit_config(lambda c: c["spec"].update(horizon=2**40)), "horizon is 1099511627776"),
+    "endless schedule": (edit_scheduler(num_train_timesteps=10**12), "num_train_timesteps is 1000000000000"),
+    "unknown scheduler": (edit_scheduler(_class_name="PNDMScheduler"), "PNDMScheduler"),
+    "text for a beta": (edit_scheduler(beta_schedule="linear", beta_start="x"), "gives no schedule"),
+    "list of observations": (edit_config(lambda c: c["spec"].update(observation=[1])), "describes no policy"),
+    "odd embedding": (edit_config(lambda c: c["spec"]["network"].update(diffusion_step_embed_dim=3)), "embed_dim is 3"),
     "truncated weights": (truncate("model.safetensors", 0.5), "damaged"),
     "empty weights": (truncate("model.safetensors", 0.0), "damaged"),
     "pickled weights": (lambda f: torch.save({"a": 1}, f / "model.safetensors"), "damaged"),

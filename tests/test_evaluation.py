@@ -145,7 +145,7 @@ def test_eval_command(tmp_path: Path) -> None:
         "samplers=[sequential,{name: semi_implicit, window: 10}]",
         "env.options.max_episode_steps=16",
         "latency_chunks=2",
-        "videos=1",
+        "videos=[100000]",
         f"hydra.run.dir={tmp_path}",
     )
     assert done.returncode == 0, done.stderr

@@ -57,7 +57,7 @@ def read_checkpoint(folder: str | os.PathLike[str]) -> tuple[PolicySpec, Conditi
         spec = PolicySpec.from_dict(config["spec"])
         with torch.device("meta"):
             network = spec.build_network()
-    except (ValueError, TypeError, RuntimeError, OverflowError, ZeroDivisionError) as error:
+    except (ValueError, TypeError, AttributeError, RuntimeError, ArithmeticError) as error:
         raise CheckpointError(f"{folder / CONFIG} describes no policy: {error}") from error
 
     expected = {f"network.{name}": tuple(value.shape) for name, value in network.state_dict().items()}

@@ -10,6 +10,7 @@ import torch
 from parapolicy.networks import ConditionalUnet1D
 
 NETWORKS = {"unet1d": ConditionalUnet1D}
+MAX_HORIZON = 10_000  # no weight's shape depends on the horizon, so nothing else bounds what a damaged config asks for
 
 
 @dataclass(frozen=True)
@@ -48,6 +49,8 @@ class PolicySpec:
                 raise ValueError(f"{name} is {value!r}, expected a positive whole number")
         if not isinstance(self.control_hz, int | float) or not self.control_hz > 0:
             raise ValueError(f"control_hz is {self.control_hz!r}, expected a positive rate in Hz")
+        if self.horizon > MAX_HORIZON:
+            raise ValueError(f"horizon is {self.horizon}, expected at most {MAX_HORIZON}")
         most = self.horizon - (self.n_obs_steps - 1)
         if self.n_action_steps > most:
             raise ValueError(

@@ -14,6 +14,7 @@ matplotlib.use("Agg")
 import matplotlib.pyplot as plt
 import numpy as np
 import torch
+from matplotlib.ticker import LogLocator, NullFormatter, ScalarFormatter
 from rich.console import Console
 from rich.table import Table
 
@@ -21,21 +22,25 @@ from rich.table import Table
 def print_table(results: Mapping[str, Any], console: Console | None = None) -> None:
     """The per-sampler table of one ``results.json``."""
     title = f"{results['env']}, {results['checkpoint']}: {results['episodes']} episodes from seed {results['seeds'][0]}"
-    table = Table(title=title, caption="± and [ ]: 95 % intervals; chunk latency in ms at batch 1")
+    table = Table(title=title, caption="[ ]: 95 % intervals; chunk latency in ms at batch 1")
     headings = "sampler|mean max reward|success|paired diff|ms p50|p95|p99|speed-up|rounds (p95)|evals (p95)|error p95"
     for i, heading in enumerate(headings.split("|")):
-        table.add_column(heading, justify="right" if i else "left", no_wrap=True)
+        table.add_column(heading, justify="right" if i else "left")
     for name, row in results["samplers"].items():
         low, high = row["mean_max_reward_ci95"]
-        difference, latency = row.get("paired_reward_difference"), row["chunk_ms"]
+        latency = row["chunk_ms"]
+        difference = row.get("paired_reward_difference")
+        paired = "—"
+        if difference and difference["to"] != name:
+            paired = "{:+.3f} [{:+.3f}, {:+.3f}]".format(difference["mean"], *difference["ci95"])
         table.add_row(
             name,
-            f"{row['mean_max_reward']:.3f} ± {(high - low) / 2:.3f}",
+            f"{row['mean_max_reward']:.3f} [{low:.3f}, {high:.3f}]",
             f"{row['success_rate']:.2f}",
-            "{:+.3f} [{:+.3f}, {:+.3f}]".format(difference["mean"], *difference["ci95"]) if difference else "—",
-            *(f"{latency[name]:.1f}" for name in ("p50", "p95", "p99")),
+            paired,
+            *(f"{latency[percentile]:.1f}" for percentile in ("p50", "p95", "p99")),
             f"{row['speedup_p50']:.2f}×" if "speedup_p50" in row else "—",
-            *("{mean:.1f} ({p95:.0f})".format(**row[name]) for name in ("rounds", "evaluations")),
+            *("{mean:.1f} ({p95:.0f})".format(**row[cost]) for cost in ("rounds", "evaluations")),
             f"{row['chunk_error']['p95']:.1e}",
         )
     # Piped into a file the table would be folded at 80 columns.
@@ -55,16 +60,19 @@ def plot_latency_reward(results: Mapping[str, Any], path: Path) -> None:
             yerr=[[max(0.0, reward - low)], [max(0.0, high - reward)]],
             fmt="o",
             capsize=3,
-            label=name,
         )
+        axes.annotate(name, (latency["p50"], reward), xytext=(6, 6), textcoords="offset points")
     axes.set(
         xscale="log",
         xlabel="chunk latency, ms (p50, whisker to p95; batch 1)",
         ylabel="mean maximum reward (95 % interval)",
         title=f"{results['env']}: {results['episodes']} episodes",
     )
-    axes.grid(alpha=0.3, which="both")
-    axes.legend()
+    axes.xaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+    axes.xaxis.set_major_formatter(ScalarFormatter())
+    axes.xaxis.set_minor_formatter(NullFormatter())
+    axes.margins(x=0.2)
+    axes.grid(alpha=0.3)
     figure.savefig(path, dpi=150)
     plt.close(figure)
 

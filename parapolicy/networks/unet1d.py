@@ -114,6 +114,10 @@ class ConditionalUnet1D(nn.Module):
         super().__init__()
         if kernel_size % 2 == 0:
             raise ValueError(f"kernel_size is {kernel_size}, expected an odd number: an even one changes the horizon")
+        if diffusion_step_embed_dim < 4 or diffusion_step_embed_dim % 2:
+            raise ValueError(
+                f"diffusion_step_embed_dim is {diffusion_step_embed_dim}, expected an even number from 4 on"
+            )
         dims = [input_dim, *down_dims]
         levels = list(itertools.pairwise(dims))
         step_dim = diffusion_step_embed_dim
