@@ -22,6 +22,7 @@ class Denoiser:
         condition: (B, C), one row per batch element.
         reproducible: pad every network call to a multiple of ``REPRODUCIBLE_MULTIPLE``, so that a row's result does
             not depend on how many rows share its call.
+        max_batch: most rows per network call; None: no limit. Bounds the memory of the network's activations.
     """
 
     def __init__(
@@ -30,26 +31,34 @@ class Denoiser:
         schedule: Schedule,
         condition: Tensor,
         reproducible: bool = False,
+        max_batch: int | None = None,
     ) -> None:
         self.network = network
         self.schedule = schedule
         self.condition = condition
         self.reproducible = reproducible
+        self.max_batch = max_batch
 
     def __call__(self, x: Tensor, step: Tensor, element: Tensor) -> Tensor:
-        """u_j at N states in one network call.
+        """u_j at N states, in one network call or as few as ``max_batch`` allows.
 
         Args:
             x: states, (N, H, D).
             step: (N,) int64, the step index j of each.
             element: (N,) int64, the batch element of each.
         """
-        missing = -len(x) % REPRODUCIBLE_MULTIPLE if self.reproducible else 0
-        inputs: tuple[Tensor, ...] = (x, self.schedule.timesteps[step], self.condition[element])
+        inputs = (x, self.schedule.timesteps[step], self.condition[element])
+        parts = zip(*(value.split(self.max_batch or len(x)) for value in inputs), strict=True)
+        outputs = [self._run(*part) for part in parts]
+        output = outputs[0] if len(outputs) == 1 else torch.cat(outputs)
+        return self.schedule.estimate(output, x, step)
+
+    def _run(self, *inputs: Tensor) -> Tensor:
+        count = len(inputs[0])
+        missing = -count % REPRODUCIBLE_MULTIPLE if self.reproducible else 0
         if missing:
             inputs = tuple(functional.pad(value, (0, 0) * (value.ndim - 1) + (0, missing)) for value in inputs)
-        output = self.network(*inputs)[: len(x)]
-        return self.schedule.estimate(output, x, step)
+        return self.network(*inputs)[:count]
 
 
 def check_finite(value: Tensor, name: str) -> None:

@@ -1,9 +1,10 @@
 """From an observation to an action chunk."""
 
 import dataclasses
+import math
 import os
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -19,7 +20,7 @@ from parapolicy.networks import ConditionalUnet1D
 from parapolicy.noise import draw_noise
 from parapolicy.normalizer import Normalizer
 from parapolicy.observation import encode
-from parapolicy.samplers import Sampler, make_sampler
+from parapolicy.samplers import Sampler, make_sampler, never
 from parapolicy.schedule import Schedule, make_schedule
 
 
@@ -31,12 +32,14 @@ class ChunkStats:
         rounds: batched network calls, one after the other.
         evaluations: network evaluations.
         residual: root mean square change of the normalised trajectory in its last round.
+        complete: False where a deadline ended sampling early.
         seconds: wall time of the whole call.
     """
 
     rounds: Any
     evaluations: Any
     residual: Any
+    complete: Any
     seconds: float
 
 
@@ -65,6 +68,7 @@ class Policy:
         sampler: how the schedule is run.
         reproducible: make an element's result independent, to the bit on a CPU, of the batch it is computed in; costs
             up to three more network rows per call.
+        max_batch: most rows (states of all windows together) per network call; None: no limit. Bounds memory.
     """
 
     spec: PolicySpec
@@ -74,6 +78,11 @@ class Policy:
     sampler: Sampler
     device: torch.device
     reproducible: bool = False
+    max_batch: int | None = None
+
+    def __post_init__(self) -> None:
+        if self.max_batch is not None and self.max_batch < 1:
+            raise ValueError(f"max_batch is {self.max_batch}, expected at least 1, or None for no limit")
 
     def with_sampler(self, name: str, **parameters: Any) -> "Policy":
         """The same weights with another sampler; see :func:`parapolicy.samplers.make_sampler`."""
@@ -87,7 +96,11 @@ class Policy:
 
     @torch.inference_mode()
     def predict(
-        self, observation: Mapping[str, Any], noise: Tensor | None = None, seed: int | Sequence[int] = 0
+        self,
+        observation: Mapping[str, Any],
+        noise: Tensor | None = None,
+        seed: int | Sequence[int] = 0,
+        deadline: float | Callable[[], bool] | None = None,
     ) -> Chunk:
         """Sample one action chunk per observation history.
 
@@ -95,6 +108,9 @@ class Policy:
             observation: {key: (To, ...)} or {key: (B, To, ...)}, numbers in the environment's units.
             noise: (T + 1, B, H, Da) as :func:`parapolicy.draw_noise` gives it; None: drawn from ``seed``.
             seed: see :func:`parapolicy.draw_noise`.
+            deadline: a time of ``time.monotonic()``, or a function that returns True when time is up. It is looked at
+                after each round; when it has passed, the best estimate so far is returned, with its residual. One
+                round is always run, however late it is.
 
         Raises:
             ObservationError: a missing or unknown key, a wrong shape, or a value that is not finite.
@@ -109,19 +125,32 @@ class Policy:
         expected = (len(self.schedule) + 1, batch, self.spec.horizon, self.spec.action_dim)
         if tuple(noise.shape) != expected:
             raise ValueError(f"noise has shape {tuple(noise.shape)}, expected {expected}: (T + 1, B, H, Da)")
-        denoiser = Denoiser(self.network, self.schedule, condition, self.reproducible)
-        sample = self.sampler.sample(denoiser, self.schedule, noise.to(self.device, torch.float32))
+        denoiser = Denoiser(self.network, self.schedule, condition, self.reproducible, self.max_batch)
+        sample = self.sampler.sample(
+            denoiser, self.schedule, noise.to(self.device, torch.float32), _stop_function(deadline)
+        )
         check_finite(sample.x, "action chunk")
 
         trajectory = self.normalizer.unnormalize("action", sample.x).cpu().numpy()
         first = self.spec.n_obs_steps - 1
         actions = trajectory[:, first : first + self.spec.n_action_steps]
-        rounds, evaluations, residual = (v.cpu().numpy() for v in (sample.rounds, sample.evaluations, sample.residual))
+        costs = (sample.rounds, sample.evaluations, sample.residual, sample.complete)
+        rounds, evaluations, residual, complete = (value.cpu().numpy() for value in costs)
         seconds = time.perf_counter() - begin
         if batched:
-            return Chunk(actions, trajectory, ChunkStats(rounds, evaluations, residual, seconds))
-        stats = ChunkStats(int(rounds[0]), int(evaluations[0]), float(residual[0]), seconds)
+            return Chunk(actions, trajectory, ChunkStats(rounds, evaluations, residual, complete, seconds))
+        stats = ChunkStats(int(rounds[0]), int(evaluations[0]), float(residual[0]), bool(complete[0]), seconds)
         return Chunk(actions[0], trajectory[0], stats)
+
+
+def _stop_function(deadline: float | Callable[[], bool] | None) -> Callable[[], bool]:
+    if deadline is None:
+        return never
+    if callable(deadline):
+        return deadline
+    if math.isnan(deadline):
+        raise ValueError("deadline is nan, expected a time of time.monotonic() or a function")
+    return lambda: time.monotonic() >= deadline
 
 
 def load_policy(

@@ -1,7 +1,9 @@
 """Observation in, chunk out: shapes, seeds, batches, and what is refused."""
 
+import dataclasses
 import subprocess
 import sys
+import time
 from typing import Any
 
 import numpy as np
@@ -58,13 +60,44 @@ def test_tensors_and_float64_are_taken() -> None:
 
 def test_reproducible_batches_agree_to_the_bit_or_nearly() -> None:
     """On x86 CPUs they agree to the bit; elsewhere the padding may not be enough for that."""
-    import dataclasses
-
     policy = dataclasses.replace(small_policy("semi_implicit"), reproducible=True)
     observation = some_observation(policy.spec, batch=5)
     batch = policy.predict(observation, seed=range(5))
     single = policy.predict({key: value[3] for key, value in observation.items()}, seed=3)
     np.testing.assert_allclose(single.trajectory, batch.trajectory[3], rtol=0, atol=1e-3)
+
+
+@pytest.mark.parametrize("sampler", parapolicy.list_samplers())
+def test_a_deadline_ends_sampling_after_the_round(sampler: str) -> None:
+    policy = small_policy(sampler)
+    observation = some_observation(policy.spec)
+    whole = policy.predict(observation)
+    assert whole.stats.complete is True
+    past = policy.predict(observation, deadline=time.monotonic() - 1)
+    assert (past.stats.rounds, past.stats.complete) == (1, False)
+    never_up = policy.predict(observation, deadline=time.monotonic() + 3600)
+    np.testing.assert_array_equal(never_up.trajectory, whole.trajectory)
+    asked = []
+    two_rounds = policy.predict(observation, deadline=lambda: asked.append(1) or len(asked) == 2)
+    assert two_rounds.stats.rounds == len(asked) == 2
+    with pytest.raises(ValueError, match="deadline is nan"):
+        policy.predict(observation, deadline=float("nan"))
+
+
+@pytest.mark.parametrize("sampler", parapolicy.list_samplers())
+def test_max_batch_bounds_every_call_and_changes_nothing(sampler: str) -> None:
+    policy = small_policy(sampler)
+    sizes: list[int] = []
+    policy.network.register_forward_pre_hook(lambda network, inputs: sizes.append(len(inputs[0])))
+    observation = some_observation(policy.spec, batch=3)
+    whole = policy.predict(observation)
+    largest = max(sizes)
+    sizes.clear()
+    parts = dataclasses.replace(policy, max_batch=2).predict(observation)
+    assert max(sizes) == 2 < largest
+    np.testing.assert_allclose(parts.trajectory, whole.trajectory, atol=1e-2)
+    with pytest.raises(ValueError, match="max_batch is 0"):
+        dataclasses.replace(policy, max_batch=0)
 
 
 BAD = {

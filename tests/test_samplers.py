@@ -182,6 +182,45 @@ def test_small_networks_at_tolerance_zero(name: str, window: int, batch: int, se
     torch.testing.assert_close(sample.x, expected.x, rtol=0, atol=1e-4)
 
 
+def stop_after(rounds: int) -> Callable[[], bool]:
+    asked = iter(range(1, 1000))
+    return lambda: next(asked) >= rounds
+
+
+@pytest.mark.parametrize("name", ["sequential", *PARALLEL])
+@given(problem=problems(), data=st.data())
+def test_stopping_early_returns_what_there_is(name: str, problem: Any, data: st.DataObject) -> None:
+    """At least one round, never more than asked for; enough rounds give the complete sample, to the bit."""
+    schedule, denoiser, noise = problem
+    sampler = make_sampler(name) if name == "sequential" else make_sampler(name, window=data.draw(st.integers(1, 20)))
+    whole = sampler.sample(denoiser, schedule, noise)
+    assert whole.complete.all()
+    budget = data.draw(st.integers(0, len(schedule) + 1))
+    early = sampler.sample(denoiser, schedule, noise, stop_after(budget))
+    assert torch.equal(early.rounds, whole.rounds.clamp(max=max(1, budget)))
+    assert (early.evaluations <= whole.evaluations).all()
+    assert torch.equal(early.complete, whole.rounds <= max(1, budget))
+    assert torch.isfinite(early.x).all()
+    assert torch.equal(early.x[early.complete], whole.x[early.complete])
+
+
+@pytest.mark.parametrize("name", ["sequential", *PARALLEL])
+def test_a_stopped_sample_is_already_an_estimate(name: str, shipped: parapolicy.Policy) -> None:
+    """Nearly all of the rounds leave less of the way than one does, and the residual says so."""
+    condition = torch.rand(4, shipped.spec.condition_dim) * 2 - 1
+    denoiser = Denoiser(shipped.network, shipped.schedule, condition)
+    noise = parapolicy.draw_noise(shipped.schedule, 4, seed=0)
+    with torch.inference_mode():
+        sampler = make_sampler(name)
+        whole = sampler.sample(denoiser, shipped.schedule, noise)
+        rounds = int(whole.rounds.min())
+        late = sampler.sample(denoiser, shipped.schedule, noise, stop_after(rounds * 9 // 10))
+        once = sampler.sample(denoiser, shipped.schedule, noise, stop_after(1))
+    assert once.x.abs().max() <= 1.0  # an estimate of the clean sample, not a noisy state
+    assert (late.x - whole.x).square().mean() < 0.5 * (once.x - whole.x).square().mean()
+    assert (late.residual < once.residual).all()
+
+
 def published_paradigms(
     predict: Callable[[Tensor, Tensor], Tensor], scheduler: Any, noise: Tensor, window: int, tolerance: float
 ) -> tuple[Tensor, int]:

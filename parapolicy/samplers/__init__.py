@@ -3,7 +3,7 @@
 import dataclasses
 from typing import Any
 
-from parapolicy.samplers.base import DenoiserLike, Sample, Sampler
+from parapolicy.samplers.base import DenoiserLike, Sample, Sampler, never
 from parapolicy.samplers.paradigms import ParaDiGMS
 from parapolicy.samplers.semi_implicit import SemiImplicit
 from parapolicy.samplers.sequential import Sequential
@@ -20,6 +20,7 @@ __all__ = [
     "Sequential",
     "list_samplers",
     "make_sampler",
+    "never",
 ]
 
 

@@ -1,5 +1,6 @@
 """What every sampler takes and returns."""
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -19,21 +20,41 @@ class Sample:
     """A batch of samples and what they cost.
 
     Attributes:
-        x: the last states, (B, H, D).
+        x: the last states, (B, H, D); the best estimate of them where sampling was stopped early.
         rounds: batched network calls that each element took part in one after the other, (B,) int64.
         evaluations: network evaluations spent on each element, (B,) int64.
-        residual: root mean square change of x in the round that settled it, (B,); 0 where x is exact.
+        residual: root mean square change of the estimate of x in its last round, (B,); 0 where x is exact.
+        complete: (B,) bool, False where sampling was stopped before the sampler's own rule did.
     """
 
     x: Tensor
     rounds: Tensor
     evaluations: Tensor
     residual: Tensor
+    complete: Tensor
+
+
+def never() -> bool:
+    """The ``stop`` of a sampler that may take its time."""
+    return False
 
 
 class Sampler(Protocol):
     """A pure function of denoiser, schedule and noise; its parameters are dataclass fields."""
 
-    def sample(self, denoiser: DenoiserLike, schedule: Schedule, noise: Tensor) -> Sample:
-        """noise: (T + 1, B, H, D): [0] is the first state, [j + 1] the noise of step j."""
+    def sample(
+        self, denoiser: DenoiserLike, schedule: Schedule, noise: Tensor, stop: Callable[[], bool] = never
+    ) -> Sample:
+        """Draw a batch of samples.
+
+        Args:
+            noise: (T + 1, B, H, D): [0] is the first state, [j + 1] the noise of step j.
+            stop: asked after every round; True ends sampling there with the best estimate so far. One round is
+                always run.
+        """
         ...
+
+
+def root_mean_square(value: Tensor) -> Tensor:
+    """(B, H, D) -> (B,)."""
+    return value.square().mean((1, 2)).sqrt()

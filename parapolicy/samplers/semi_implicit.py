@@ -4,12 +4,13 @@ This is the "order T" fixed-point system of ParaTAA (Tang et al., ICML 2024) wit
 sliding window of ParaDiGMS (Shih et al., NeurIPS 2023).
 """
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
-from parapolicy.samplers.base import DenoiserLike, Sample
+from parapolicy.samplers.base import DenoiserLike, Sample, never
 from parapolicy.samplers.window import SlidingWindows, check_window
 from parapolicy.schedule import Schedule
 
@@ -33,21 +34,18 @@ class SemiImplicit:
     def __post_init__(self) -> None:
         check_window(self.window, self.tolerance)
 
-    def sample(self, denoiser: DenoiserLike, schedule: Schedule, noise: Tensor) -> Sample:
-        steps, batch = len(schedule), noise.shape[1]
-        x = noise[0][:, None].repeat(1, steps + 1, 1, 1)  # (B, T + 1, H, D)
-        u = torch.zeros_like(x)  # [:, j + 1] is u_j, [:, 0] stands before the first
-        z = noise[1:].transpose(0, 1)  # (B, T, H, D)
-        limit = self.tolerance**2 * _settling_variance(schedule)
-        residual = x.new_zeros(batch)
-        windows = SlidingWindows(batch, steps, self.window, x.device)
-        every = torch.arange(batch, device=x.device)[:, None]
-        _extrapolate(x, u, z, schedule, every, torch.zeros_like(every), len(windows.offsets))
+    def sample(
+        self, denoiser: DenoiserLike, schedule: Schedule, noise: Tensor, stop: Callable[[], bool] = never
+    ) -> Sample:
+        windows = SlidingWindows(schedule, noise, self.window)
+        x, u, z = windows.x, windows.u, windows.z
+        limit = self.tolerance**2 * _settling_variance(schedule)  # (T,)
 
         while (entries := windows.next_round()) is not None:
             row, step, valid = entries
-            flat = row.expand_as(step)[valid], step[valid]
-            u[flat[0], flat[1] + 1] = denoiser(x[flat], flat[1], flat[0])
+            windows.extrapolate(row, step[:, -1] + 1)
+            target = row.expand_as(step)[valid], step[valid] + 1
+            u[target] = denoiser(x[target[0], step[valid]], step[valid], target[0])
             drive = schedule.drive(u[row, step + 1], u[row, step], z[row, step], step)
             gain = schedule.A[step][..., None, None]
             state = x[row[:, 0], step[:, 0]]
@@ -57,26 +55,11 @@ class SemiImplicit:
                 states.append(state)
             after = torch.stack(states, 1)  # (A, W, H, D)
             change = (after - x[row, step + 1]).square().mean((2, 3))  # (A, W)
-
-            x[flat[0], flat[1] + 1] = after[valid]
-            residual[row[:, 0]] = change.gather(1, valid.sum(1, keepdim=True) - 1).sqrt()[:, 0]
-            end = step[:, -1:] + 1
-            start = windows.advance(entries, change <= limit[step])
-            new_end = (start[:, None] + step.shape[1]).clamp(max=steps)
-            _extrapolate(x, u, z, schedule, row, end, int((new_end - end).max()))
-        return Sample(x[:, -1], windows.rounds, windows.evaluations, residual)
-
-
-def _extrapolate(x: Tensor, u: Tensor, z: Tensor, schedule: Schedule, row: Tensor, end: Tensor, count: int) -> None:
-    """Fill ``count`` states after each row's state ``end`` (A, 1), as far as there are states, holding the last u."""
-    unfinished = end[:, 0] < len(schedule)
-    row, end = row[unfinished], end[unfinished]
-    last_u = u[row, end]  # u_{end-1}
-    for i in range(count):
-        step = (end + i).clamp(max=len(schedule) - 1)
-        x[row, step + 1] = schedule.A[step][..., None, None] * x[row, step] + schedule.drive(
-            last_u, last_u, z[row, step], step
-        )
+            x[target] = after[valid]
+            windows.advance(entries, change <= limit[step])
+            if stop():
+                break
+        return windows.result()
 
 
 def _settling_variance(schedule: Schedule) -> Tensor:

@@ -1,19 +1,25 @@
 """One step after the other: the reference that every other sampler is measured against."""
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
-from parapolicy.samplers.base import DenoiserLike, Sample
+from parapolicy.samplers.base import DenoiserLike, Sample, never, root_mean_square
 from parapolicy.schedule import Schedule
 
 
 @dataclass(frozen=True)
 class Sequential:
-    """Ancestral sampling (Ho et al., 2020) or whichever solver the schedule holds; T rounds."""
+    """Ancestral sampling (Ho et al., 2020) or whichever solver the schedule holds; T rounds.
 
-    def sample(self, denoiser: DenoiserLike, schedule: Schedule, noise: Tensor) -> Sample:
+    Stopped early, it returns the last estimate of the clean sample.
+    """
+
+    def sample(
+        self, denoiser: DenoiserLike, schedule: Schedule, noise: Tensor, stop: Callable[[], bool] = never
+    ) -> Sample:
         x = noise[0]
         u = torch.zeros_like(x)
         element = torch.arange(len(x), device=x.device)
@@ -21,5 +27,9 @@ class Sequential:
             step = torch.full_like(element, j)
             previous_u, u = u, denoiser(x, step, element)
             x = schedule.step(x, u, previous_u, noise[j + 1], step)
-        count = torch.full_like(element, len(schedule))
-        return Sample(x=x, rounds=count, evaluations=count, residual=x.new_zeros(len(x)))
+            if stop():
+                break
+        complete = torch.full_like(element, j + 1 == len(schedule), dtype=torch.bool)
+        residual = torch.where(complete, 0.0, root_mean_square(u - previous_u))
+        count = torch.full_like(element, j + 1)
+        return Sample(x if j + 1 == len(schedule) else u, count, count, residual, complete)

@@ -5,6 +5,9 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from parapolicy.samplers.base import Sample, root_mean_square
+from parapolicy.schedule import Schedule
+
 
 class Entries(NamedTuple):
     """One round's window, for the A elements that are still at work.
@@ -21,19 +24,30 @@ class Entries(NamedTuple):
 
 
 class SlidingWindows:
-    """One window per batch element; an element stops when its window has passed step T - 1.
+    """The trajectories of a batch and one window on each; an element is done when its window has passed step T - 1.
+
+    Args:
+        schedule: the steps.
+        noise: (T + 1, B, H, D) as samplers take it.
+        window: most steps evaluated per round.
 
     Attributes:
-        start: (B,) first step of each window; the state there is settled.
-        rounds, evaluations: (B,) what each element has cost so far.
+        x: (B, T + 1, H, D) states. All begin as the first one.
+        u: (B, T + 1, H, D); [:, j + 1] is u_j, and [:, 0], before the first, is 0.
+        z: (B, T, H, D) noise.
+        end: (B,) the last state that a round has computed.
     """
 
-    def __init__(self, batch: int, steps: int, window: int, device: torch.device) -> None:
-        self.steps = steps
-        self.offsets = torch.arange(min(window, steps), device=device)
-        self.start = torch.zeros(batch, dtype=torch.int64, device=device)
-        self.rounds = torch.zeros_like(self.start)
-        self.evaluations = torch.zeros_like(self.start)
+    def __init__(self, schedule: Schedule, noise: Tensor, window: int) -> None:
+        self.schedule, self.steps = schedule, len(schedule)
+        self.x = noise[0][:, None].repeat(1, self.steps + 1, 1, 1)
+        self.u = torch.zeros_like(self.x)
+        self.z = noise[1:].transpose(0, 1)
+        self.offsets = torch.arange(min(window, self.steps), device=noise.device)
+        self.start = torch.zeros(noise.shape[1], dtype=torch.int64, device=noise.device)
+        self.end, self.rounds, self.evaluations = (torch.zeros_like(self.start) for _ in range(3))
+        self.newest = torch.zeros_like(noise[0])  # (B, H, D) the estimate that each element's last round ended with
+        self.residual = noise.new_zeros(noise.shape[1])
 
     def next_round(self) -> Entries | None:
         """The entries to evaluate, or None when every element is done."""
@@ -46,16 +60,41 @@ class SlidingWindows:
         self.evaluations[row[:, 0]] += valid.sum(1)
         return Entries(row, step.clamp(max=self.steps - 1), valid)
 
-    def advance(self, entries: Entries, settled: Tensor) -> Tensor:
+    def advance(self, entries: Entries, settled: Tensor) -> None:
         """Move past every leading settled state and the one after it.
 
         The state after the first unsettled index depends on settled values only, so it is final too: at least one
-        step per round. ``settled`` (A, W) speaks of the states that follow each entry. Returns the new starts, (A,).
+        step per round. ``settled`` (A, W) speaks of the states that follow each entry.
         """
-        leading = (settled & entries.valid).long().cumprod(1).sum(1)
         row = entries.row[:, 0]
-        self.start[row] = (self.start[row] + (leading + 1).clamp(max=len(self.offsets))).clamp(max=self.steps)
-        return self.start[row]
+        leading = (settled & entries.valid).long().cumprod(1).sum(1)
+        self.start[row] += (leading + 1).clamp(max=len(self.offsets))
+        self.start.clamp_(max=self.steps)
+        self.end[row] = entries.step[:, -1] + 1
+        newest = self.u[row, self.end[row]]
+        self.residual[row] = root_mean_square(newest - self.newest[row])
+        self.newest[row] = newest
+
+    def extrapolate(self, row: Tensor, new_end: Tensor) -> None:
+        """Fill the states after ``end`` up to ``new_end`` (A,), holding the last u; ``row`` is (A, 1)."""
+        row, count = row[:, 0], int((new_end - self.end[row[:, 0]]).max())
+        unfinished = self.end[row] < self.steps
+        row = row[unfinished]
+        end = self.end[row]
+        last_u = self.u[row, end]  # u_{end-1}
+        for i in range(count):
+            # Rows that are asked for less are filled further; their next round overwrites that.
+            step = (end + i).clamp(max=self.steps - 1)
+            drive = self.schedule.drive(last_u, last_u, self.z[row, step], step)
+            self.x[row, step + 1] = self.schedule.A[step, None, None] * self.x[row, step] + drive
+
+    def result(self) -> Sample:
+        """The last states, extrapolated where sampling was stopped early."""
+        complete = self.start >= self.steps
+        if not complete.all():
+            every = torch.arange(len(complete), device=complete.device)[:, None]
+            self.extrapolate(every, torch.full_like(self.end, self.steps))
+        return Sample(self.x[:, -1], self.rounds, self.evaluations, self.residual, complete)
 
 
 def check_window(window: int, tolerance: float) -> None:
