@@ -19,6 +19,7 @@ from tqdm import tqdm
 import parapolicy
 from envs import make_env
 from parapolicy.evaluate import metrics, report
+from parapolicy.evaluate.fidelity import measure_fidelity
 from parapolicy.evaluate.latency import measure_chunks
 from parapolicy.evaluate.rollout import Episode, rollout
 from parapolicy.evaluate.variants import build_variants, find_baseline
@@ -86,6 +87,14 @@ def evaluate(config: DictConfig) -> dict[str, Any]:
     with tqdm(total=len(chosen) * len(variants), desc="latency", unit="chunk") as bar:
         measured = measure_chunks(variants, chosen, config.noise_seed, bar.update)
     baseline = find_baseline(variants)
+    if config.fidelity.observations:
+        chosen = observations[:: max(1, len(observations) // config.fidelity.observations)]
+        chosen = chosen[: config.fidelity.observations]
+        with tqdm(total=len(chosen) * (len(variants) + 2), desc="fidelity", unit="set") as bar:
+            reference = policy.with_sampler("sequential")
+            distances = measure_fidelity(variants, reference, chosen, config.fidelity.draws, bar.update)
+        for label, row in results["samplers"].items():
+            row["energy_distance"] = metrics.summarize_distances(distances[label], distances["resampling"])
     for label, row in results["samplers"].items():
         row |= metrics.summarize_chunks(measured[label])
     for row in results["samplers"].values():

@@ -146,6 +146,8 @@ def test_eval_command(tmp_path: Path) -> None:
         "env.options.max_episode_steps=16",
         "latency_chunks=2",
         "videos=[100000]",
+        "fidelity.observations=1",
+        "fidelity.draws=4",
         f"hydra.run.dir={tmp_path}",
     )
     assert done.returncode == 0, done.stderr
@@ -160,6 +162,8 @@ def test_eval_command(tmp_path: Path) -> None:
     assert set(schema.split()) <= row.keys()
     assert row["rounds"]["mean"] < 100
     assert row["chunk_error"]["max"] < 0.5
+    assert row["energy_distance"]["observations"] == 1
+    assert "energy distance" in done.stdout
     assert results["samplers"]["sequential"]["rounds"] == {"mean": 100.0, "p95": 100.0}
     lines = [json.loads(line) for line in (tmp_path / "episodes.jsonl").read_text().splitlines()]
     assert {(line["sampler"], line["seed"]) for line in lines} == {

@@ -76,6 +76,17 @@ def summarize_chunks(measured: ChunkMeasurements) -> dict[str, Any]:
     }
 
 
+def summarize_distances(distances: Sequence[float], resampling: Sequence[float]) -> dict[str, float]:
+    """Energy distance to the reference's chunks, beside the distance of its own independent chunks."""
+    return {
+        "mean": float(np.mean(distances)),
+        "max": float(np.max(distances)),
+        "resampling_mean": float(np.mean(resampling)),
+        "resampling_max": float(np.max(resampling)),
+        "observations": len(distances),
+    }
+
+
 def compare(row: dict[str, Any], baseline: dict[str, Any], name: str) -> dict[str, Any]:
     """Speed-up over the baseline, and the reward difference to it, paired by seed."""
     rewards, others = (

@@ -24,6 +24,9 @@ def print_table(results: Mapping[str, Any], console: Console | None = None) -> N
     title = f"{results['env']}, {results['checkpoint']}: {results['episodes']} episodes from seed {results['seeds'][0]}"
     table = Table(title=title, caption="[ ]: 95 % intervals; chunk latency in ms at batch 1")
     headings = "sampler|mean max reward|success|paired diff|ms p50|p95|p99|speed-up|rounds (p95)|evals (p95)|error p95"
+    measured = next(iter(results["samplers"].values())).get("energy_distance")
+    if measured:
+        headings += f"|energy distance (resampling {measured['resampling_mean']:.4f})"
     for i, heading in enumerate(headings.split("|")):
         table.add_column(heading, justify="right" if i else "left")
     for name, row in results["samplers"].items():
@@ -42,6 +45,7 @@ def print_table(results: Mapping[str, Any], console: Console | None = None) -> N
             f"{row['speedup_p50']:.2f}×" if "speedup_p50" in row else "—",
             *("{mean:.1f} ({p95:.0f})".format(**row[cost]) for cost in ("rounds", "evaluations")),
             f"{row['chunk_error']['p95']:.1e}",
+            *([f"{row['energy_distance']['mean']:.4f}"] if measured else []),
         )
     # Piped into a file the table would be folded at 80 columns.
     (console or Console(width=None if os.isatty(1) else 160)).print(table)

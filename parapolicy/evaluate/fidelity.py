@@ -1,0 +1,56 @@
+"""Does a sampler draw from the policy's own distribution? Reward alone does not tell."""
+
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import numpy as np
+from scipy.spatial.distance import cdist, pdist
+
+from parapolicy.policy import Policy
+
+
+def energy_distance(a: np.ndarray, b: np.ndarray) -> float:
+    """Energy distance (Székely and Rizzo, 2013) of two samples (n, D) and (m, D), unbiased: around 0 for equal laws.
+
+    2 E|X - Y| - E|X - X'| - E|Y - Y'| over pairs of different draws; it can come out slightly negative.
+    """
+    return float(2 * cdist(a, b).mean() - pdist(a).mean() - pdist(b).mean())
+
+
+def measure_fidelity(
+    policies: Mapping[str, Policy],
+    reference: Policy,
+    observations: Sequence[Mapping[str, np.ndarray]],
+    draws: int = 150,
+    progress: Callable[[int], Any] = lambda sets: None,
+) -> dict[str, list[float]]:
+    """Energy distance of each policy's chunks from the reference's, one figure per observation.
+
+    Args:
+        policies: label -> policy, of the reference's weights.
+        reference: the sampler that defines the distribution: the trained schedule, run sequentially.
+        observations: {key: (To, ...)} each, unbatched.
+        draws: chunks per set. Every set has noise of its own, so that equal noise cannot pass for equal laws.
+        progress: called with 1 after each set.
+
+    Returns:
+        label -> distances. Under ``"resampling"``: between two independent sets of the reference's own chunks, which
+        is what a perfect sampler would show.
+    """
+    sets = {"resampling": reference, **policies}
+    distances: dict[str, list[float]] = {label: [] for label in sets}
+    for i, observation in enumerate(observations):
+
+        def draw(policy: Policy, which: int, i: int = i, observation: Mapping[str, np.ndarray] = observation) -> Any:
+            batch = {key: np.repeat(value[None], draws, axis=0) for key, value in observation.items()}
+            chunk = policy.predict(batch, seed=int(np.random.SeedSequence((i, which)).generate_state(1)[0]))
+            affine = policy.normalizer.maps["action"]
+            normalized = chunk.trajectory * affine.scale.cpu().numpy() + affine.offset.cpu().numpy()
+            return normalized.reshape(draws, -1)
+
+        target = draw(reference, 0)
+        progress(1)
+        for which, (label, policy) in enumerate(sets.items(), start=1):
+            distances[label].append(energy_distance(draw(policy, which), target))
+            progress(1)
+    return distances

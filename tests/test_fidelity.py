@@ -1,0 +1,43 @@
+from math import erf, exp, pi, sqrt
+
+import numpy as np
+import pytest
+
+from parapolicy.evaluate.fidelity import energy_distance, measure_fidelity
+from parapolicy.evaluate.variants import build_variants
+from tests.helpers import small_policy, some_observation
+
+
+def test_energy_distance_of_known_laws() -> None:
+    """Unbiased around 0 for equal laws; for N(0, 1) and N(mu, 1) in one dimension the value is known in closed form."""
+    rng = np.random.default_rng(0)
+    same = [energy_distance(*rng.standard_normal((2, 100, 3))) for _ in range(200)]
+    assert abs(np.mean(same)) < 4 * np.std(same) / 200**0.5
+    shift = 1.5
+    values = [energy_distance(rng.standard_normal((300, 1)), rng.standard_normal((300, 1)) + shift) for _ in range(50)]
+
+    # E|N(m, 2)| = 2 / sqrt(pi) exp(-m^2 / 4) + m erf(m / 2)
+    def mean_abs(m: float) -> float:
+        return 2 / sqrt(pi) * exp(-(m**2) / 4) + m * erf(m / 2)
+
+    expected = 2 * mean_abs(shift) - 2 * mean_abs(0)
+    assert np.mean(values) == pytest.approx(expected, abs=4 * np.std(values) / 50**0.5)
+
+
+def test_an_exact_sampler_is_as_near_as_resampling_and_a_wrong_one_is_not() -> None:
+    policy = small_policy()
+    variants = build_variants(
+        policy,
+        [
+            {"name": "semi_implicit", "tolerance": 0.0, "label": "exact"},
+            {"name": "sequential", "solver": "ddim", "steps": 2, "label": "short"},
+        ],
+    )
+    observations = [some_observation(policy.spec, seed=i) for i in range(3)]
+    sets: list[int] = []
+    distances = measure_fidelity(variants, policy, observations, draws=200, progress=sets.append)
+    assert {label: len(values) for label, values in distances.items()} == {"resampling": 3, "exact": 3, "short": 3}
+    assert sum(sets) == 3 * 4
+    floor = max(np.abs(distances["resampling"]))
+    assert np.mean(distances["exact"]) < 4 * floor
+    assert np.mean(distances["short"]) > 10 * floor
