@@ -58,6 +58,11 @@ def run_episodes(policy: Policy, label: str, config: DictConfig, folder: Path) -
     return episodes, metrics.summarize_episodes(episodes, time.perf_counter() - begin, videos)
 
 
+def spread(items: list[Any], count: int) -> list[Any]:
+    """About ``count`` of the items, evenly spaced."""
+    return items[:: max(1, len(items) // count)][:count]
+
+
 def evaluate(config: DictConfig) -> dict[str, Any]:
     """Run the whole evaluation and write its folder; returns what ``results.json`` holds."""
     if config.episodes < 1 or config.latency_chunks < 1:
@@ -80,16 +85,15 @@ def evaluate(config: DictConfig) -> dict[str, Any]:
     observations: list[Any] = []
     for label, variant in variants.items():
         episodes, results["samplers"][label] = run_episodes(variant, label, config, folder)
+        episodes.sort(key=lambda episode: episode.seed)
         observations = observations or [step for episode in episodes for step in episode.observations]
 
-    stride = max(1, len(observations) // config.latency_chunks)
-    chosen = observations[::stride][: config.latency_chunks]
+    chosen = spread(observations, config.latency_chunks)
     with tqdm(total=len(chosen) * len(variants), desc="latency", unit="chunk") as bar:
         measured = measure_chunks(variants, chosen, config.noise_seed, bar.update)
     baseline = find_baseline(variants)
     if config.fidelity.observations:
-        chosen = observations[:: max(1, len(observations) // config.fidelity.observations)]
-        chosen = chosen[: config.fidelity.observations]
+        chosen = spread(observations, config.fidelity.observations)
         with tqdm(total=len(chosen) * (len(variants) + 2), desc="fidelity", unit="set") as bar:
             reference = policy.with_sampler("sequential")
             distances = measure_fidelity(variants, reference, chosen, config.fidelity.draws, bar.update)

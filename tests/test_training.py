@@ -22,7 +22,8 @@ CONFIG = TrainConfig(steps=12, batch_size=8, warmup_steps=3, checkpoint_every=4,
 def buffer(tmp_path: Path) -> Path:
     """Three episodes of 5, 9 and 20 steps in the published layout."""
     path = tmp_path / "replay.zarr"
-    root = zarr.open_group(str(path), mode="w", zarr_format=2) if int(zarr.__version__[0]) > 2 else zarr.open(str(path))
+    layout = {"zarr_format": 2} if int(zarr.__version__[0]) > 2 else {}  # the published one; zarr 2 knows no other
+    root = zarr.open_group(str(path), mode="w", **layout)
     rng = np.random.default_rng(0)
     for name, shape in {"state": (34, 5), "points": (34, 3, 2), "action": (34, 2)}.items():
         root[f"data/{name}"] = rng.uniform(0, 512, shape).astype(np.float32)

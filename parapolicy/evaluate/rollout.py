@@ -103,6 +103,8 @@ def rollout(
         record: seeds whose episodes are filmed.
         progress: called with the number of control steps taken since the last call.
     """
+    if num_envs < 1:
+        raise ValueError(f"num_envs is {num_envs}, expected at least 1")
     policy = dataclasses.replace(policy, reproducible=True)
     waiting = list(reversed(seeds))
     seats = [_Seat(make_env(), policy) for _ in range(min(num_envs, len(seeds)))]
