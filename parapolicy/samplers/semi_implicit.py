@@ -7,11 +7,10 @@ sliding window of ParaDiGMS (Shih et al., NeurIPS 2023).
 from collections.abc import Callable
 from dataclasses import dataclass
 
-import torch
 from torch import Tensor
 
 from parapolicy.samplers.base import DenoiserLike, Sample, never
-from parapolicy.samplers.window import SlidingWindows, check_window
+from parapolicy.samplers.window import SlidingWindows, check_window, recurrence
 from parapolicy.schedule import Schedule
 
 
@@ -47,13 +46,7 @@ class SemiImplicit:
             target = row.expand_as(step)[valid], step[valid] + 1
             u[target] = denoiser(x[target[0], step[valid]], step[valid], target[0])
             drive = schedule.drive(u[row, step + 1], u[row, step], z[row, step], step)
-            gain = schedule.A[step][..., None, None]
-            state = x[row[:, 0], step[:, 0]]
-            states = []
-            for k in range(step.shape[1]):
-                state = gain[:, k] * state + drive[:, k]
-                states.append(state)
-            after = torch.stack(states, 1)  # (A, W, H, D)
+            after = recurrence(x[row[:, 0], step[:, 0]], schedule.A[step], drive)  # (A, W, H, D)
             change = (after - x[row, step + 1]).square().mean((2, 3))  # (A, W)
             x[target] = after[valid]
             windows.advance(entries, change <= limit[step])

@@ -77,16 +77,18 @@ class SlidingWindows:
 
     def extrapolate(self, row: Tensor, new_end: Tensor) -> None:
         """Fill the states after ``end`` up to ``new_end`` (A,), holding the last u; ``row`` is (A, 1)."""
-        row, count = row[:, 0], int((new_end - self.end[row[:, 0]]).max())
-        unfinished = self.end[row] < self.steps
-        row = row[unfinished]
-        end = self.end[row]
-        last_u = self.u[row, end]  # u_{end-1}
-        for i in range(count):
-            # Rows that are asked for less are filled further; their next round overwrites that.
-            step = (end + i).clamp(max=self.steps - 1)
-            drive = self.schedule.drive(last_u, last_u, self.z[row, step], step)
-            self.x[row, step + 1] = self.schedule.A[step, None, None] * self.x[row, step] + drive
+        end = self.end[row[:, 0]]
+        count = int((new_end - end).max())
+        if count < 1:
+            return
+        step = end[:, None] + torch.arange(count, device=end.device)  # (A, K)
+        # Rows that are asked for less are filled further; their next round overwrites that.
+        valid = step < self.steps
+        step = step.clamp(max=self.steps - 1)
+        last_u = self.u[row, end[:, None]]  # u_{end-1}, (A, 1, H, D)
+        drive = self.schedule.drive(last_u, last_u, self.z[row, step], step)
+        states = recurrence(self.x[row[:, 0], end], self.schedule.A[step], drive)
+        self.x[row.expand_as(step)[valid], step[valid] + 1] = states[valid]
 
     def result(self) -> Sample:
         """The last states, extrapolated where sampling was stopped early."""
@@ -95,6 +97,18 @@ class SlidingWindows:
             every = torch.arange(len(complete), device=complete.device)[:, None]
             self.extrapolate(every, torch.full_like(self.end, self.steps))
         return Sample(self.x[:, -1], self.rounds, self.evaluations, self.residual, complete)
+
+
+def recurrence(state: Tensor, gain: Tensor, drive: Tensor) -> Tensor:
+    """The K states after ``state`` (A, H, D) under x <- gain x + drive; gain (A, K), drive and result (A, K, H, D).
+
+    One step after the other, as the sequential sampler rounds them, so that equal estimates give equal bits.
+    """
+    states = []
+    for k in range(drive.shape[1]):
+        state = gain[:, k, None, None] * state + drive[:, k]
+        states.append(state)
+    return torch.stack(states, 1)
 
 
 def check_window(window: int, tolerance: float) -> None:
