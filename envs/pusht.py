@@ -45,7 +45,7 @@ class PushT(gymnasium.Env):
     Args:
         spec: whose ``observation`` names keys of ``OBSERVATIONS``.
         max_episode_steps: control steps until an episode is cut off.
-        render_size: width and height of :meth:`render`'s frames, pixels.
+        render_size: width and height of :meth:`render`'s frames, pixels; at least 96.
 
     Raises:
         ValueError: an observation key or shape that Push-T does not give, or an action that is not two numbers.
@@ -62,6 +62,8 @@ class PushT(gymnasium.Env):
                 )
         if spec.action_dim != 2:
             raise ValueError(f"the policy's action_dim is {spec.action_dim}, Push-T's actions are 2 numbers: x, y")
+        if render_size < 96:
+            raise ValueError(f"render_size is {render_size}, expected at least 96: below it no marker can be drawn")
         self._keys = list(spec.observation)
         self._max_steps = max_episode_steps
         self._steps = 0

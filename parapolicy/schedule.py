@@ -236,9 +236,11 @@ def _ddim_tables(scheduler: Any, eta: float, use_clipped_model_output: bool) -> 
     direction = (1 - a_next - std**2) ** 0.5
     carry = direction / sigma
     gain = a_next**0.5 - carry * alpha
-    # With set_alpha_to_one off, the last step may change nothing (gain 0), yet a clipped excess still passes through.
-    gain = torch.where(gain.abs() < 1e-6, 1e-6, gain)
-    overshoot = torch.zeros_like(a) if use_clipped_model_output else -carry * alpha / gain
+    overshoot = torch.zeros_like(a)
+    if scheduler.config.clip_sample and not use_clipped_model_output:
+        # With set_alpha_to_one off, the last step may change nothing (gain 0), yet a clipped excess passes through it.
+        gain = torch.where(gain.abs() < 1e-6, 1e-6, gain)
+        overshoot = -carry * alpha / gain
     return {
         "A": carry,
         "B": gain,

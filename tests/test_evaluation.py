@@ -47,7 +47,7 @@ def test_rollout_executes_chunks_and_reports_progress(shipped: parapolicy.Policy
     steps: list[int] = []
     (episode,) = rollout(
         shipped.with_sampler("semi_implicit"),
-        lambda: make_env("pusht", shipped.spec, max_episode_steps=20, render_size=64),
+        lambda: make_env("pusht", shipped.spec, max_episode_steps=20, render_size=96),
         [100_001],
         record=[100_001],
         progress=steps.append,

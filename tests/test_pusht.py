@@ -103,6 +103,8 @@ def test_bad_requests_are_named() -> None:
         PushT(small_spec(observation={"state": (6,)}))
     with pytest.raises(ValueError, match="action_dim is 7"):
         PushT(small_spec(observation={"state": (5,)}, action_dim=7))
+    with pytest.raises(ValueError, match="render_size is 64"):
+        PushT(EVERYTHING, render_size=64)
     env = PushT(EVERYTHING)
     env.reset(seed=0)
     for action in ([1, 2, 3], [np.nan, 0]):
