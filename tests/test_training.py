@@ -70,11 +70,20 @@ def test_bad_data_is_named(buffer: Path, tmp_path: Path) -> None:
     root["meta/episode_ends"][2] = 30
     with pytest.raises(parapolicy.DataError, match="has 34 steps, meta/episode_ends calls for 30"):
         read_zarr(buffer, SOURCES)
+    root["meta/episode_ends"][1] = 3
+    with pytest.raises(parapolicy.DataError, match="expected increasing step counts"):
+        read_zarr(buffer, SOURCES)
     with pytest.raises(parapolicy.DataError, match=r"no data set at .*nowhere"):
         read_zarr(tmp_path / "nowhere", SOURCES)
     (tmp_path / "empty").mkdir()
     with pytest.raises(parapolicy.DataError, match="empty"):
         read_zarr(tmp_path / "empty", SOURCES)
+
+
+def test_episodes_too_short_for_the_horizon_are_named(buffer: Path, tmp_path: Path) -> None:
+    data = read_zarr(buffer, SOURCES)
+    with pytest.raises(parapolicy.DataError, match="long enough for a horizon of 64"):
+        train(small_spec(horizon=64), data, CONFIG, tmp_path, torch.device("cpu"))
 
 
 def weights(folder: Path) -> dict[str, torch.Tensor]:

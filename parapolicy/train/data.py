@@ -59,6 +59,8 @@ def read_zarr(path: str | Path, sources: Mapping[str, str | Mapping[str, Any]]) 
     except (FileNotFoundError, ValueError, KeyError) as error:
         raise DataError(f"{str(path)!r} is no zarr group with data/ and meta/ ({error})") from error
     ends = np.asarray(_array(root, "meta", "episode_ends", path), dtype=np.int64)
+    if len(ends) == 0 or (np.diff(ends, prepend=0) < 1).any():
+        raise DataError(f"{path}: meta/episode_ends is {ends[:4]}…, expected increasing step counts, one per episode")
     arrays = {}
     for key, source in sources.items():
         name, columns = (source, None) if isinstance(source, str) else (source["array"], source.get("columns"))

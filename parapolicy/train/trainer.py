@@ -21,6 +21,7 @@ from tqdm import tqdm
 
 from parapolicy.checkpoint.native import write_checkpoint
 from parapolicy.checkpoint.spec import PolicySpec
+from parapolicy.errors import DataError
 from parapolicy.networks import ConditionalUnet1D
 from parapolicy.normalizer import Normalizer
 from parapolicy.train.data import Demonstrations
@@ -174,6 +175,8 @@ class _Loss:
         self.steps_condition = torch.cat([values[key].flatten(1) for key in spec.observation], dim=1).to(device)
         self.actions = values["action"].to(device)
         self.windows = data.windows(spec.horizon, spec.n_obs_steps, spec.n_action_steps)
+        if len(self.windows) == 0:
+            raise DataError(f"no episode is long enough for a horizon of {spec.horizon}; shorten it or add data")
         self.scheduler = DDPMScheduler.from_config(dict(spec.scheduler))
         self.network = torch.compile(network) if config.compile else network
         self.spec, self.config, self.device = spec, config, device
