@@ -9,6 +9,11 @@ from torch import Tensor
 from parapolicy.schedule import Schedule
 
 
+def mix_seeds(*seeds: int) -> int:
+    """One 63-bit seed from several; different tuples give unrelated seeds."""
+    return int(np.random.SeedSequence(seeds).generate_state(1, np.uint64)[0]) >> 1
+
+
 def draw_noise(
     schedule: Schedule,
     batch: int = 1,
@@ -38,8 +43,7 @@ def draw_noise(
         raise ValueError(f"seed is {seed}, expected no negative number")
     noise = torch.empty(len(schedule) + 1, len(entropies), *shape)
     for b, entropy in enumerate(entropies):
-        state = np.random.SeedSequence(entropy).generate_state(1, np.uint64)[0]
-        generator = torch.Generator().manual_seed(int(state >> 1))
+        generator = torch.Generator().manual_seed(mix_seeds(*entropy))
         noise[0, b] = torch.randn(shape, generator=generator)
         noise[1:, b] = torch.randn((len(schedule), *shape), generator=generator)
     return noise

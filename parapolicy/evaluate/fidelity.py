@@ -6,6 +6,7 @@ from typing import Any
 import numpy as np
 from scipy.spatial.distance import cdist, pdist
 
+from parapolicy.noise import mix_seeds
 from parapolicy.policy import Policy
 
 
@@ -43,7 +44,7 @@ def measure_fidelity(
 
         def draw(policy: Policy, which: int, i: int = i, observation: Mapping[str, np.ndarray] = observation) -> Any:
             batch = {key: np.repeat(value[None], draws, axis=0) for key, value in observation.items()}
-            chunk = policy.predict(batch, seed=int(np.random.SeedSequence((i, which)).generate_state(1)[0]))
+            chunk = policy.predict(batch, seed=mix_seeds(i, which))
             affine = policy.normalizer.maps["action"]
             normalized = chunk.trajectory * affine.scale.cpu().numpy() + affine.offset.cpu().numpy()
             return normalized.reshape(draws, -1)

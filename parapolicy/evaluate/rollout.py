@@ -8,6 +8,7 @@ from typing import Any
 import gymnasium
 import numpy as np
 
+from parapolicy.noise import mix_seeds
 from parapolicy.observation import ObservationHistory
 from parapolicy.policy import Policy
 
@@ -77,7 +78,7 @@ class _Seat:
 
 def chunk_seed(noise_seed: int, episode_seed: int, chunk: int) -> int:
     """The seed of one chunk's noise: the same for every sampler, different for every chunk of every episode."""
-    return int(np.random.SeedSequence((noise_seed, episode_seed, chunk)).generate_state(1, np.uint64)[0] >> 1)
+    return mix_seeds(noise_seed, episode_seed, chunk)
 
 
 def rollout(

@@ -12,7 +12,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 from diffusers import DDPMScheduler
 from torch import Tensor
@@ -23,6 +22,7 @@ from parapolicy.checkpoint.native import write_checkpoint
 from parapolicy.checkpoint.spec import PolicySpec
 from parapolicy.errors import DataError
 from parapolicy.networks import ConditionalUnet1D
+from parapolicy.noise import mix_seeds
 from parapolicy.normalizer import Normalizer
 from parapolicy.train.data import Demonstrations
 
@@ -183,8 +183,7 @@ class _Loss:
         self.bfloat16 = config.precision == "bfloat16" or (config.precision == "auto" and _computes_bfloat16(device))
 
     def __call__(self, step: int) -> Tensor:
-        entropy = np.random.SeedSequence((self.config.seed, step)).generate_state(1, np.uint64)[0]
-        generator = torch.Generator().manual_seed(int(entropy >> 1))
+        generator = torch.Generator().manual_seed(mix_seeds(self.config.seed, step))
         batch = torch.randint(len(self.windows), (self.config.batch_size,), generator=generator)
         steps = self.windows[batch].to(self.device)  # (B, H)
         action = self.actions[steps]
