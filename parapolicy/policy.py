@@ -172,7 +172,7 @@ def load_policy(
     spec, network, normalizer = read_checkpoint(folder)
     try:
         schedule = make_schedule(spec.scheduler, sample_shape=(spec.horizon, spec.action_dim))
-    except (ValueError, TypeError, RuntimeError, NotImplementedError) as error:
+    except (ValueError, TypeError, RuntimeError) as error:
         raise CheckpointError(f"{folder}: its scheduler config gives no schedule: {error}") from error
     return Policy(spec, network.to(target), normalizer.to(target), schedule.to(target), chosen, target)
 

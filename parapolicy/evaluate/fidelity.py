@@ -4,6 +4,7 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
+import torch
 from scipy.spatial.distance import cdist, pdist
 
 from parapolicy.noise import mix_seeds
@@ -45,9 +46,8 @@ def measure_fidelity(
         def draw(policy: Policy, which: int, i: int = i, observation: Mapping[str, np.ndarray] = observation) -> Any:
             batch = {key: np.repeat(value[None], draws, axis=0) for key, value in observation.items()}
             chunk = policy.predict(batch, seed=mix_seeds(i, which))
-            affine = policy.normalizer.maps["action"]
-            normalized = chunk.trajectory * affine.scale.cpu().numpy() + affine.offset.cpu().numpy()
-            return normalized.reshape(draws, -1)
+            trajectory = torch.from_numpy(chunk.trajectory).to(policy.device)
+            return policy.normalizer.normalize("action", trajectory).cpu().numpy().reshape(draws, -1)
 
         target = draw(reference, 0)
         progress(1)
