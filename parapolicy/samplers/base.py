@@ -21,17 +21,21 @@ class Sample:
 
     Attributes:
         x: the last states, (B, H, D); the best estimate of them where sampling was stopped early.
+        u: the estimates u_j that led there, (B, T, H, D): a guess for the next chunk.
         rounds: batched network calls that each element took part in one after the other, (B,) int64.
         evaluations: network evaluations spent on each element, (B,) int64.
         residual: root mean square change of the estimate of x in its last round, (B,); 0 where x is exact.
         complete: (B,) bool, False where sampling was stopped before the sampler's own rule did.
+        rejections: (B,) int64, drafted states that a speculative sampler refused; None for the others.
     """
 
     x: Tensor
+    u: Tensor
     rounds: Tensor
     evaluations: Tensor
     residual: Tensor
     complete: Tensor
+    rejections: Tensor | None = None
 
 
 def never() -> bool:
@@ -43,7 +47,12 @@ class Sampler(Protocol):
     """A pure function of denoiser, schedule and noise; its parameters are dataclass fields."""
 
     def sample(
-        self, denoiser: DenoiserLike, schedule: Schedule, noise: Tensor, stop: Callable[[], bool] = never
+        self,
+        denoiser: DenoiserLike,
+        schedule: Schedule,
+        noise: Tensor,
+        stop: Callable[[], bool] = never,
+        guess: Tensor | None = None,
     ) -> Sample:
         """Draw a batch of samples.
 
@@ -51,6 +60,8 @@ class Sampler(Protocol):
             noise: (T + 1, B, H, D): [0] is the first state, [j + 1] the noise of step j.
             stop: asked after every round; True ends sampling there with the best estimate so far. One round is
                 always run.
+            guess: (B, T, H, D) what the estimates u_j may turn out to be, from the chunk before; None: a cold start.
+                It changes what sampling costs, not what is sampled.
         """
         ...
 

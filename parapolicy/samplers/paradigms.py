@@ -32,15 +32,24 @@ class ParaDiGMS:
         check_window(self.window, self.tolerance)
 
     def sample(
-        self, denoiser: DenoiserLike, schedule: Schedule, noise: Tensor, stop: Callable[[], bool] = never
+        self,
+        denoiser: DenoiserLike,
+        schedule: Schedule,
+        noise: Tensor,
+        stop: Callable[[], bool] = never,
+        guess: Tensor | None = None,
     ) -> Sample:
-        windows = SlidingWindows(schedule, noise, self.window)
+        windows = SlidingWindows(schedule, noise, self.window, guess)
         x, u, z = windows.x, windows.u, windows.z
         limit = self.tolerance**2 * torch.cat((schedule.variance, schedule.variance.new_zeros(1)))  # (T + 1,)
 
         while (entries := windows.next_round()) is not None:
             row, step, valid = entries
-            end = windows.end[row]  # states after it are still equal to it
+            if guess is None:
+                end = windows.end[row]  # states after it are still equal to it
+            else:
+                windows.extrapolate(row, step[:, -1] + 1)
+                end = torch.full_like(row, len(schedule))
             before = x[row, torch.minimum(step, end)]  # (A, W, H, D)
             target = row.expand_as(step)[valid], step[valid] + 1
             u[target] = denoiser(before[valid], step[valid], target[0])

@@ -34,9 +34,14 @@ class SemiImplicit:
         check_window(self.window, self.tolerance)
 
     def sample(
-        self, denoiser: DenoiserLike, schedule: Schedule, noise: Tensor, stop: Callable[[], bool] = never
+        self,
+        denoiser: DenoiserLike,
+        schedule: Schedule,
+        noise: Tensor,
+        stop: Callable[[], bool] = never,
+        guess: Tensor | None = None,
     ) -> Sample:
-        windows = SlidingWindows(schedule, noise, self.window)
+        windows = SlidingWindows(schedule, noise, self.window, guess)
         x, u, z = windows.x, windows.u, windows.z
         limit = self.tolerance**2 * _settling_variance(schedule)  # (T,)
 

@@ -30,6 +30,7 @@ class SlidingWindows:
         schedule: the steps.
         noise: (T + 1, B, H, D) as samplers take it.
         window: most steps evaluated per round.
+        guess: (B, T, H, D) estimates from the chunk before, or None.
 
     Attributes:
         x: (B, T + 1, H, D) states. All begin as the first one.
@@ -38,11 +39,13 @@ class SlidingWindows:
         end: (B,) the last state that a round has computed.
     """
 
-    def __init__(self, schedule: Schedule, noise: Tensor, window: int) -> None:
+    def __init__(self, schedule: Schedule, noise: Tensor, window: int, guess: Tensor | None = None) -> None:
         self.schedule, self.steps = schedule, len(schedule)
         self.x = noise[0][:, None].repeat(1, self.steps + 1, 1, 1)
         self.u = torch.zeros_like(self.x)
         self.z = noise[1:].transpose(0, 1)
+        # Like u, one later; a cold start guesses that the estimates stay what they are.
+        self.guess = torch.zeros_like(self.x) if guess is None else torch.cat((self.u[:, :1], guess), 1)
         self.offsets = torch.arange(min(window, self.steps), device=noise.device)
         self.start = torch.zeros(noise.shape[1], dtype=torch.int64, device=noise.device)
         self.end, self.rounds, self.evaluations = (torch.zeros_like(self.start) for _ in range(3))
@@ -76,7 +79,10 @@ class SlidingWindows:
         self.newest[row] = newest
 
     def extrapolate(self, row: Tensor, new_end: Tensor) -> None:
-        """Fill the states after ``end`` up to ``new_end`` (A,), holding the last u; ``row`` is (A, 1)."""
+        """Fill states and estimates after ``end`` up to ``new_end`` (A,); ``row`` is (A, 1).
+
+        The estimates follow the guess, moved by what the last computed one differs from it.
+        """
         end = self.end[row[:, 0]]
         count = int((new_end - end).max())
         if count < 1:
@@ -85,10 +91,14 @@ class SlidingWindows:
         # Rows that are asked for less are filled further; their next round overwrites that.
         valid = step < self.steps
         step = step.clamp(max=self.steps - 1)
-        last_u = self.u[row, end[:, None]]  # u_{end-1}, (A, 1, H, D)
-        drive = self.schedule.drive(last_u, last_u, self.z[row, step], step)
+        correction = self.u[row, end[:, None]] - self.guess[row, end[:, None]]  # of u_{end-1}, (A, 1, H, D)
+        u = self.guess[row, step + 1] + correction  # (A, K, H, D)
+        previous_u = torch.cat((self.u[row, end[:, None]], u[:, :-1]), 1)
+        drive = self.schedule.drive(u, previous_u, self.z[row, step], step)
         states = recurrence(self.x[row[:, 0], end], self.schedule.A[step], drive)
-        self.x[row.expand_as(step)[valid], step[valid] + 1] = states[valid]
+        target = row.expand_as(step)[valid], step[valid] + 1
+        self.x[target] = states[valid]
+        self.u[target] = u[valid]
 
     def result(self) -> Sample:
         """The last states, extrapolated where sampling was stopped early."""
@@ -96,7 +106,7 @@ class SlidingWindows:
         if not complete.all():
             every = torch.arange(len(complete), device=complete.device)[:, None]
             self.extrapolate(every, torch.full_like(self.end, self.steps))
-        return Sample(self.x[:, -1], self.rounds, self.evaluations, self.residual, complete)
+        return Sample(self.x[:, -1], self.u[:, 1:], self.rounds, self.evaluations, self.residual, complete)
 
 
 def recurrence(state: Tensor, gain: Tensor, drive: Tensor) -> Tensor:
