@@ -82,21 +82,26 @@ def evaluate(config: DictConfig) -> dict[str, Any]:
         "versions": report.describe_versions(),
         "samplers": {},
     }
-    observations: list[Any] = []
+    observations: list[Any] = []  # (previous, current) pairs
     for label, variant in variants.items():
         episodes, results["samplers"][label] = run_episodes(variant, label, config, folder)
         episodes.sort(key=lambda episode: episode.seed)
-        observations = observations or [step for episode in episodes for step in episode.observations]
+        observations = observations or [
+            pair for e in episodes for pair in zip(e.observations[:1] + e.observations, e.observations, strict=False)
+        ]
 
     chosen = spread(observations, config.latency_chunks)
     with tqdm(total=len(chosen) * len(variants), desc="latency", unit="chunk") as bar:
-        measured = measure_chunks(variants, chosen, config.noise_seed, bar.update)
+        previous, current = zip(*chosen, strict=True)
+        measured = measure_chunks(variants, current, config.noise_seed, previous, bar.update)
     baseline = find_baseline(variants)
     if config.fidelity.observations:
         chosen = spread(observations, config.fidelity.observations)
         with tqdm(total=len(chosen) * (len(variants) + 2), desc="fidelity", unit="set") as bar:
             reference = policy.with_sampler("sequential")
-            distances = measure_fidelity(variants, reference, chosen, config.fidelity.draws, bar.update)
+            distances = measure_fidelity(
+                variants, reference, [current for _, current in chosen], config.fidelity.draws, bar.update
+            )
         for label, row in results["samplers"].items():
             row["energy_distance"] = metrics.summarize_distances(distances[label], distances["resampling"])
     for label, row in results["samplers"].items():

@@ -5,6 +5,7 @@ from parapolicy.noise import draw_noise
 from parapolicy.observation import ObservationHistory
 from parapolicy.policy import Chunk, ChunkStats, Policy, load_policy, save_policy
 from parapolicy.samplers import list_samplers
+from parapolicy.warm import WarmState
 
 __all__ = [
     "CheckpointError",
@@ -14,6 +15,7 @@ __all__ = [
     "ObservationError",
     "ObservationHistory",
     "Policy",
+    "WarmState",
     "draw_noise",
     "list_samplers",
     "load_policy",

@@ -22,6 +22,7 @@ from parapolicy.normalizer import Normalizer
 from parapolicy.observation import encode
 from parapolicy.samplers import Sampler, make_sampler, never
 from parapolicy.schedule import Schedule, make_schedule
+from parapolicy.warm import WarmState
 
 
 @dataclass(frozen=True)
@@ -51,11 +52,13 @@ class Chunk:
         actions: those to execute, (n_action_steps, Da) or (B, n_action_steps, Da).
         trajectory: the whole predicted horizon, (H, Da) or (B, H, Da).
         stats: what it cost.
+        warm_state: what the next ``predict`` of the same episode may start from; the caller keeps it or drops it.
     """
 
     actions: np.ndarray
     trajectory: np.ndarray
     stats: ChunkStats
+    warm_state: WarmState
 
 
 @dataclass(frozen=True)
@@ -69,6 +72,8 @@ class Policy:
         reproducible: make an element's result independent, to the bit on a CPU, of the batch it is computed in; costs
             up to three more network rows per call.
         max_batch: most rows (states of all windows together) per network call; None: no limit. Bounds memory.
+        warm_start: a control loop should hand each chunk's ``warm_state`` to the next one. ``predict`` itself
+            starts warm wherever it is given a state.
     """
 
     spec: PolicySpec
@@ -79,6 +84,7 @@ class Policy:
     device: torch.device
     reproducible: bool = False
     max_batch: int | None = None
+    warm_start: bool = False
 
     def __post_init__(self) -> None:
         if self.max_batch is not None and self.max_batch < 1:
@@ -101,6 +107,8 @@ class Policy:
         noise: Tensor | None = None,
         seed: int | Sequence[int] = 0,
         deadline: float | Callable[[], bool] | None = None,
+        warm: WarmState | None = None,
+        shift_noise: bool = True,
     ) -> Chunk:
         """Sample one action chunk per observation history.
 
@@ -111,24 +119,33 @@ class Policy:
             deadline: a time of ``time.monotonic()``, or a function that returns True when time is up. It is looked at
                 after each round; when it has passed, the best estimate so far is returned, with its residual. One
                 round is always run, however late it is.
+            warm: ``warm_state`` of the chunk before, whose first ``n_action_steps`` actions have been executed since.
+                It saves rounds; the chunk is still a draw for this observation alone.
+            shift_noise: with a warm state and no ``noise``, keep that state's noise for the control steps that both
+                chunks speak of and draw the rest from ``seed``: consecutive chunks then agree where the observations
+                do, and need fewer rounds. Each chunk's noise is still N(0, I). False: all noise is fresh.
 
         Raises:
             ObservationError: a missing or unknown key, a wrong shape, or a value that is not finite.
-            ValueError: noise or seeds that do not fit the batch.
+            ValueError: noise, seeds or a warm state that do not fit the batch.
             FloatingPointError: the computed chunk is not finite.
         """
         begin = time.perf_counter()
         condition, batched = encode(self.spec, self.normalizer, observation)
         batch = len(condition)
+        expected = (len(self.schedule) + 1, batch, self.spec.horizon, self.spec.action_dim)
+        if warm is not None:
+            warm.check(expected)
         if noise is None:
             noise = draw_noise(self.schedule, batch, seed)
-        expected = (len(self.schedule) + 1, batch, self.spec.horizon, self.spec.action_dim)
+            if warm is not None and shift_noise:
+                noise = warm.shift_noise(noise, self.spec.n_action_steps)
         if tuple(noise.shape) != expected:
             raise ValueError(f"noise has shape {tuple(noise.shape)}, expected {expected}: (T + 1, B, H, Da)")
         denoiser = Denoiser(self.network, self.schedule, condition, self.reproducible, self.max_batch)
-        sample = self.sampler.sample(
-            denoiser, self.schedule, noise.to(self.device, torch.float32), _stop_function(deadline)
-        )
+        guess = None if warm is None else warm.guess(self.spec.n_action_steps).to(self.device)
+        noise = noise.to(self.device, torch.float32)
+        sample = self.sampler.sample(denoiser, self.schedule, noise, _stop_function(deadline), guess)
         check_finite(sample.x, "action chunk")
 
         trajectory = self.normalizer.unnormalize("action", sample.x).cpu().numpy()
@@ -136,11 +153,12 @@ class Policy:
         actions = trajectory[:, first : first + self.spec.n_action_steps]
         costs = (sample.rounds, sample.evaluations, sample.residual, sample.complete)
         rounds, evaluations, residual, complete = (value.cpu().numpy() for value in costs)
+        state = WarmState(sample.u, noise)
         seconds = time.perf_counter() - begin
         if batched:
-            return Chunk(actions, trajectory, ChunkStats(rounds, evaluations, residual, complete, seconds))
+            return Chunk(actions, trajectory, ChunkStats(rounds, evaluations, residual, complete, seconds), state)
         stats = ChunkStats(int(rounds[0]), int(evaluations[0]), float(residual[0]), bool(complete[0]), seconds)
-        return Chunk(actions[0], trajectory[0], stats)
+        return Chunk(actions[0], trajectory[0], stats, state)
 
 
 def _stop_function(deadline: float | Callable[[], bool] | None) -> Callable[[], bool]:

@@ -16,7 +16,7 @@ from parapolicy.samplers import Sampler, Sequential, make_sampler
 from parapolicy.schedule import Schedule, make_schedule
 from tests.helpers import DDPM_CONFIG, linear_denoiser, small_policy, small_spec
 
-PARALLEL = ["paradigms", "semi_implicit"]
+PARALLEL = ["paradigms", "semi_implicit", "anderson", "secant"]
 SHAPE = (4, 2)  # (H, D)
 
 
@@ -118,6 +118,16 @@ def test_a_smaller_tolerance_is_closer_and_costs_more(name: str, problem: Any) -
     assert (tight.x - exact).abs().max() <= (loose.x - exact).abs().max() + 1e-5
     # 1e-3 standard deviations of the step noise per round; a contraction can leave a few times that.
     assert (tight.x - exact).abs().max() <= 2e-2
+
+
+@pytest.mark.parametrize("name", ["anderson", "secant"])
+@given(problem=problems(), data=st.data())
+def test_acceleration_never_costs_more_than_one_round(name: str, problem: Any, data: st.DataObject) -> None:
+    schedule, denoiser, noise = problem
+    parameters = {"window": data.draw(st.integers(1, len(schedule))), "tolerance": data.draw(st.floats(1e-3, 1))}
+    plain = make_sampler("semi_implicit", **parameters).sample(denoiser, schedule, noise)
+    accelerated = make_sampler(name, **parameters).sample(denoiser, schedule, noise)
+    assert (accelerated.rounds <= plain.rounds + 1).all()
 
 
 @pytest.mark.parametrize("name", PARALLEL)

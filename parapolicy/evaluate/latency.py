@@ -6,6 +6,7 @@ from typing import Any
 
 import numpy as np
 
+from parapolicy.noise import mix_seeds
 from parapolicy.policy import Policy
 from parapolicy.samplers import Sequential
 
@@ -27,6 +28,7 @@ def measure_chunks(
     policies: Mapping[str, Policy],
     observations: Sequence[Mapping[str, np.ndarray]],
     noise_seed: int = 0,
+    previous: Sequence[Mapping[str, np.ndarray]] | None = None,
     progress: Callable[[int], Any] = lambda chunks: None,
 ) -> dict[str, ChunkMeasurements]:
     """Time every policy on every observation, one chunk at a time, in an order that rotates from one to the next.
@@ -35,6 +37,7 @@ def measure_chunks(
         policies: label -> policy, all of the same weights.
         observations: {key: (To, ...)} each, unbatched.
         noise_seed: observation i is sampled with the noise of seed ``noise_seed + i`` by every policy.
+        previous: the observation one chunk before each, from which policies with ``warm_start`` start (untimed).
         progress: called with 1 after each timed chunk.
     """
     labels = list(policies)
@@ -42,23 +45,26 @@ def measure_chunks(
     for label in labels:  # warm-up: first calls allocate and choose kernels
         policies[label].predict(observations[0], seed=noise_seed)
     for i, observation in enumerate(observations):
-        trajectories = {}
+        chunks = {}
         turn = i % len(labels)
         for label in labels[turn:] + labels[:turn]:
-            chunk = policies[label].predict(observation, seed=noise_seed + i)
-            results[label].seconds.append(chunk.stats.seconds)
-            trajectories[label] = chunk.trajectory
+            warm = None
+            if previous is not None and policies[label].warm_start:
+                warm = policies[label].predict(previous[i], seed=mix_seeds(noise_seed, i)).warm_state
+            chunks[label] = policies[label].predict(observation, seed=noise_seed + i, warm=warm)
+            results[label].seconds.append(chunks[label].stats.seconds)
             progress(1)
-        references: dict[int, np.ndarray] = {
-            id(policy.schedule): trajectories[label]
+        # By schedule and kind of noise: a warm start shifts the noise of the chunk before.
+        references: dict[tuple[int, bool], np.ndarray] = {
+            (id(policy.schedule), policy.warm_start): chunks[label].trajectory
             for label, policy in policies.items()
             if isinstance(policy.sampler, Sequential)
         }
         for label, policy in policies.items():
-            key = id(policy.schedule)
+            key = (id(policy.schedule), policy.warm_start)
             if key not in references:
-                sequential = policy.with_sampler("sequential")
-                references[key] = sequential.predict(observation, seed=noise_seed + i).trajectory
+                noise = chunks[label].warm_state.noise
+                references[key] = policy.with_sampler("sequential").predict(observation, noise=noise).trajectory
             scale = policy.normalizer.maps["action"].scale.cpu().numpy()
-            results[label].errors.append(float(np.abs((trajectories[label] - references[key]) * scale).max()))
+            results[label].errors.append(float(np.abs((chunks[label].trajectory - references[key]) * scale).max()))
     return results

@@ -11,6 +11,7 @@ import numpy as np
 from parapolicy.noise import mix_seeds
 from parapolicy.observation import ObservationHistory
 from parapolicy.policy import Policy
+from parapolicy.warm import WarmState
 
 
 @dataclass
@@ -54,6 +55,7 @@ class _Seat:
     def begin(self, seed: int, record: bool) -> None:
         observation, _ = self.env.reset(seed=seed)
         self.episode = Episode(seed)
+        self.warm: WarmState | None = None
         self.record = record
         self.history.reset()
         self.history.push(observation)
@@ -93,7 +95,7 @@ def rollout(
     """Run one episode per seed with a receding horizon, yielding each as it ends.
 
     All waiting environments share one ``predict`` call. An episode depends on its seed and ``noise_seed`` only, not
-    on ``num_envs``.
+    on ``num_envs``. With ``policy.warm_start`` every chunk but an episode's first starts from the one before.
 
     Args:
         policy: the policy; it is run with ``reproducible=True``.
@@ -114,18 +116,15 @@ def rollout(
             seat.begin(seed := waiting.pop(), seed in record)
         active = seats
         while active:
-            histories = [seat.history.stacked() for seat in active]
-            observation = {key: np.stack([history[key] for history in histories]) for key in policy.spec.observation}
-            noise_seeds = [chunk_seed(noise_seed, seat.episode.seed, len(seat.episode.rounds)) for seat in active]
-            chunk = policy.predict(observation, seed=noise_seeds)
+            actions: dict[_Seat, np.ndarray] = {}
+            for group in ([s for s in active if s.warm is None], [s for s in active if s.warm is not None]):
+                if group:
+                    actions |= _predict(policy, group, noise_seed)
             remaining = []
-            for i, seat in enumerate(active):
+            for seat in active:
                 episode = seat.episode
-                episode.observations.append(histories[i])
-                episode.rounds.append(int(chunk.stats.rounds[i]))
-                episode.evaluations.append(int(chunk.stats.evaluations[i]))
                 before = len(episode.rewards)
-                over = seat.execute(chunk.actions[i])
+                over = seat.execute(actions[seat])
                 progress(len(episode.rewards) - before)
                 if over:
                     yield episode
@@ -137,3 +136,18 @@ def rollout(
     finally:
         for seat in seats:
             seat.env.close()
+
+
+def _predict(policy: Policy, seats: Sequence[_Seat], noise_seed: int) -> dict[_Seat, np.ndarray]:
+    """One ``predict`` for seats that all start cold or all start warm: the actions of each, and its records."""
+    histories = [seat.history.stacked() for seat in seats]
+    observation = {key: np.stack([history[key] for history in histories]) for key in policy.spec.observation}
+    noise_seeds = [chunk_seed(noise_seed, seat.episode.seed, len(seat.episode.rounds)) for seat in seats]
+    states = [seat.warm for seat in seats if seat.warm is not None]
+    chunk = policy.predict(observation, seed=noise_seeds, warm=WarmState.stack(states) if states else None)
+    for i, seat in enumerate(seats):
+        seat.episode.observations.append(histories[i])
+        seat.episode.rounds.append(int(chunk.stats.rounds[i]))
+        seat.episode.evaluations.append(int(chunk.stats.evaluations[i]))
+        seat.warm = chunk.warm_state[i] if policy.warm_start else None
+    return dict(zip(seats, chunk.actions, strict=True))

@@ -1,5 +1,6 @@
 """The samplers of one evaluation, as a user lists them."""
 
+import dataclasses
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -14,8 +15,8 @@ def build_variants(policy: Policy, entries: Sequence[str | Mapping[str, Any]]) -
 
     Args:
         policy: the weights, with their own schedule.
-        entries: sampler names, or mappings with ``name``, optionally ``label``, the sampler's parameters, and
-            settings of :func:`parapolicy.schedule.make_schedule`.
+        entries: sampler names, or mappings with ``name``, optionally ``label``, ``warm: true`` to start each chunk
+            from the one before, the sampler's parameters, and settings of :func:`parapolicy.schedule.make_schedule`.
 
     Raises:
         ValueError: no entries, a label twice, or an unknown name or parameter.
@@ -29,11 +30,12 @@ def build_variants(policy: Policy, entries: Sequence[str | Mapping[str, Any]]) -
             raise ValueError(f"sampler entry {dict(parameters)} has no name; expected {{name: …, label: …, …}}")
         name = parameters.pop("name")
         label = str(parameters.pop("label", name))
+        warm = parameters.pop("warm", False)
         schedule = {key: parameters.pop(key) for key in SCHEDULE_SETTINGS if key in parameters}
         if label in variants or not label or "/" in label:
             raise ValueError(f"label is {label!r}, expected a file name that no other entry has; set label: to one")
         base = policy.with_schedule(**schedule) if schedule else policy
-        variants[label] = base.with_sampler(name, **parameters)
+        variants[label] = dataclasses.replace(base.with_sampler(name, **parameters), warm_start=bool(warm))
     return variants
 
 

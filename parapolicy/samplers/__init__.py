@@ -3,19 +3,29 @@
 import dataclasses
 from typing import Any
 
+from parapolicy.samplers.anderson import Anderson
 from parapolicy.samplers.base import DenoiserLike, Sample, Sampler, never
 from parapolicy.samplers.paradigms import ParaDiGMS
+from parapolicy.samplers.secant import Secant
 from parapolicy.samplers.semi_implicit import SemiImplicit
 from parapolicy.samplers.sequential import Sequential
 
-SAMPLERS: dict[str, Any] = {"sequential": Sequential, "paradigms": ParaDiGMS, "semi_implicit": SemiImplicit}
+SAMPLERS: dict[str, Any] = {
+    "sequential": Sequential,
+    "paradigms": ParaDiGMS,
+    "semi_implicit": SemiImplicit,
+    "anderson": Anderson,
+    "secant": Secant,
+}
 
 __all__ = [
     "SAMPLERS",
+    "Anderson",
     "DenoiserLike",
     "ParaDiGMS",
     "Sample",
     "Sampler",
+    "Secant",
     "SemiImplicit",
     "Sequential",
     "list_samplers",

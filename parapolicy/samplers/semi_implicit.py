@@ -43,7 +43,7 @@ class SemiImplicit:
     ) -> Sample:
         windows = SlidingWindows(schedule, noise, self.window, guess)
         x, u, z = windows.x, windows.u, windows.z
-        limit = self.tolerance**2 * _settling_variance(schedule)  # (T,)
+        limit = self.tolerance**2 * settling_variance(schedule)  # (T,)
 
         while (entries := windows.next_round()) is not None:
             row, step, valid = entries
@@ -60,7 +60,7 @@ class SemiImplicit:
         return windows.result()
 
 
-def _settling_variance(schedule: Schedule) -> Tensor:
+def settling_variance(schedule: Schedule) -> Tensor:
     """The variance that each step's result is judged by, (T,); the last step adds none and takes its neighbour's."""
     variance = schedule.variance.clone()
     if len(variance) > 1:
