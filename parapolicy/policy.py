@@ -20,7 +20,7 @@ from parapolicy.networks import ConditionalUnet1D
 from parapolicy.noise import draw_noise
 from parapolicy.normalizer import Normalizer
 from parapolicy.observation import encode
-from parapolicy.samplers import Sampler, make_sampler, never
+from parapolicy.samplers import Sampler, Speculative, make_sampler, never
 from parapolicy.schedule import Schedule, make_schedule
 from parapolicy.warm import WarmState
 
@@ -34,6 +34,7 @@ class ChunkStats:
         evaluations: network evaluations.
         residual: root mean square change of the normalised trajectory in its last round.
         complete: False where a deadline ended sampling early.
+        rejections: drafted states that a speculative sampler refused; None for the others.
         seconds: wall time of the whole call.
     """
 
@@ -41,7 +42,13 @@ class ChunkStats:
     evaluations: Any
     residual: Any
     complete: Any
+    rejections: Any
     seconds: float
+
+    def first(self) -> "ChunkStats":
+        """The first element's costs as scalars."""
+        arrays = {field.name: getattr(self, field.name) for field in dataclasses.fields(self)}
+        return ChunkStats(**{k: v[0].item() if isinstance(v, np.ndarray) else v for k, v in arrays.items()})
 
 
 @dataclass(frozen=True)
@@ -123,7 +130,8 @@ class Policy:
                 It saves rounds; the chunk is still a draw for this observation alone.
             shift_noise: with a warm state and no ``noise``, keep that state's noise for the control steps that both
                 chunks speak of and draw the rest from ``seed``: consecutive chunks then agree where the observations
-                do, and need fewer rounds. Each chunk's noise is still N(0, I). False: all noise is fresh.
+                do, and need fewer rounds. Each chunk's noise is still N(0, I). False: all noise is fresh, as it is
+                always for the speculative sampler, which is exact only where its draft knows nothing of the noise.
 
         Raises:
             ObservationError: a missing or unknown key, a wrong shape, or a value that is not finite.
@@ -138,7 +146,7 @@ class Policy:
             warm.check(expected)
         if noise is None:
             noise = draw_noise(self.schedule, batch, seed)
-            if warm is not None and shift_noise:
+            if warm is not None and shift_noise and not isinstance(self.sampler, Speculative):
                 noise = warm.shift_noise(noise, self.spec.n_action_steps)
         if tuple(noise.shape) != expected:
             raise ValueError(f"noise has shape {tuple(noise.shape)}, expected {expected}: (T + 1, B, H, Da)")
@@ -151,14 +159,14 @@ class Policy:
         trajectory = self.normalizer.unnormalize("action", sample.x).cpu().numpy()
         first = self.spec.n_obs_steps - 1
         actions = trajectory[:, first : first + self.spec.n_action_steps]
-        costs = (sample.rounds, sample.evaluations, sample.residual, sample.complete)
-        rounds, evaluations, residual, complete = (value.cpu().numpy() for value in costs)
+        costs = (sample.rounds, sample.evaluations, sample.residual, sample.complete, sample.rejections)
+        rounds, evaluations, residual, complete, rejections = (c if c is None else c.cpu().numpy() for c in costs)
         state = WarmState(sample.u, noise)
         seconds = time.perf_counter() - begin
+        stats = ChunkStats(rounds, evaluations, residual, complete, rejections, seconds)
         if batched:
-            return Chunk(actions, trajectory, ChunkStats(rounds, evaluations, residual, complete, seconds), state)
-        stats = ChunkStats(int(rounds[0]), int(evaluations[0]), float(residual[0]), bool(complete[0]), seconds)
-        return Chunk(actions[0], trajectory[0], stats, state)
+            return Chunk(actions, trajectory, stats, state)
+        return Chunk(actions[0], trajectory[0], stats.first(), state)
 
 
 def _stop_function(deadline: float | Callable[[], bool] | None) -> Callable[[], bool]:

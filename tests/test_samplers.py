@@ -144,7 +144,7 @@ def test_noise_is_neither_changed_nor_added_to(name: str, problem: Any) -> None:
     assert torch.equal(first.x, second.x)
 
 
-@pytest.mark.parametrize("name", ["sequential", *PARALLEL])
+@pytest.mark.parametrize("name", ["sequential", "speculative", *PARALLEL])
 @pytest.mark.parametrize(("solver", "eta"), [("ddpm", 0.0), ("ddim", 1.0), ("ddim", 0.0), ("dpmsolver++", 0.0)])
 def test_noise_marginals_are_untouched(name: str, solver: str, eta: float) -> None:
     """For Gaussian data of variance 0.25 the best estimate is linear, and the result's variance is known exactly."""

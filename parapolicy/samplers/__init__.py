@@ -9,6 +9,7 @@ from parapolicy.samplers.paradigms import ParaDiGMS
 from parapolicy.samplers.secant import Secant
 from parapolicy.samplers.semi_implicit import SemiImplicit
 from parapolicy.samplers.sequential import Sequential
+from parapolicy.samplers.speculative import Speculative
 
 SAMPLERS: dict[str, Any] = {
     "sequential": Sequential,
@@ -16,6 +17,7 @@ SAMPLERS: dict[str, Any] = {
     "semi_implicit": SemiImplicit,
     "anderson": Anderson,
     "secant": Secant,
+    "speculative": Speculative,
 }
 
 __all__ = [
@@ -28,6 +30,7 @@ __all__ = [
     "Secant",
     "SemiImplicit",
     "Sequential",
+    "Speculative",
     "list_samplers",
     "make_sampler",
     "never",
