@@ -6,6 +6,7 @@ from typing import Any
 from parapolicy.samplers.anderson import Anderson
 from parapolicy.samplers.base import DenoiserLike, Sample, Sampler, never
 from parapolicy.samplers.paradigms import ParaDiGMS
+from parapolicy.samplers.parareal import Parareal
 from parapolicy.samplers.secant import Secant
 from parapolicy.samplers.semi_implicit import SemiImplicit
 from parapolicy.samplers.sequential import Sequential
@@ -18,6 +19,7 @@ SAMPLERS: dict[str, Any] = {
     "anderson": Anderson,
     "secant": Secant,
     "speculative": Speculative,
+    "parareal": Parareal,
 }
 
 __all__ = [
@@ -25,6 +27,7 @@ __all__ = [
     "Anderson",
     "DenoiserLike",
     "ParaDiGMS",
+    "Parareal",
     "Sample",
     "Sampler",
     "Secant",
