@@ -34,6 +34,7 @@ class ChunkStats:
         evaluations: network evaluations.
         residual: root mean square change of the normalised trajectory in its last round.
         complete: False where a deadline ended sampling early.
+        error: estimated largest absolute error of the normalised trajectory; None for samplers that do not estimate it.
         rejections: drafted states that a speculative sampler refused; None for the others.
         seconds: wall time of the whole call.
     """
@@ -42,6 +43,7 @@ class ChunkStats:
     evaluations: Any
     residual: Any
     complete: Any
+    error: Any
     rejections: Any
     seconds: float
 
@@ -159,11 +161,11 @@ class Policy:
         trajectory = self.normalizer.unnormalize("action", sample.x).cpu().numpy()
         first = self.spec.n_obs_steps - 1
         actions = trajectory[:, first : first + self.spec.n_action_steps]
-        costs = (sample.rounds, sample.evaluations, sample.residual, sample.complete, sample.rejections)
-        rounds, evaluations, residual, complete, rejections = (c if c is None else c.cpu().numpy() for c in costs)
+        names = ("rounds", "evaluations", "residual", "complete", "error", "rejections")
+        costs = {k: None if (cost := getattr(sample, k)) is None else cost.cpu().numpy() for k in names}
         state = WarmState(sample.u, noise)
         seconds = time.perf_counter() - begin
-        stats = ChunkStats(rounds, evaluations, residual, complete, rejections, seconds)
+        stats = ChunkStats(**costs, seconds=seconds)
         if batched:
             return Chunk(actions, trajectory, stats, state)
         return Chunk(actions[0], trajectory[0], stats.first(), state)

@@ -26,6 +26,8 @@ class Sample:
         evaluations: network evaluations spent on each element, (B,) int64.
         residual: root mean square change of the estimate of x in its last round, (B,); 0 where x is exact.
         complete: (B,) bool, False where sampling was stopped before the sampler's own rule did.
+        error: (B,) estimated largest absolute error of x, infinite where nothing is known yet; None for samplers that
+            do not estimate it.
         rejections: (B,) int64, drafted states that a speculative sampler refused; None for the others.
     """
 
@@ -35,6 +37,7 @@ class Sample:
     evaluations: Tensor
     residual: Tensor
     complete: Tensor
+    error: Tensor | None = None
     rejections: Tensor | None = None
 
 
