@@ -19,11 +19,13 @@ from tqdm import tqdm
 import parapolicy
 from envs import make_env
 from parapolicy.evaluate import metrics, report
+from parapolicy.evaluate.errors import measure_errors
 from parapolicy.evaluate.fidelity import measure_fidelity
 from parapolicy.evaluate.latency import measure_chunks
 from parapolicy.evaluate.rollout import Episode, rollout
 from parapolicy.evaluate.variants import build_variants, find_baseline
 from parapolicy.policy import Policy
+from parapolicy.samplers import Secant
 
 
 def run_episodes(policy: Policy, label: str, config: DictConfig, folder: Path) -> tuple[list[Episode], dict[str, Any]]:
@@ -82,13 +84,12 @@ def evaluate(config: DictConfig) -> dict[str, Any]:
         "versions": report.describe_versions(),
         "samplers": {},
     }
-    observations: list[Any] = []  # (previous, current) pairs
+    recorded: list[list[Any]] = []  # the first sampler's observations, by episode and chunk
     for label, variant in variants.items():
         episodes, results["samplers"][label] = run_episodes(variant, label, config, folder)
-        episodes.sort(key=lambda episode: episode.seed)
-        observations = observations or [
-            pair for e in episodes for pair in zip(e.observations[:1] + e.observations, e.observations, strict=False)
-        ]
+        recorded = recorded or [e.observations for e in sorted(episodes, key=lambda episode: episode.seed)]
+    # (previous, current); an episode's first chunk counts as its own predecessor.
+    observations = [pair for e in recorded for pair in zip(e[:1] + e, e, strict=False)]
 
     chosen = spread(observations, config.latency_chunks)
     with tqdm(total=len(chosen) * len(variants), desc="latency", unit="chunk") as bar:
@@ -104,6 +105,13 @@ def evaluate(config: DictConfig) -> dict[str, Any]:
             )
         for label, row in results["samplers"].items():
             row["energy_distance"] = metrics.summarize_distances(distances[label], distances["resampling"])
+    if config.errors.chunks:
+        with tqdm(desc="errors", unit="chunk") as bar:
+            errors = measure_errors(variants, recorded, config.errors.chunks, config.noise_seed, bar.update)
+        for label, row in results["samplers"].items():
+            sampler = variants[label].sampler
+            asked = sampler.tolerance if isinstance(sampler, Secant) else None
+            row["errors"] = metrics.summarize_errors(errors[label], asked)
     for label, row in results["samplers"].items():
         row |= metrics.summarize_chunks(measured[label])
     for row in results["samplers"].values():

@@ -9,6 +9,7 @@ from typing import Any
 
 import numpy as np
 
+from parapolicy.evaluate.errors import ChunkErrors
 from parapolicy.evaluate.latency import ChunkMeasurements
 from parapolicy.evaluate.rollout import Episode
 from parapolicy.evaluate.statistics import mean_interval, proportion_interval
@@ -74,6 +75,29 @@ def summarize_chunks(measured: ChunkMeasurements) -> dict[str, Any]:
             "max": max(measured.errors),
         },
     }
+
+
+def summarize_errors(measured: ChunkErrors, tolerance: float | None) -> dict[str, Any]:
+    """Quantiles of many chunks' errors and costs.
+
+    Args:
+        tolerance: the error that the sampler was asked for, where it takes one: how many chunks exceed ten times it.
+    """
+    summary: dict[str, Any] = {
+        "chunks": len(measured.errors),
+        "rounds": _mean_p95(measured.rounds),
+        "evaluations": _mean_p95(measured.evaluations),
+    }
+    for name, values in (("error", measured.errors), ("action_error", measured.action_errors)):
+        median, p95, p99, p999 = np.quantile(values, [0.5, 0.95, 0.99, 0.999])
+        quantiles = {"median": median, "p95": p95, "p99": p99, "p99.9": p999, "max": max(values)}
+        summary[name] = {key: float(value) for key, value in quantiles.items()}
+    if tolerance:
+        exceeding = sum(error > 10 * tolerance for error in measured.errors)
+        summary["tolerance"] = tolerance
+        summary["exceeding_10_tolerances"] = exceeding
+        summary["exceeding_10_tolerances_ci95"] = proportion_interval(exceeding, len(measured.errors))
+    return summary
 
 
 def summarize_distances(distances: Sequence[float], resampling: Sequence[float]) -> dict[str, float]:
