@@ -25,7 +25,7 @@ from parapolicy.evaluate.latency import measure_chunks
 from parapolicy.evaluate.rollout import Episode, rollout
 from parapolicy.evaluate.variants import build_variants, find_baseline
 from parapolicy.policy import Policy
-from parapolicy.samplers import Secant
+from parapolicy.samplers import Sampler, Secant
 
 
 def run_episodes(policy: Policy, label: str, config: DictConfig, folder: Path) -> tuple[list[Episode], dict[str, Any]]:
@@ -63,6 +63,11 @@ def run_episodes(policy: Policy, label: str, config: DictConfig, folder: Path) -
 def spread(items: list[Any], count: int) -> list[Any]:
     """About ``count`` of the items, evenly spaced."""
     return items[:: max(1, len(items) // count)][:count]
+
+
+def asked_error(sampler: Sampler) -> float | None:
+    """The tolerance of a sampler that takes it as an error of the chunk."""
+    return sampler.tolerance if isinstance(sampler, Secant) else None
 
 
 def evaluate(config: DictConfig) -> dict[str, Any]:
@@ -106,12 +111,14 @@ def evaluate(config: DictConfig) -> dict[str, Any]:
         for label, row in results["samplers"].items():
             row["energy_distance"] = metrics.summarize_distances(distances[label], distances["resampling"])
     if config.errors.chunks:
+        entries = OmegaConf.to_container(config.errors.samplers) if config.errors.samplers else entries
+        measured_variants = build_variants(policy, entries)
         with tqdm(desc="errors", unit="chunk") as bar:
-            errors = measure_errors(variants, recorded, config.errors.chunks, config.noise_seed, bar.update)
-        for label, row in results["samplers"].items():
-            sampler = variants[label].sampler
-            asked = sampler.tolerance if isinstance(sampler, Secant) else None
-            row["errors"] = metrics.summarize_errors(errors[label], asked)
+            errors = measure_errors(measured_variants, recorded, config.errors.chunks, config.noise_seed, bar.update)
+        results["errors"] = {
+            label: metrics.summarize_errors(errors[label], asked_error(variant.sampler))
+            for label, variant in measured_variants.items()
+        }
     for label, row in results["samplers"].items():
         row |= metrics.summarize_chunks(measured[label])
     for row in results["samplers"].values():

@@ -1,11 +1,12 @@
 """Properties of the samplers, on schedules, windows, tolerances and denoisers drawn at random."""
 
+import inspect
 from collections.abc import Callable
 from typing import Any
 
 import pytest
 import torch
-from diffusers import DDPMParallelScheduler
+from diffusers import DDIMParallelScheduler, DDPMParallelScheduler
 from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
@@ -231,6 +232,15 @@ def test_a_stopped_sample_is_already_an_estimate(name: str, shipped: parapolicy.
     assert (late.residual < once.residual).all()
 
 
+def parallel_scheduler(solver: str, config: dict[str, Any], steps: int, **settings: Any) -> Any:
+    """diffusers' scheduler for the published loop."""
+    kind = DDPMParallelScheduler if solver == "ddpm" else DDIMParallelScheduler
+    known = inspect.signature(kind.__init__).parameters
+    scheduler = kind.from_config({k: v for k, v in config.items() if k in known} | settings)
+    scheduler.set_timesteps(steps)
+    return scheduler
+
+
 def published_paradigms(
     predict: Callable[[Tensor, Tensor], Tensor], scheduler: Any, noise: Tensor, window: int, tolerance: float
 ) -> tuple[Tensor, int]:
@@ -239,7 +249,8 @@ def published_paradigms(
     variance = torch.stack([scheduler._get_variance(t) for t in scheduler.timesteps])
     inverse = torch.cat((1 / variance, torch.tensor([torch.inf]))) / noise[0].numel()
     states = noise[0].repeat(steps + 1, 1, 1)
-    scaled = variance.sqrt()[:, None, None] * noise[1:]
+    added = variance.sqrt() if isinstance(scheduler, DDPMParallelScheduler) else torch.zeros_like(variance)
+    scaled = added[:, None, None] * noise[1:]
     begin, end, rounds = 0, min(window, steps), 0
     while begin < steps:
         rounds += 1
@@ -259,14 +270,16 @@ def published_paradigms(
 
 @pytest.mark.parametrize("seed", range(8))
 @pytest.mark.parametrize(("window", "tolerance"), [(20, 0.1), (7, 0.3), (100, 0.05), (1, 0.1)])
-def test_paradigms_is_the_published_algorithm(seed: int, window: int, tolerance: float) -> None:
-    """Same rounds and same result as the published loop driven by diffusers' parallel scheduler."""
+@pytest.mark.parametrize(("solver", "steps"), [("ddpm", 60), ("ddim", 30)])
+def test_paradigms_is_the_published_algorithm(
+    solver: str, steps: int, seed: int, window: int, tolerance: float
+) -> None:
+    """Same rounds and same result as the published loop driven by diffusers' parallel schedulers."""
     torch.manual_seed(seed)
     spec = small_spec(scheduler={**DDPM_CONFIG, "num_train_timesteps": 60})
     network = spec.build_network().requires_grad_(False)
-    scheduler = DDPMParallelScheduler.from_config({k: v for k, v in spec.scheduler.items() if k[0] != "_"})
-    scheduler.set_timesteps(60)
-    schedule = make_schedule(spec.scheduler)
+    scheduler = parallel_scheduler(solver, spec.scheduler, steps)
+    schedule = make_schedule(spec.scheduler, solver, steps)
     condition = torch.randn(1, spec.condition_dim)
     noise = parapolicy.draw_noise(schedule, 1, seed, (spec.horizon, spec.action_dim))
 
@@ -278,6 +291,28 @@ def test_paradigms_is_the_published_algorithm(seed: int, window: int, tolerance:
     sample = sampler.sample(Denoiser(network, schedule, condition), schedule, noise)
     assert int(sample.rounds[0]) == rounds
     torch.testing.assert_close(sample.x[0], expected, rtol=0, atol=1e-5)
+
+
+def test_the_published_fault_in_ddim_is_mended() -> None:
+    """With ``set_alpha_to_one`` off, diffusers' batched step ends elsewhere than its own ``step``; ours does not."""
+    settings = {"set_alpha_to_one": False, "clip_sample": False}
+    config = {**DDPM_CONFIG, **settings, "num_train_timesteps": 60}
+    network = small_spec(scheduler=config).build_network().requires_grad_(False)
+    scheduler = parallel_scheduler("ddim", config, 20, **settings)
+    schedule = make_schedule(config, "ddim", 20)
+    condition = torch.randn(1, small_spec().condition_dim)
+    noise = parapolicy.draw_noise(schedule, 1, 0, (8, 2))
+    x = noise[0]
+    for t in scheduler.timesteps:
+        x = scheduler.step(network(x, t[None], condition), t, x).prev_sample
+    sample = make_sampler("paradigms", window=1).sample(Denoiser(network, schedule, condition), schedule, noise)
+    torch.testing.assert_close(sample.x, x, rtol=0, atol=1e-4)
+
+    def predict(x: Tensor, timestep: Tensor) -> Tensor:
+        return network(x, timestep, condition.expand(len(x), -1))
+
+    published, _ = published_paradigms(predict, scheduler, noise[:, 0], window=1, tolerance=0.0)
+    assert (published - x[0]).abs().max() > 1e-3
 
 
 @pytest.mark.parametrize(("solver", "steps"), [("ddpm", None), ("ddim", 50), ("ddim", 10), ("dpmsolver++", 20)])
