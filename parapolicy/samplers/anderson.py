@@ -75,23 +75,25 @@ class Anderson:
             seen[row, step] = True
 
             accelerated = value - self._correction(residual * known, df[:, row, step], dr[:, row, step])
+            before, noises = x[row, step + 1], z[row, step]
             state, previous_u = x[row[:, 0], step[:, 0]], u[row[:, 0], step[:, 0]]
-            change = torch.zeros_like(limit[step])
             settled = torch.ones_like(row[:, 0], dtype=torch.bool)
             rounded = residual.square().mean((2, 3)) <= ROUNDING**2  # (A, W)
+            changes, states, estimates = [], [], []
             for k in range(step.shape[1]):
-                now = step[:, k]
-                if k > 0:
-                    settled = settled & (change[:, k - 1] <= limit[step[:, k - 1]])
                 # At a state that stands still F(u) is final: acceleration never touches what will be accepted.
                 plain = (settled | rounded[:, k])[:, None, None]
                 estimate = torch.where(plain, value[:, k], accelerated[:, k])
-                drive = schedule.drive(estimate, previous_u, z[row[:, 0], now], now)
-                state = schedule.A[now, None, None] * state + drive
-                change[:, k] = (state - x[row[:, 0], now + 1]).square().mean((1, 2))
-                target = row[valid[:, k], 0], now[valid[:, k]] + 1
-                x[target], u[target] = state[valid[:, k]], estimate[valid[:, k]]
+                drive = schedule.drive(estimate, previous_u, noises[:, k], step[:, k])
+                state = schedule.A[step[:, k], None, None] * state + drive
+                changes.append((state - before[:, k]).square().mean((1, 2)))
+                settled = settled & (changes[-1] <= limit[step[:, k]])
+                states.append(state)
+                estimates.append(estimate)
                 previous_u = estimate
+            change = torch.stack(changes, 1)  # (A, W)
+            target = row.expand_as(step)[valid], step[valid] + 1
+            x[target], u[target] = torch.stack(states, 1)[valid], torch.stack(estimates, 1)[valid]
             windows.advance(entries, change <= limit[step])
             if stop():
                 break

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from parapolicy.samplers.base import DenoiserLike, Sample, never, root_mean_square
+from parapolicy.samplers.base import DenoiserLike, Sample, never
 from parapolicy.samplers.semi_implicit import settling_variance
 from parapolicy.samplers.window import SlidingWindows, check_window
 from parapolicy.schedule import Schedule
@@ -81,17 +81,19 @@ class Secant:
             u[source[0], source[1] + 1] = estimates
 
             element, before, linear = row[:, 0], x[row, step], model.fit(row, step)
-            state, previous_u, final = before[:, 0], u[element, step[:, 0]], x[element, -1]
-            moved = torch.zeros_like(deviation[step])  # root mean square change, in deviations
+            evaluated, noises = u[row, step + 1], z[row, step]
+            state, previous_u, after = before[:, 0], u[element, step[:, 0]], []
             for k in range(step.shape[1]):
-                now = step[:, k]
-                estimate = (u[element, now + 1] + linear(k, state - before[:, k])).clamp(-bound, bound)
-                drive = schedule.drive(estimate, previous_u, z[element, now], now)
-                state = schedule.A[now, None, None] * state + drive
-                moved[:, k] = root_mean_square(state - x[element, now + 1]) / deviation[now]
-                target = element[valid[:, k]], now[valid[:, k]] + 1
-                x[target] = state[valid[:, k]]
+                estimate = (evaluated[:, k] + linear(k, state - before[:, k])).clamp(-bound, bound)
+                drive = schedule.drive(estimate, previous_u, noises[:, k], step[:, k])
+                state = schedule.A[step[:, k], None, None] * state + drive
+                after.append(state)
                 previous_u = estimate
+            new = torch.stack(after, 1)  # (A, W, H, D)
+            # Root mean square changes, in deviations.
+            moved = (new - x[row, step + 1]).square().mean((2, 3)).sqrt() / deviation[step]
+            final = x[element, -1]
+            x[source[0], source[1] + 1] = new[valid]
 
             reaches_end = step[:, -1] + 1 >= len(schedule)
             change = (x[element, -1] - final).abs().amax((1, 2))
