@@ -1,11 +1,10 @@
 """The one function that samplers see: state and step in, estimate of the clean sample out."""
 
-from collections.abc import Callable
-
 import torch
 from torch import Tensor
 from torch.nn import functional
 
+from parapolicy.engine import Evaluate
 from parapolicy.schedule import Schedule
 
 # CPU and GPU libraries pick a kernel, and with it an order of summation, by batch size. Batches of a multiple of this
@@ -17,9 +16,8 @@ class Denoiser:
     """Runs the network on any mixture of batch elements and steps.
 
     Args:
-        network: ``(sample (N, H, D), timestep (N,), condition (N, C)) -> (N, H, D)``.
-        schedule: says what the network predicts, and at which timesteps.
-        condition: (B, C), one row per batch element.
+        evaluate: the network at (x (N, H, D), step (N,), element (N,)), as an engine's ``bind`` gives it.
+        schedule: says what the network predicts.
         reproducible: pad every network call to a multiple of ``REPRODUCIBLE_MULTIPLE``, so that a row's result does
             not depend on how many rows share its call.
         max_batch: most rows per network call; None: no limit. Bounds the memory of the network's activations.
@@ -27,15 +25,13 @@ class Denoiser:
 
     def __init__(
         self,
-        network: Callable[[Tensor, Tensor, Tensor], Tensor],
+        evaluate: Evaluate,
         schedule: Schedule,
-        condition: Tensor,
         reproducible: bool = False,
         max_batch: int | None = None,
     ) -> None:
-        self.network = network
+        self.evaluate = evaluate
         self.schedule = schedule
-        self.condition = condition
         self.reproducible = reproducible
         self.max_batch = max_batch
 
@@ -47,7 +43,7 @@ class Denoiser:
             step: (N,) int64, the step index j of each.
             element: (N,) int64, the batch element of each.
         """
-        inputs = (x, self.schedule.timesteps[step], self.condition[element])
+        inputs = (x, step, element)
         parts = zip(*(value.split(self.max_batch or len(x)) for value in inputs), strict=True)
         outputs = [self._run(*part) for part in parts]
         output = outputs[0] if len(outputs) == 1 else torch.cat(outputs)
@@ -58,7 +54,7 @@ class Denoiser:
         missing = -count % REPRODUCIBLE_MULTIPLE if self.reproducible else 0
         if missing:
             inputs = tuple(functional.pad(value, (0, 0) * (value.ndim - 1) + (0, missing)) for value in inputs)
-        return self.network(*inputs)[:count]
+        return self.evaluate(*inputs)[:count]
 
 
 def check_finite(value: Tensor, name: str) -> None:

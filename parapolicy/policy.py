@@ -15,6 +15,7 @@ from torch import Tensor
 from parapolicy.checkpoint.native import read_checkpoint, write_checkpoint
 from parapolicy.checkpoint.spec import PolicySpec
 from parapolicy.denoiser import Denoiser, check_finite
+from parapolicy.engine import Eager, Engine, make_engine
 from parapolicy.errors import CheckpointError
 from parapolicy.networks import ConditionalUnet1D
 from parapolicy.noise import draw_noise
@@ -81,6 +82,7 @@ class Policy:
         reproducible: make an element's result independent, to the bit on a CPU, of the batch it is computed in; costs
             up to three more network rows per call.
         max_batch: most rows (states of all windows together) per network call; None: no limit. Bounds memory.
+        engine: how the network is computed; None: eagerly.
         warm_start: a control loop should hand each chunk's ``warm_state`` to the next one. ``predict`` itself
             starts warm wherever it is given a state.
     """
@@ -93,6 +95,7 @@ class Policy:
     device: torch.device
     reproducible: bool = False
     max_batch: int | None = None
+    engine: Engine | None = None
     warm_start: bool = False
 
     def __post_init__(self) -> None:
@@ -152,7 +155,8 @@ class Policy:
                 noise = warm.shift_noise(noise, self.spec.n_action_steps)
         if tuple(noise.shape) != expected:
             raise ValueError(f"noise has shape {tuple(noise.shape)}, expected {expected}: (T + 1, B, H, Da)")
-        denoiser = Denoiser(self.network, self.schedule, condition, self.reproducible, self.max_batch)
+        evaluate = (self.engine or Eager(self.network)).bind(self.schedule, condition)
+        denoiser = Denoiser(evaluate, self.schedule, self.reproducible, self.max_batch)
         guess = None if warm is None else warm.guess(self.spec.n_action_steps).to(self.device)
         noise = noise.to(self.device, torch.float32)
         sample = self.sampler.sample(denoiser, self.schedule, noise, _stop_function(deadline), guess)
@@ -182,18 +186,24 @@ def _stop_function(deadline: float | Callable[[], bool] | None) -> Callable[[], 
 
 
 def load_policy(
-    folder: str | os.PathLike[str], sampler: str = "semi_implicit", device: str = "auto", **parameters: Any
+    folder: str | os.PathLike[str],
+    sampler: str = "secant",
+    device: str = "auto",
+    engine: str = "eager",
+    **parameters: Any,
 ) -> Policy:
     """Load a policy folder (``config.json`` and ``model.safetensors``).
 
     Args:
         folder: the policy folder.
         sampler: one of :func:`parapolicy.list_samplers`; ``parameters`` are its own.
+        engine: one of :data:`parapolicy.engine.ENGINES`. ``compiled`` compiles at the first call, for about a minute
+            where torch's cache on disk does not know the network yet.
         device: ``auto`` (a GPU where there is one), ``cpu``, ``cuda``, ``cuda:1``, …
 
     Raises:
         CheckpointError: a file is missing, damaged, or does not match the other one.
-        ValueError: an unknown sampler, parameter or device.
+        ValueError: an unknown sampler, parameter, engine or device.
     """
     chosen = make_sampler(sampler, **parameters)
     target = pick_device(device)
@@ -202,7 +212,9 @@ def load_policy(
         schedule = make_schedule(spec.scheduler, sample_shape=(spec.horizon, spec.action_dim))
     except (ValueError, TypeError, RuntimeError) as error:
         raise CheckpointError(f"{folder}: its scheduler config gives no schedule: {error}") from error
-    return Policy(spec, network.to(target), normalizer.to(target), schedule.to(target), chosen, target)
+    network = network.to(target)
+    made = make_engine(engine, network)
+    return Policy(spec, network, normalizer.to(target), schedule.to(target), chosen, target, engine=made)
 
 
 def save_policy(policy: Policy, folder: str | os.PathLike[str]) -> None:

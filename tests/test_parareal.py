@@ -10,6 +10,7 @@ from torch import Tensor
 
 import parapolicy
 from parapolicy.denoiser import Denoiser
+from parapolicy.engine import Eager
 from parapolicy.samplers import Parareal, Sequential
 from tests.test_samplers import counting, problems, stop_after
 
@@ -61,7 +62,9 @@ def test_stopping_early_returns_what_there_is(problem: Any, data: st.DataObject)
 @pytest.mark.parametrize(("solver", "steps"), [("ddpm", None), ("dpmsolver++", 20)])
 def test_on_the_shipped_policy(shipped: parapolicy.Policy, solver: str, steps: int | None) -> None:
     policy = shipped.with_schedule(solver, steps)
-    denoiser = Denoiser(policy.network, policy.schedule, torch.rand(3, policy.spec.condition_dim) * 2 - 1)
+    denoiser = Denoiser(
+        Eager(policy.network).bind(policy.schedule, torch.rand(3, policy.spec.condition_dim) * 2 - 1), policy.schedule
+    )
     noise = parapolicy.draw_noise(policy.schedule, 3, seed=0)
     with torch.inference_mode():
         expected = Sequential().sample(denoiser, policy.schedule, noise)

@@ -9,6 +9,7 @@ from scipy import stats
 
 from envs import make_env
 from parapolicy.denoiser import Denoiser
+from parapolicy.engine import Eager
 from parapolicy.evaluate.rollout import rollout
 from parapolicy.noise import draw_noise
 from parapolicy.observation import encode
@@ -62,7 +63,10 @@ def test_a_perfect_guess_leaves_one_round_per_window(name: str) -> None:
 
 
 def _denoiser(policy: Policy, observation: dict) -> Denoiser:
-    return Denoiser(policy.network, policy.schedule, encode(policy.spec, policy.normalizer, observation)[0])
+    return Denoiser(
+        Eager(policy.network).bind(policy.schedule, encode(policy.spec, policy.normalizer, observation)[0]),
+        policy.schedule,
+    )
 
 
 def test_an_element_starts_warm_alone_as_in_a_batch(shipped: Policy) -> None:

@@ -1,0 +1,76 @@
+"""How a network call is computed: engines by name."""
+
+import warnings
+from collections.abc import Callable
+from typing import Protocol
+
+import torch
+from torch import Tensor
+
+from parapolicy.engine.unet_gemm import GemmUnet1D
+from parapolicy.networks import ConditionalUnet1D
+from parapolicy.schedule import Schedule
+
+ENGINES = ("eager", "compiled")
+
+# (x (N, H, D), step (N,), element (N,)) -> network output (N, H, D)
+Evaluate = Callable[[Tensor, Tensor, Tensor], Tensor]
+
+
+class Engine(Protocol):
+    """A network made ready for a device."""
+
+    def bind(self, schedule: Schedule, condition: Tensor) -> Evaluate:
+        """The network at a schedule's steps and a batch's conditions (B, C); called once per chunk."""
+        ...
+
+
+class Eager:
+    """The network as it was trained: the reference."""
+
+    def __init__(self, network: ConditionalUnet1D) -> None:
+        self.network = network
+
+    def bind(self, schedule: Schedule, condition: Tensor) -> Evaluate:
+        return lambda x, step, element: self.network(x, schedule.timesteps[step], condition[element])
+
+
+class Compiled:
+    """The network as matrix products, compiled by torch for any number of rows; see :class:`GemmUnet1D`.
+
+    The first call compiles, or finds the result in torch's own cache on disk. Where that fails, for want of a C++
+    compiler, it warns once and goes on uncompiled.
+    """
+
+    def __init__(self, network: ConditionalUnet1D) -> None:
+        self.network = GemmUnet1D(network).requires_grad_(False)
+        self._forward: Callable[[Tensor, Tensor], Tensor] = torch.compile(self.network, dynamic=True)
+        self._schedule: Schedule | None = None
+        self._table: Tensor
+
+    def bind(self, schedule: Schedule, condition: Tensor) -> Evaluate:
+        if schedule is not self._schedule:
+            self._schedule, self._table = schedule, self.network.step_film(schedule.timesteps)  # (T, F)
+        film = self.network.condition_film(condition)  # (B, F)
+        return lambda x, step, element: self._run(x, self._table[step] + film[element])
+
+    def _run(self, x: Tensor, film: Tensor) -> Tensor:
+        if len(x) == 1:  # torch would compile anew for a single row
+            return self._run(x.expand(2, -1, -1), film.expand(2, -1))[:1]
+        try:
+            return self._forward(x, film)
+        except torch._dynamo.exc.TorchDynamoException as error:
+            warnings.warn(f"torch.compile does not work here, so the engine runs uncompiled: {error}", stacklevel=2)
+            self._forward = self.network
+            return self.network(x, film)
+
+
+def make_engine(name: str, network: ConditionalUnet1D) -> Engine:
+    """An engine by name.
+
+    Raises:
+        ValueError: an unknown name.
+    """
+    if name not in ENGINES:
+        raise ValueError(f"engine is {name!r}, expected one of {list(ENGINES)}")
+    return Eager(network) if name == "eager" else Compiled(network)

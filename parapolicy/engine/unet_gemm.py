@@ -1,0 +1,171 @@
+"""The conditional UNet's forward pass rewritten for small batches: matrix products, and no work done twice.
+
+A convolution over (N, H, C) is one matrix product of its windows (N H, k C): at the sizes of an action chunk that beats
+convolution kernels, and compilers fuse what stands between the products. FiLM's linear layers see the concatenation of
+a timestep's and an observation's features through an elementwise function, so that they split into a part per timestep,
+computed once per schedule, and a part per observation, computed once per chunk.
+"""
+
+import itertools
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+
+from parapolicy.networks import ConditionalUnet1D
+from parapolicy.networks.unet1d import ConditionalResidualBlock1D
+
+
+class GemmUnet1D(nn.Module):
+    """The function of a :class:`ConditionalUnet1D`, of (N, H, Da) and FiLM values (N, F).
+
+    Args:
+        network: whose weights are taken, as they are now.
+    """
+
+    film_weight: Tensor
+    film_bias: Tensor
+
+    def __init__(self, network: ConditionalUnet1D) -> None:
+        super().__init__()
+        encoder: Any = network.diffusion_step_encoder
+        self.step_dim = encoder[-1].out_features
+        self.step_encoder = network.diffusion_step_encoder
+        blocks = [module for module in network.modules() if isinstance(module, ConditionalResidualBlock1D)]
+        linears: list[Any] = [block.cond_encoder[1] for block in blocks]
+        self.register_buffer("film_weight", torch.cat([linear.weight.detach() for linear in linears]))  # (F, S + C)
+        self.register_buffer("film_bias", torch.cat([linear.bias.detach() for linear in linears]))
+        starts = torch.tensor([0, *(linear.out_features for linear in linears)]).cumsum(0).tolist()
+        place = {block: slice(a, b) for block, a, b in zip(blocks, starts[:-1], starts[1:], strict=True)}
+
+        def residual(block: Any) -> _Residual:
+            return _Residual(block, place[block])
+
+        def levels(modules: Any) -> list[tuple[nn.Module, nn.Module, nn.Module]]:
+            parts = [list(level.children()) for level in modules]
+            return [(residual(first), residual(second), _resampling(sample)) for first, second, sample in parts]
+
+        self.down, self.up = levels(network.down_modules), levels(network.up_modules)
+        self.mid = [residual(block) for block in network.mid_modules]
+        self.parts = nn.ModuleList([*itertools.chain(*self.down, *self.up), *self.mid])  # what ``to`` moves
+        final: Any = network.final_conv
+        self.final, self.last = _Block(final[0]), _Window(final[1])
+
+    def step_film(self, timesteps: Tensor) -> Tensor:
+        """The timesteps' part of the FiLM values, bias included: (T,) -> (T, F)."""
+        features = functional.mish(self.step_encoder(timesteps))
+        return functional.linear(features, self.film_weight[:, : self.step_dim], self.film_bias)
+
+    def condition_film(self, condition: Tensor) -> Tensor:
+        """The conditions' part: (B, C) -> (B, F)."""
+        return functional.linear(functional.mish(condition), self.film_weight[:, self.step_dim :])
+
+    def forward(self, x: Tensor, film: Tensor) -> Tensor:
+        skips: list[Tensor] = []
+        for first, second, sample in self.down:
+            x = second(first(x, film), film)
+            skips.append(x)
+            x = sample(x)
+        for block in self.mid:
+            x = block(x, film)
+        for first, second, sample in self.up:
+            x = sample(second(first(torch.cat((x, skips.pop()), -1), film), film))
+        return self.last(self.final(x))
+
+
+class _Window(nn.Module):
+    """Conv1d over (N, H, C) as one product with the windows' weights (k C, C')."""
+
+    weight: Tensor
+    bias: Tensor
+
+    def __init__(self, conv: nn.Conv1d) -> None:
+        super().__init__()
+        self.kernel, self.stride, self.padding = conv.kernel_size[0], conv.stride[0], int(conv.padding[0])
+        self.register_buffer("weight", conv.weight.detach().permute(2, 1, 0).flatten(0, 1).contiguous())
+        bias = torch.zeros_like(self.weight[0]) if conv.bias is None else conv.bias.detach().clone()
+        self.register_buffer("bias", bias)
+
+    def forward(self, x: Tensor) -> Tensor:
+        count = (x.shape[1] + 2 * self.padding - self.kernel) // self.stride + 1
+        if self.kernel > 1:
+            x = functional.pad(x, (0, 0, self.padding, self.padding))
+            stop = self.stride * (count - 1) + 1
+            x = torch.cat([x[:, k : k + stop : self.stride] for k in range(self.kernel)], -1)
+        shape = (len(x), count, self.weight.shape[1])
+        return torch.addmm(self.bias, x.reshape(len(x) * count, -1), self.weight).view(shape)
+
+
+class _Doubling(nn.Module):
+    """ConvTranspose1d of kernel 4, stride 2, padding 1, as one product with three neighbours.
+
+    Output 2 i sees x_i by tap 1 and x_{i-1} by tap 3, output 2 i + 1 sees x_i by tap 2 and x_{i+1} by tap 0.
+    """
+
+    weight: Tensor
+    bias: Tensor
+
+    def __init__(self, conv: nn.ConvTranspose1d) -> None:
+        super().__init__()
+        taps = conv.weight.detach().permute(2, 0, 1)  # (4, C, C')
+        none = torch.zeros_like(taps[0])
+        even, odd = torch.cat((taps[3], taps[1], none)), torch.cat((none, taps[2], taps[0]))
+        self.register_buffer("weight", torch.cat((even, odd), 1).contiguous())  # (3 C, 2 C')
+        bias = torch.zeros_like(taps[0, 0]) if conv.bias is None else conv.bias.detach()
+        self.register_buffer("bias", torch.cat((bias, bias)))
+
+    def forward(self, x: Tensor) -> Tensor:
+        batch, length, _ = x.shape
+        x = functional.pad(x, (0, 0, 1, 1))
+        windows = torch.cat((x[:, :-2], x[:, 1:-1], x[:, 2:]), -1).reshape(batch * length, -1)
+        return torch.addmm(self.bias, windows, self.weight).view(batch, 2 * length, -1)
+
+
+class _Block(nn.Module):
+    """Convolution, GroupNorm and Mish."""
+
+    weight: Tensor
+    bias: Tensor
+
+    def __init__(self, block: Any) -> None:
+        super().__init__()
+        conv, norm, _ = block.block
+        self.conv = _Window(conv)
+        self.groups, self.eps = norm.num_groups, norm.eps
+        self.register_buffer("weight", norm.weight.detach().clone())
+        self.register_buffer("bias", norm.bias.detach().clone())
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.conv(x)
+        grouped = x.unflatten(-1, (self.groups, -1))  # (N, H, G, C / G)
+        variance, mean = torch.var_mean(grouped, (1, 3), correction=0, keepdim=True)
+        x = ((grouped - mean) * torch.rsqrt(variance + self.eps)).flatten(2)
+        return functional.mish(x * self.weight + self.bias)
+
+
+class _Residual(nn.Module):
+    """Two blocks with FiLM between them, and a residual path."""
+
+    def __init__(self, block: ConditionalResidualBlock1D, place: slice) -> None:
+        super().__init__()
+        first, second = block.blocks
+        self.first, self.second = _Block(first), _Block(second)
+        self.film_scale, self.place = block.film_scale, place
+        shortcut = block.residual_conv
+        self.shortcut = _Window(shortcut) if isinstance(shortcut, nn.Conv1d) else nn.Identity()
+
+    def forward(self, x: Tensor, film: Tensor) -> Tensor:
+        hidden, values = self.first(x), film[:, None, self.place]
+        if self.film_scale:
+            scale, bias = values.chunk(2, -1)
+            hidden = scale * hidden + bias
+        else:
+            hidden = hidden + values
+        return self.second(hidden) + self.shortcut(x)
+
+
+def _resampling(module: Any) -> nn.Module:
+    if isinstance(module, nn.Identity):
+        return nn.Identity()
+    return _Window(module.conv) if isinstance(module.conv, nn.Conv1d) else _Doubling(module.conv)

@@ -1,0 +1,75 @@
+"""Engines compute the same function as the trained network."""
+
+import dataclasses
+import shutil
+
+import numpy as np
+import pytest
+import torch
+
+import parapolicy
+from parapolicy.engine import ENGINES, Compiled, make_engine
+from parapolicy.engine.unet_gemm import GemmUnet1D
+from parapolicy.networks import ConditionalUnet1D
+from tests.conftest import SHIPPED
+from tests.helpers import small_policy, some_observation
+
+
+@pytest.mark.parametrize(
+    ("down_dims", "kernel_size", "film_scale", "horizon"),
+    [((16, 32), 5, True, 8), ((8, 16, 32), 3, False, 16), ((16,), 5, True, 5), ((16, 16, 32, 32), 1, True, 24)],
+)
+def test_matrix_products_are_the_convolutions(
+    down_dims: tuple[int, ...], kernel_size: int, film_scale: bool, horizon: int
+) -> None:
+    network = ConditionalUnet1D(3, 7, 16, down_dims, kernel_size, 4, film_scale).requires_grad_(False)
+    x, timestep, condition = torch.randn(5, horizon, 3), torch.arange(5), torch.randn(5, 7)
+    rewritten = GemmUnet1D(network)
+    film = rewritten.step_film(timestep) + rewritten.condition_film(condition)
+    torch.testing.assert_close(rewritten(x, film), network(x, timestep, condition), rtol=0, atol=2e-6)
+
+
+def test_the_shipped_network_is_rewritten_faithfully(shipped: parapolicy.Policy) -> None:
+    rewritten = GemmUnet1D(shipped.network)
+    x, step = torch.randn(6, 16, 2), torch.tensor([0, 20, 40, 60, 80, 99])
+    condition = torch.rand(6, shipped.spec.condition_dim)
+    timesteps = shipped.schedule.timesteps[step]
+    film = rewritten.step_film(timesteps) + rewritten.condition_film(condition)
+    torch.testing.assert_close(rewritten(x, film), shipped.network(x, timesteps, condition), rtol=0, atol=5e-6)
+
+
+@pytest.mark.skipif(shutil.which("c++") is None and shutil.which("g++") is None, reason="no C++ compiler here")
+def test_a_compiled_policy_gives_the_same_chunks(recwarn: pytest.WarningsRecorder) -> None:
+    # One level: compiling takes longer than everything else here.
+    network = {"name": "unet1d", "diffusion_step_embed_dim": 16, "down_dims": [16], "n_groups": 4}
+    policy = small_policy(network=network).with_sampler("secant", window=6, tolerance=0.0)
+    compiled = dataclasses.replace(policy, engine=Compiled(policy.network))
+    for schedule, batch in (("ddpm", None), ("ddim", 3), ("ddpm", 2)):
+        observation = some_observation(policy.spec, batch)
+        expected = policy.with_schedule(schedule).predict(observation)
+        chunk = compiled.with_schedule(schedule).predict(observation)
+        np.testing.assert_allclose(chunk.trajectory, expected.trajectory, rtol=1e-4, atol=1e-2)
+    assert not [w for w in recwarn if "torch.compile does not work" in str(w.message)]
+
+
+def test_without_a_compiler_it_warns_once_and_goes_on(monkeypatch: pytest.MonkeyPatch) -> None:
+    policy = small_policy("semi_implicit")
+
+    def fail(*arguments: torch.Tensor) -> torch.Tensor:
+        raise torch._dynamo.exc.TorchDynamoException("no C++ compiler")
+
+    monkeypatch.setattr(torch, "compile", lambda module, **options: fail)
+    compiled = dataclasses.replace(policy, engine=Compiled(policy.network))
+    observation = some_observation(policy.spec)
+    with pytest.warns(UserWarning, match="runs uncompiled") as caught:
+        chunk = compiled.predict(observation)
+    assert len([w for w in caught if "runs uncompiled" in str(w.message)]) == 1
+    np.testing.assert_allclose(chunk.trajectory, policy.predict(observation).trajectory, rtol=1e-4, atol=1e-2)
+
+
+def test_engines_are_chosen_by_name() -> None:
+    network = small_policy().network
+    for name in ENGINES:
+        make_engine(name, network)
+    with pytest.raises(ValueError, match="engine is 'tensorrt', expected one of"):
+        parapolicy.load_policy(SHIPPED, engine="tensorrt", device="cpu")
