@@ -1,6 +1,6 @@
 """Evaluate samplers on one policy: reward in closed loop, latency per chunk, side by side.
 
-    python eval.py [env=pusht checkpoint=FOLDER samplers=[sequential,semi_implicit] episodes=20 seed=100000]
+    python eval.py [env=pusht checkpoint=FOLDER samplers=[sequential,secant] episodes=20 seed=100000]
 
 Results go to hydra's run folder: results.json, episodes.jsonl, latency_reward.png, videos/.
 """
@@ -76,7 +76,7 @@ def evaluate(config: DictConfig) -> dict[str, Any]:
         raise ValueError(f"episodes is {config.episodes}, latency_chunks {config.latency_chunks}; expected at least 1")
     if config.threads:
         torch.set_num_threads(config.threads)
-    policy = parapolicy.load_policy(config.checkpoint, device=config.device)
+    policy = parapolicy.load_policy(config.checkpoint, device=config.device, engine=config.engine)
     entries: Any = OmegaConf.to_container(config.samplers)
     variants = build_variants(policy, entries)
     folder = Path(HydraConfig.get().runtime.output_dir)
