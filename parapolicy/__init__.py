@@ -3,6 +3,7 @@
 from parapolicy.errors import CheckpointError, DataError, ObservationError
 from parapolicy.noise import draw_noise
 from parapolicy.observation import ObservationHistory
+from parapolicy.planner import Plan, explain, make_plan
 from parapolicy.policy import Chunk, ChunkStats, Policy, load_policy, save_policy
 from parapolicy.samplers import list_samplers
 from parapolicy.warm import WarmState
@@ -14,10 +15,13 @@ __all__ = [
     "DataError",
     "ObservationError",
     "ObservationHistory",
+    "Plan",
     "Policy",
     "WarmState",
     "draw_noise",
+    "explain",
     "list_samplers",
     "load_policy",
+    "make_plan",
     "save_policy",
 ]

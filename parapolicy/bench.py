@@ -23,6 +23,7 @@ from tqdm import tqdm
 from parapolicy.engine import Engine, make_engine
 from parapolicy.networks import ConditionalUnet1D
 from parapolicy.observation import encode
+from parapolicy.planner import made_up_observations
 from parapolicy.policy import Policy, load_policy
 from parapolicy.schedule import SOLVERS
 
@@ -86,13 +87,7 @@ def upstream_chunk(policy: Policy, observation: Mapping[str, Any], solver: str, 
 
 def bench_chunks(policy: Policy, engines: Mapping[str, Engine], chunks: int) -> dict[str, dict[str, float]]:
     """Latency percentiles (ms) at batch 1 of upstream's way, of ours sequentially, and of ours in parallel."""
-    generator = torch.Generator().manual_seed(0)
-    observations = []
-    for _ in range(chunks):
-        shapes = {key: (policy.spec.n_obs_steps, *shape) for key, shape in policy.spec.observation.items()}
-        normal = {key: 0.3 * torch.randn(shape, generator=generator) for key, shape in shapes.items()}
-        units = {key: policy.normalizer.unnormalize(key, value.to(policy.device)) for key, value in normal.items()}
-        observations.append({key: value.cpu().numpy() for key, value in units.items()})
+    observations = made_up_observations(policy, chunks)
     current = {"i": 0}
 
     def observation() -> Mapping[str, Any]:

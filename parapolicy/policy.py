@@ -196,7 +196,8 @@ def load_policy(
 
     Args:
         folder: the policy folder.
-        sampler: one of :func:`parapolicy.list_samplers`; ``parameters`` are its own.
+        sampler: one of :func:`parapolicy.list_samplers`; ``parameters`` are its own. ``auto``: the one that
+            :func:`parapolicy.make_plan` finds fastest here, at the ``tolerance`` given.
         engine: one of :data:`parapolicy.engine.ENGINES`. ``compiled`` compiles at the first call, for about a minute
             where torch's cache on disk does not know the network yet.
         device: ``auto`` (a GPU where there is one), ``cpu``, ``cuda``, ``cuda:1``, …
@@ -205,7 +206,9 @@ def load_policy(
         CheckpointError: a file is missing, damaged, or does not match the other one.
         ValueError: an unknown sampler, parameter, engine or device.
     """
-    chosen = make_sampler(sampler, **parameters)
+    if sampler == "auto" and set(parameters) - {"tolerance"}:
+        raise ValueError(f"sampler 'auto' has no parameters {sorted(set(parameters) - {'tolerance'})}, only tolerance")
+    chosen = make_sampler("secant" if sampler == "auto" else sampler, **parameters)
     target = pick_device(device)
     spec, network, normalizer = read_checkpoint(folder)
     try:
@@ -214,7 +217,12 @@ def load_policy(
         raise CheckpointError(f"{folder}: its scheduler config gives no schedule: {error}") from error
     network = network.to(target)
     made = make_engine(engine, network)
-    return Policy(spec, network, normalizer.to(target), schedule.to(target), chosen, target, engine=made)
+    policy = Policy(spec, network, normalizer.to(target), schedule.to(target), chosen, target, engine=made)
+    if sampler == "auto":
+        from parapolicy.planner import make_plan  # which runs policies
+
+        return make_plan(policy, **parameters).apply(policy)
+    return policy
 
 
 def save_policy(policy: Policy, folder: str | os.PathLike[str]) -> None:

@@ -183,6 +183,7 @@ def test_eval_command(tmp_path: Path) -> None:
         ("checkpoint=nowhere", "error: no checkpoint at 'nowhere'"),
         ("samplers=[fast]", "error: sampler is 'fast', expected one of"),
         ("device=cuda:99", "error: device 'cuda:99' is not to be had here"),
+        ("engine=fast", "error: engine is 'fast', expected one of"),
         ("episodes=0", "error: episodes is 0"),
         ("num_envs=0", "error: num_envs is 0"),
     ],

@@ -1,0 +1,132 @@
+"""Which window is fastest here? Measured, for one policy on one device, and remembered."""
+
+import dataclasses
+import hashlib
+import json
+import os
+import statistics
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from parapolicy.policy import Policy
+from parapolicy.samplers import Secant, Sequential
+
+WINDOWS = (10, 20, 40, 100)
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What was measured, and what follows.
+
+    Attributes:
+        milliseconds: candidate -> median time of a chunk at batch 1; ``sequential`` and ``window N``.
+        rounds: candidate -> mean rounds.
+        tolerance: at which the windows were measured.
+    """
+
+    milliseconds: dict[str, float]
+    rounds: dict[str, float]
+    tolerance: float
+
+    @property
+    def choice(self) -> str:
+        """The candidate with the smallest median."""
+        return min(self.milliseconds, key=lambda candidate: self.milliseconds[candidate])
+
+    def apply(self, policy: Policy) -> Policy:
+        """The policy with the chosen sampler."""
+        if self.choice == "sequential":
+            return policy.with_sampler("sequential")
+        return policy.with_sampler("secant", window=int(self.choice.split()[1]), tolerance=self.tolerance)
+
+    def __str__(self) -> str:
+        lines = [f"{self.choice} is the fastest of what was measured here (batch 1, tolerance {self.tolerance:g}):"]
+        for candidate in sorted(self.milliseconds, key=lambda candidate: self.milliseconds[candidate]):
+            spent, rounds = self.milliseconds[candidate], self.rounds[candidate]
+            lines.append(f"  {candidate:<12} {spent:8.1f} ms  {rounds:6.1f} rounds of {spent / rounds:.1f} ms")
+        return "\n".join(lines)
+
+
+def make_plan(
+    policy: Policy,
+    observations: Sequence[Mapping[str, Any]] | None = None,
+    tolerance: float = 0.01,
+    cache: Path | None = None,
+) -> Plan:
+    """Time the sequential sampler and the default one at several windows.
+
+    Args:
+        policy: with its engine and device.
+        observations: {key: (To, ...)} each; None: made up around the middle of the training data.
+        tolerance: of the secant sampler.
+        cache: folder of remembered plans, by device, weights, schedule, engine, threads and version of torch; None:
+            ``$PARAPOLICY_CACHE`` or else ``~/.cache/parapolicy``. A damaged entry is measured anew.
+    """
+    folder = cache or Path(os.environ.get("PARAPOLICY_CACHE") or Path.home() / ".cache" / "parapolicy")
+    path = folder / f"plan-{_key(policy, observations, tolerance)}.json"
+    try:
+        return Plan(**json.loads(path.read_text()))
+    except (OSError, ValueError, TypeError):
+        pass
+    plan = _measure(policy, observations or made_up_observations(policy, 5), tolerance)
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        path.write_text(json.dumps(dataclasses.asdict(plan)))
+    except OSError:
+        pass  # a home that cannot be written to costs the time of measuring again
+    return plan
+
+
+def explain(policy: Policy, tolerance: float = 0.01) -> None:
+    """Print which sampler ``load_policy(sampler="auto")`` takes here, and the measurements behind the choice."""
+    print(make_plan(policy, tolerance=tolerance))
+
+
+def made_up_observations(policy: Policy, count: int) -> list[dict[str, np.ndarray]]:
+    """Observations {key: (To, ...)} scattered around the middle of what the policy was trained on."""
+    generator = torch.Generator().manual_seed(0)
+    observations = []
+    for _ in range(count):
+        shapes = {key: (policy.spec.n_obs_steps, *shape) for key, shape in policy.spec.observation.items()}
+        normal = {key: 0.3 * torch.randn(shape, generator=generator).to(policy.device) for key, shape in shapes.items()}
+        observations.append({k: policy.normalizer.unnormalize(k, value).cpu().numpy() for k, value in normal.items()})
+    return observations
+
+
+def _measure(policy: Policy, observations: Sequence[Mapping[str, Any]], tolerance: float) -> Plan:
+    steps = len(policy.schedule)
+    samplers = {f"window {w}": Secant(w, tolerance) for w in WINDOWS if w < steps} | {
+        f"window {steps}": Secant(steps, tolerance)
+    }
+    candidates = {"sequential": dataclasses.replace(policy, sampler=Sequential())}
+    candidates |= {name: dataclasses.replace(policy, sampler=sampler) for name, sampler in samplers.items()}
+    for candidate in candidates.values():
+        candidate.predict(observations[0])
+    seconds: dict[str, list[float]] = {name: [] for name in candidates}
+    rounds: dict[str, list[int]] = {name: [] for name in candidates}
+    for seed, observation in enumerate(observations):
+        for name, candidate in candidates.items():
+            stats = candidate.predict(observation, seed=seed).stats
+            seconds[name].append(stats.seconds)
+            rounds[name].append(stats.rounds)
+    milliseconds = {name: 1e3 * statistics.median(values) for name, values in seconds.items()}
+    return Plan(milliseconds, {name: statistics.fmean(values) for name, values in rounds.items()}, tolerance)
+
+
+def _key(policy: Policy, observations: Sequence[Mapping[str, Any]] | None, tolerance: float) -> str:
+    """A digest of all that a plan depends on."""
+    digest = hashlib.sha256()
+    device = torch.cuda.get_device_name(policy.device) if policy.device.type == "cuda" else str(policy.device)
+    facts = (device, torch.__version__, torch.get_num_threads(), type(policy.engine).__name__, tolerance)
+    digest.update(repr((*facts, policy.schedule.solver, policy.schedule.timesteps.tolist())).encode())
+    for tensor in policy.network.state_dict().values():
+        digest.update(tensor.detach().cpu().numpy().tobytes())
+    for observation in observations or ():
+        for key in sorted(observation):
+            digest.update(np.ascontiguousarray(observation[key]).tobytes())
+    return digest.hexdigest()[:16]

@@ -1,0 +1,66 @@
+"""Plans are measured once, remembered by all that they depend on, and chosen by the clock."""
+
+from pathlib import Path
+
+import pytest
+import torch
+
+import parapolicy
+from parapolicy import planner
+from parapolicy.samplers import Secant, Sequential
+from tests.conftest import SHIPPED
+from tests.helpers import small_policy
+
+
+def test_every_candidate_is_measured_and_the_fastest_is_taken() -> None:
+    policy = small_policy()
+    plan = planner._measure(policy, planner.made_up_observations(policy, 2), tolerance=0.05)
+    assert list(plan.milliseconds) == ["sequential", "window 10", "window 20"]  # the schedule has 20 steps
+    assert plan.rounds["sequential"] == 20
+    assert plan.rounds["window 20"] < 20
+    assert min(plan.milliseconds.values()) == plan.milliseconds[plan.choice] > 0
+
+
+@pytest.mark.parametrize(("fastest", "sampler"), [("sequential", Sequential()), ("window 10", Secant(10, 0.05))])
+def test_the_choice_is_applied_and_explained(fastest: str, sampler: object) -> None:
+    milliseconds = {"sequential": 5.0, "window 10": 5.0, "window 20": 5.0} | {fastest: 4.0}
+    plan = parapolicy.Plan(milliseconds, dict.fromkeys(milliseconds, 2.0), 0.05)
+    assert plan.apply(small_policy()).sampler == sampler
+    assert str(plan).startswith(f"{fastest} is the fastest")
+    assert "4.0 ms" in str(plan)
+
+
+def test_a_plan_is_remembered_until_something_changes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    policy = small_policy()
+    first = parapolicy.make_plan(policy, cache=tmp_path)
+    (entry,) = tmp_path.iterdir()
+    counted: list[int] = []
+    measure = planner._measure
+    monkeypatch.setattr(planner, "_measure", lambda *a: counted.append(1) or measure(*a))
+    assert parapolicy.make_plan(policy, cache=tmp_path) == first
+    assert not counted
+    entry.write_text("{damaged")
+    parapolicy.make_plan(policy, cache=tmp_path)
+    parapolicy.make_plan(policy, tolerance=0.02, cache=tmp_path)
+    parapolicy.make_plan(policy.with_schedule("ddim", 10), cache=tmp_path)
+    with torch.no_grad():
+        next(policy.network.parameters()).add_(1e-3)
+    parapolicy.make_plan(policy, cache=tmp_path)
+    assert len(counted) == 4
+
+
+def test_a_cache_that_cannot_be_written_is_no_error(tmp_path: Path) -> None:
+    blocked = tmp_path / "file"
+    blocked.write_text("")
+    assert parapolicy.make_plan(small_policy(), cache=blocked).choice
+
+
+def test_load_policy_plans(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    monkeypatch.setenv("PARAPOLICY_CACHE", str(tmp_path))
+    policy = parapolicy.load_policy(SHIPPED, sampler="auto", device="cpu", tolerance=0.02)
+    assert len(list(tmp_path.iterdir())) == 1
+    assert policy.sampler == Sequential() or policy.sampler.tolerance == 0.02
+    parapolicy.explain(policy, tolerance=0.02)
+    assert "is the fastest of what was measured here" in capsys.readouterr().out
+    with pytest.raises(ValueError, match=r"no parameters \['window'\]"):
+        parapolicy.load_policy(SHIPPED, sampler="auto", window=3)
