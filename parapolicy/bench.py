@@ -61,7 +61,7 @@ def bench_network(
         step = torch.arange(batch, device=device) % len(policy.schedule)
         element = torch.zeros_like(step)
         condition = torch.randn(1, spec.condition_dim, device=device)
-        calls = {name: engine.bind(policy.schedule, condition) for name, engine in engines.items()}
+        calls = {name: engine.bind(policy.schedule.timesteps, condition) for name, engine in engines.items()}
         seconds = alternate({name: partial(call, x, step, element) for name, call in calls.items()}, repeats)
         inputs = (x, policy.schedule.timesteps[step], condition.expand(batch, -1))
         floor = network_floor(policy.network, inputs, machine)

@@ -155,7 +155,7 @@ class Policy:
                 noise = warm.shift_noise(noise, self.spec.n_action_steps)
         if tuple(noise.shape) != expected:
             raise ValueError(f"noise has shape {tuple(noise.shape)}, expected {expected}: (T + 1, B, H, Da)")
-        evaluate = (self.engine or Eager(self.network)).bind(self.schedule, condition)
+        evaluate = (self.engine or Eager(self.network)).bind(self.schedule.timesteps, condition)
         denoiser = Denoiser(evaluate, self.schedule, self.reproducible, self.max_batch)
         guess = None if warm is None else warm.guess(self.spec.n_action_steps).to(self.device)
         noise = noise.to(self.device, torch.float32)

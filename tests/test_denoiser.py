@@ -8,7 +8,7 @@ from tests.helpers import small_policy
 def test_each_row_gets_its_own_timestep_and_condition() -> None:
     policy = small_policy()
     condition = torch.randn(3, policy.spec.condition_dim)
-    denoiser = Denoiser(Eager(policy.network).bind(policy.schedule, condition), policy.schedule)
+    denoiser = Denoiser(Eager(policy.network).bind(policy.schedule.timesteps, condition), policy.schedule)
     x = torch.randn(4, policy.spec.horizon, 2)
     step, element = torch.tensor([0, 5, 5, 19]), torch.tensor([2, 0, 1, 1])
     together = denoiser(x, step, element)
@@ -28,8 +28,8 @@ def test_reproducible_calls_have_padded_sizes_and_the_same_result() -> None:
 
     condition = torch.randn(5, policy.spec.condition_dim)
     x, step, element = torch.randn(5, policy.spec.horizon, 2), torch.arange(5), torch.arange(5)
-    plain = Denoiser(Eager(network).bind(policy.schedule, condition), policy.schedule)(x, step, element)
-    padded = Denoiser(Eager(network).bind(policy.schedule, condition), policy.schedule, reproducible=True)(
+    plain = Denoiser(Eager(network).bind(policy.schedule.timesteps, condition), policy.schedule)(x, step, element)
+    padded = Denoiser(Eager(network).bind(policy.schedule.timesteps, condition), policy.schedule, reproducible=True)(
         x, step, element
     )
     assert sizes == [(5, 5, 5), (8, 8, 8)]

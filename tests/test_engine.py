@@ -69,7 +69,10 @@ def test_without_a_compiler_it_warns_once_and_goes_on(monkeypatch: pytest.Monkey
 
 def test_engines_are_chosen_by_name() -> None:
     network = small_policy().network
-    for name in ENGINES:
+    for name in ("eager", "compiled"):
+        assert name in ENGINES
         make_engine(name, network)
+    with pytest.raises(ValueError, match="torchrun"):
+        make_engine("sharded", network)
     with pytest.raises(ValueError, match="engine is 'tensorrt', expected one of"):
         parapolicy.load_policy(SHIPPED, engine="tensorrt", device="cpu")

@@ -63,7 +63,8 @@ def test_stopping_early_returns_what_there_is(problem: Any, data: st.DataObject)
 def test_on_the_shipped_policy(shipped: parapolicy.Policy, solver: str, steps: int | None) -> None:
     policy = shipped.with_schedule(solver, steps)
     denoiser = Denoiser(
-        Eager(policy.network).bind(policy.schedule, torch.rand(3, policy.spec.condition_dim) * 2 - 1), policy.schedule
+        Eager(policy.network).bind(policy.schedule.timesteps, torch.rand(3, policy.spec.condition_dim) * 2 - 1),
+        policy.schedule,
     )
     noise = parapolicy.draw_noise(policy.schedule, 3, seed=0)
     with torch.inference_mode():

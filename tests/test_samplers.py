@@ -184,7 +184,7 @@ def test_small_networks_at_tolerance_zero(name: str, window: int, batch: int, se
     torch.manual_seed(seed)
     policy = small_policy().with_schedule(solver)
     condition = torch.randn(batch, policy.spec.condition_dim)
-    denoiser = Denoiser(Eager(policy.network).bind(policy.schedule, condition), policy.schedule)
+    denoiser = Denoiser(Eager(policy.network).bind(policy.schedule.timesteps, condition), policy.schedule)
     noise = parapolicy.draw_noise(policy.schedule, batch, seed)
     with torch.inference_mode():
         expected = Sequential().sample(denoiser, policy.schedule, noise)
@@ -220,7 +220,7 @@ def test_stopping_early_returns_what_there_is(name: str, problem: Any, data: st.
 def test_a_stopped_sample_is_already_an_estimate(name: str, shipped: parapolicy.Policy) -> None:
     """Nearly all of the rounds leave less of the way than one does, and the residual says so."""
     condition = torch.rand(4, shipped.spec.condition_dim) * 2 - 1
-    denoiser = Denoiser(Eager(shipped.network).bind(shipped.schedule, condition), shipped.schedule)
+    denoiser = Denoiser(Eager(shipped.network).bind(shipped.schedule.timesteps, condition), shipped.schedule)
     noise = parapolicy.draw_noise(shipped.schedule, 4, seed=0)
     with torch.inference_mode():
         sampler = make_sampler(name)
@@ -289,7 +289,7 @@ def test_paradigms_is_the_published_algorithm(
 
     expected, rounds = published_paradigms(predict, scheduler, noise[:, 0], window, tolerance)
     sampler: Sampler = make_sampler("paradigms", window=window, tolerance=tolerance)
-    sample = sampler.sample(Denoiser(Eager(network).bind(schedule, condition), schedule), schedule, noise)
+    sample = sampler.sample(Denoiser(Eager(network).bind(schedule.timesteps, condition), schedule), schedule, noise)
     assert int(sample.rounds[0]) == rounds
     torch.testing.assert_close(sample.x[0], expected, rtol=0, atol=1e-5)
 
@@ -307,7 +307,7 @@ def test_the_published_fault_in_ddim_is_mended() -> None:
     for t in scheduler.timesteps:
         x = scheduler.step(network(x, t[None], condition), t, x).prev_sample
     sample = make_sampler("paradigms", window=1).sample(
-        Denoiser(Eager(network).bind(schedule, condition), schedule), schedule, noise
+        Denoiser(Eager(network).bind(schedule.timesteps, condition), schedule), schedule, noise
     )
     torch.testing.assert_close(sample.x, x, rtol=0, atol=1e-4)
 
@@ -325,7 +325,7 @@ def test_shipped_policy_is_exact_at_tolerance_zero(
 ) -> None:
     policy = shipped.with_schedule(solver, steps)
     condition = torch.rand(2, policy.spec.condition_dim) * 2 - 1
-    denoiser = Denoiser(Eager(policy.network).bind(policy.schedule, condition), policy.schedule)
+    denoiser = Denoiser(Eager(policy.network).bind(policy.schedule.timesteps, condition), policy.schedule)
     noise = parapolicy.draw_noise(policy.schedule, 2, seed=0)
     with torch.inference_mode():
         expected = Sequential().sample(denoiser, policy.schedule, noise)

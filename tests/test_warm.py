@@ -64,7 +64,7 @@ def test_a_perfect_guess_leaves_one_round_per_window(name: str) -> None:
 
 def _denoiser(policy: Policy, observation: dict) -> Denoiser:
     return Denoiser(
-        Eager(policy.network).bind(policy.schedule, encode(policy.spec, policy.normalizer, observation)[0]),
+        Eager(policy.network).bind(policy.schedule.timesteps, encode(policy.spec, policy.normalizer, observation)[0]),
         policy.schedule,
     )
 

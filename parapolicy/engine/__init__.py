@@ -9,9 +9,8 @@ from torch import Tensor
 
 from parapolicy.engine.unet_gemm import GemmUnet1D
 from parapolicy.networks import ConditionalUnet1D
-from parapolicy.schedule import Schedule
 
-ENGINES = ("eager", "compiled")
+ENGINES = ("eager", "compiled", "sharded")
 
 # (x (N, H, D), step (N,), element (N,)) -> network output (N, H, D)
 Evaluate = Callable[[Tensor, Tensor, Tensor], Tensor]
@@ -20,8 +19,8 @@ Evaluate = Callable[[Tensor, Tensor, Tensor], Tensor]
 class Engine(Protocol):
     """A network made ready for a device."""
 
-    def bind(self, schedule: Schedule, condition: Tensor) -> Evaluate:
-        """The network at a schedule's steps and a batch's conditions (B, C); called once per chunk."""
+    def bind(self, timesteps: Tensor, condition: Tensor) -> Evaluate:
+        """The network at a schedule's timesteps (T,) and a batch's conditions (B, C); called once per chunk."""
         ...
 
 
@@ -31,8 +30,8 @@ class Eager:
     def __init__(self, network: ConditionalUnet1D) -> None:
         self.network = network
 
-    def bind(self, schedule: Schedule, condition: Tensor) -> Evaluate:
-        return lambda x, step, element: self.network(x, schedule.timesteps[step], condition[element])
+    def bind(self, timesteps: Tensor, condition: Tensor) -> Evaluate:
+        return lambda x, step, element: self.network(x, timesteps[step], condition[element])
 
 
 class Compiled:
@@ -45,12 +44,12 @@ class Compiled:
     def __init__(self, network: ConditionalUnet1D) -> None:
         self.network = GemmUnet1D(network).requires_grad_(False)
         self._forward: Callable[[Tensor, Tensor], Tensor] = torch.compile(self.network, dynamic=True)
-        self._schedule: Schedule | None = None
+        self._timesteps: Tensor | None = None
         self._table: Tensor
 
-    def bind(self, schedule: Schedule, condition: Tensor) -> Evaluate:
-        if schedule is not self._schedule:
-            self._schedule, self._table = schedule, self.network.step_film(schedule.timesteps)  # (T, F)
+    def bind(self, timesteps: Tensor, condition: Tensor) -> Evaluate:
+        if timesteps is not self._timesteps:
+            self._timesteps, self._table = timesteps, self.network.step_film(timesteps)  # (T, F)
         film = self.network.condition_film(condition)  # (B, F)
         return lambda x, step, element: self._run(x, self._table[step] + film[element])
 
@@ -69,8 +68,12 @@ def make_engine(name: str, network: ConditionalUnet1D) -> Engine:
     """An engine by name.
 
     Raises:
-        ValueError: an unknown name.
+        ValueError: an unknown name, or ``sharded`` outside of ``torchrun``.
     """
     if name not in ENGINES:
         raise ValueError(f"engine is {name!r}, expected one of {list(ENGINES)}")
+    if name == "sharded":
+        from parapolicy.engine.sharded import join
+
+        return join(Eager(network), next(network.parameters()).device)
     return Eager(network) if name == "eager" else Compiled(network)

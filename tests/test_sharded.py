@@ -1,0 +1,74 @@
+"""A window split over two real processes gives the same chunk as one, and a lost worker an error in time."""
+
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch.multiprocessing as mp
+
+import parapolicy
+from parapolicy.engine.sharded import WorkerLostError, start_workers
+from tests.conftest import ROOT, SHIPPED
+
+
+def observation(policy: parapolicy.Policy, batch: int) -> dict[str, np.ndarray]:
+    rng = np.random.default_rng(0)
+    shapes = policy.spec.observation.items()
+    return {key: rng.uniform(150, 350, (batch, 2, *shape)).astype(np.float32) for key, shape in shapes}
+
+
+def test_two_processes_give_the_chunk_of_one(shipped: parapolicy.Policy) -> None:
+    with start_workers(SHIPPED, 2) as policy:
+        for schedule, batch in (("ddpm", 1), ("ddim", 3)):
+            ours, alone = policy.with_schedule(schedule, 50), shipped.with_schedule(schedule, 50)
+            chunk, expected = ours.predict(observation(ours, batch)), alone.predict(observation(ours, batch))
+            assert chunk.stats.rounds.tolist() == expected.stats.rounds.tolist()
+            np.testing.assert_allclose(chunk.trajectory, expected.trajectory, rtol=0, atol=0.05)
+    assert not mp.active_children()
+
+
+@pytest.mark.parametrize("how", [signal.SIGKILL, signal.SIGSTOP])
+def test_a_lost_worker_is_an_error_within_the_timeout(how: int) -> None:
+    with start_workers(SHIPPED, 2, timeout=5.0) as policy:
+        policy.predict(observation(policy, 1))
+        (worker,) = mp.active_children()
+        calls = iter(range(1000))
+
+        def strike() -> bool:
+            """Hit the worker in the middle of a chunk, after the second round."""
+            if next(calls) == 1:
+                os.kill(worker.pid, how)
+            return False
+
+        begin = time.monotonic()
+        with pytest.raises(WorkerLostError, match="died or did not answer within 5 s; no chunk was computed"):
+            policy.predict(observation(policy, 1), deadline=strike)
+        assert time.monotonic() - begin < 30
+        with pytest.raises(WorkerLostError):  # and no silent wrong chunk afterwards
+            policy.predict(observation(policy, 1))
+    assert not mp.active_children()
+
+
+def test_torchrun_starts_it(tmp_path: Path, shipped: parapolicy.Policy) -> None:
+    script = tmp_path / "script.py"
+    script.write_text(
+        "import sys, numpy as np, parapolicy\n"
+        "policy = parapolicy.load_policy(sys.argv[1], device='cpu', engine='sharded')\n"
+        "keys = policy.spec.observation.items()\n"
+        "chunk = policy.predict({key: np.full((2, *shape), 250.0) for key, shape in keys})\n"
+        "print('chunk', policy.engine.ranks, chunk.actions.sum())\n"
+    )
+    command = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node=2", "--standalone", str(script)]
+    environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
+    done = subprocess.run([*command, str(SHIPPED)], env=environment, capture_output=True, text=True, timeout=200)
+    assert done.returncode == 0, done.stderr
+    (line,) = [line for line in done.stdout.splitlines() if line.startswith("chunk")]
+    expected = shipped.predict({key: np.full((2, *shape), 250.0) for key, shape in shipped.spec.observation.items()})
+    _, ranks, total = line.split()
+    assert ranks == "2"
+    assert abs(float(total) - expected.actions.sum()) < 0.5
