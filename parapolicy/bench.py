@@ -1,6 +1,6 @@
 """Measure what a network call and a chunk cost on this machine, beside the floor.
 
-    python -m parapolicy.bench [CHECKPOINT] [--engines eager compiled] [--chunks 20] [--output outputs/bench]
+    python -m parapolicy.bench [CHECKPOINT] [--engines eager compiled] [--chunks 20] [--large] [--output outputs/bench]
 
 Writes bench.json and bench.png, and prints the tables. Orders alternate, medians are over ``--chunks`` chunks. The
 observations are made up; rounds differ a little from those of a closed loop.
@@ -28,6 +28,7 @@ from parapolicy.policy import Policy, load_policy
 from parapolicy.schedule import SOLVERS
 
 BATCHES = (1, 8, 16, 32, 40, 100)
+ROBOTS = (1, 4, 16, 64)
 
 
 def measure_machine(device: torch.device) -> dict[str, float]:
@@ -119,6 +120,18 @@ def bench_chunks(policy: Policy, engines: Mapping[str, Engine], chunks: int) -> 
     return rows
 
 
+def bench_robots(policy: Policy, engines: Mapping[str, Engine], repeats: int) -> list[dict[str, Any]]:
+    """Median seconds of one ``predict`` for several robots at once, with the default sampler."""
+    rows = []
+    for robots in ROBOTS:
+        observations = made_up_observations(policy, robots)
+        batch = {key: np.stack([observation[key] for observation in observations]) for key in observations[0]}
+        policies = {name: dataclasses.replace(policy, engine=engine) for name, engine in engines.items()}
+        seconds = alternate({name: partial(way.predict, batch) for name, way in policies.items()}, repeats)
+        rows.append({"robots": robots} | {name: statistics.median(values) for name, values in seconds.items()})
+    return rows
+
+
 def alternate(
     calls: Mapping[str, Callable[[], Any]], repeats: int, begin: Callable[[int], Any] = lambda i: None
 ) -> dict[str, list[float]]:
@@ -148,21 +161,30 @@ def print_tables(results: Mapping[str, Any], engines: Sequence[str]) -> None:
     from rich.table import Table
 
     machine = results["machine"]
-    title = "one network call, ms; floor: {:.0f} GFLOP/s, {:.1f} GB/s".format(
-        machine["flops_per_second"] / 1e9, machine["bytes_per_second"] / 1e9
+    title = (
+        f"{results['parameters'] / 1e6:.2f} M parameters, "
+        + "one network call, ms; floor: {:.0f} GFLOP/s, {:.1f} GB/s".format(
+            machine["flops_per_second"] / 1e9, machine["bytes_per_second"] / 1e9
+        )
     )
     network = Table("batch", "floor", *(f"{name} (× floor)" for name in engines), title=title)
     for row in results["network"]:
         cells = (f"{1e3 * row[name]:.2f} ({row[name] / row['floor']:.1f}×)" for name in engines)
         network.add_row(str(row["batch"]), f"{1e3 * row['floor']:.2f}", *cells)
-    chunk = Table("chunk", "p50", "p95", "p99", "max", "upstream / p50", title="one chunk, ms at batch 1")
-    baseline = results["chunks"]["upstream, DDPM-100"]["p50"]
-    for label, row in results["chunks"].items():
-        cells = (f"{row[key]:.1f}" for key in ("p50", "p95", "p99", "max"))
-        chunk.add_row(label, *cells, f"{baseline / row['p50']:.1f}×")
+    tables = [network]
+    if "chunks" in results:
+        chunk = Table("chunk", "p50", "p95", "p99", "max", "upstream / p50", title="one chunk, ms at batch 1")
+        baseline = results["chunks"]["upstream, DDPM-100"]["p50"]
+        for label, row in results["chunks"].items():
+            cells = (f"{row[key]:.1f}" for key in ("p50", "p95", "p99", "max"))
+            chunk.add_row(label, *cells, f"{baseline / row['p50']:.1f}×")
+        robots = Table("robots", *engines, title="one call for several robots, default sampler, ms")
+        for row in results["robots"]:
+            robots.add_row(str(row["robots"]), *(f"{1e3 * row[name]:.0f}" for name in engines))
+        tables += [chunk, robots]
     console = Console()
-    console.print(network)
-    console.print(chunk)
+    for table in tables:
+        console.print(table)
 
 
 def plot(results: Mapping[str, Any], engines: Sequence[str], path: Path) -> None:
@@ -189,6 +211,7 @@ def main() -> None:
     parser.add_argument("checkpoint", nargs="?", default="checkpoints/pusht_lowdim")
     parser.add_argument("--engines", nargs="+", default=["eager", "compiled"])
     parser.add_argument("--chunks", type=int, default=20)
+    parser.add_argument("--large", action="store_true", help="network calls only, of the published 65 M-parameter size")
     parser.add_argument("--device", default="auto")
     parser.add_argument("--output", type=Path, default=Path("outputs/bench"))
     arguments = parser.parse_args()
@@ -196,6 +219,9 @@ def main() -> None:
         parser.error(f"--chunks is {arguments.chunks}, expected at least 1")
     try:
         policy = load_policy(arguments.checkpoint, device=arguments.device)
+        if arguments.large:
+            network = ConditionalUnet1D(policy.spec.action_dim, policy.spec.condition_dim)
+            policy = dataclasses.replace(policy, network=network.requires_grad_(False).to(policy.device), engine=None)
         engines = {name: make_engine(name, policy.network) for name in arguments.engines}
     except (ValueError, OSError) as error:
         raise SystemExit(f"error: {error}") from error
@@ -203,8 +229,11 @@ def main() -> None:
 
     machine = measure_machine(policy.device) | describe_machine(policy.device)
     results: dict[str, Any] = {"machine": machine, "versions": describe_versions(), "checkpoint": arguments.checkpoint}
+    results["parameters"] = sum(parameter.numel() for parameter in policy.network.parameters())
     results["network"] = bench_network(policy, engines, machine, 3 * arguments.chunks)
-    results["chunks"] = bench_chunks(policy, engines, arguments.chunks)
+    if not arguments.large:  # an untrained network's rounds mean nothing
+        results["chunks"] = bench_chunks(policy, engines, arguments.chunks)
+        results["robots"] = bench_robots(policy, engines, max(1, arguments.chunks // 5))
     arguments.output.mkdir(parents=True, exist_ok=True)
     (arguments.output / "bench.json").write_text(json.dumps(results, indent=2) + "\n")
     plot(results, arguments.engines, arguments.output / "bench.png")

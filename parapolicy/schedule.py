@@ -10,7 +10,7 @@ the tables repeat its float32 arithmetic, so that a step here equals its ``step`
 """
 
 import dataclasses
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -100,6 +100,21 @@ class Schedule:
         drive = self.B[step][..., None, None] * u + self.S[step][..., None, None] * z
         # Solvers of first order are the common case: spare them the multiplication by zero.
         return drive + self.C[step][..., None, None] * previous_u if self.solver == "dpmsolver++" else drive
+
+    def transitions(self, step: Tensor, z: Tensor) -> Callable[[int, Tensor, Tensor, Tensor], Tensor]:
+        """:meth:`step` along W steps (A, W) with noise (A, W, H, D), for loops: coefficients are looked up once.
+
+        Returns:
+            (k, x, u, previous_u), the last three (A, H, D), -> the state after the k-th step; to the bit as ``step``.
+        """
+        a, b, c, s = (table[step][..., None, None].unbind(1) for table in (self.A, self.B, self.C, self.S))
+        kick = [deviation * noise for deviation, noise in zip(s, z.unbind(1), strict=True)]
+
+        def move(k: int, x: Tensor, u: Tensor, previous_u: Tensor) -> Tensor:
+            drive = b[k] * u + kick[k]
+            return a[k] * x + (drive + c[k] * previous_u if self.solver == "dpmsolver++" else drive)
+
+        return move
 
 
 def make_schedule(

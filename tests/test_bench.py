@@ -51,4 +51,5 @@ def test_the_command_writes_its_results(tmp_path: Path) -> None:
     assert [row["batch"] for row in results["network"]] == list(bench.BATCHES)
     assert all(row["eager"] > 0 and row["floor"] > 0 for row in results["network"])
     assert (tmp_path / "bench.png").stat().st_size > 1000
+    assert [row["robots"] for row in results["robots"]] == list(bench.ROBOTS)
     assert "upstream / p50" in done.stdout

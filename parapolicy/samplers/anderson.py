@@ -75,7 +75,7 @@ class Anderson:
             seen[row, step] = True
 
             accelerated = value - self._correction(residual * known, df[:, row, step], dr[:, row, step])
-            before, noises = x[row, step + 1], z[row, step]
+            before, move = x[row, step + 1], schedule.transitions(step, z[row, step])
             state, previous_u = x[row[:, 0], step[:, 0]], u[row[:, 0], step[:, 0]]
             settled = torch.ones_like(row[:, 0], dtype=torch.bool)
             rounded = residual.square().mean((2, 3)) <= ROUNDING**2  # (A, W)
@@ -84,8 +84,7 @@ class Anderson:
                 # At a state that stands still F(u) is final: acceleration never touches what will be accepted.
                 plain = (settled | rounded[:, k])[:, None, None]
                 estimate = torch.where(plain, value[:, k], accelerated[:, k])
-                drive = schedule.drive(estimate, previous_u, noises[:, k], step[:, k])
-                state = schedule.A[step[:, k], None, None] * state + drive
+                state = move(k, state, estimate, previous_u)
                 changes.append((state - before[:, k]).square().mean((1, 2)))
                 settled = settled & (changes[-1] <= limit[step[:, k]])
                 states.append(state)

@@ -81,12 +81,15 @@ class Secant:
             u[source[0], source[1] + 1] = estimates
 
             element, before, linear = row[:, 0], x[row, step], model.fit(row, step)
-            evaluated, noises = u[row, step + 1], z[row, step]
-            state, previous_u, after = before[:, 0], u[element, step[:, 0]], []
+            move, evaluated, old = (
+                schedule.transitions(step, z[row, step]),
+                u[row, step + 1].unbind(1),
+                before.unbind(1),
+            )
+            state, previous_u, after = old[0], u[element, step[:, 0]], []
             for k in range(step.shape[1]):
-                estimate = (evaluated[:, k] + linear(k, state - before[:, k])).clamp(-bound, bound)
-                drive = schedule.drive(estimate, previous_u, noises[:, k], step[:, k])
-                state = schedule.A[step[:, k], None, None] * state + drive
+                estimate = (evaluated[k] + linear(k, state - old[k])).clamp(-bound, bound)
+                state = move(k, state, estimate, previous_u)
                 after.append(state)
                 previous_u = estimate
             new = torch.stack(after, 1)  # (A, W, H, D)
@@ -155,10 +158,12 @@ class SecantModel:
         normal = dx @ dx.transpose(-1, -2)  # (A, W, m, m)
         damping = REGULARIZATION * normal.diagonal(dim1=-2, dim2=-1).sum(-1) + 1e-12
         normal.diagonal(dim1=-2, dim2=-1).add_(damping[..., None])
-        weights = torch.linalg.solve(normal, dx)  # (A, W, m, H D)
+        weights = torch.linalg.solve(normal, dx).unbind(1)  # W times (A, m, H D)
+        outputs = du.unbind(1)
 
         def linear(k: int, difference: Tensor) -> Tensor:
-            coefficients = weights[:, k] @ difference.flatten(1)[..., None]  # (A, m, 1)
-            return (du[:, k] * coefficients).sum(1).view_as(difference)
+            # Sums of products: at this size a matrix product's call costs more than its work.
+            coefficients = (weights[k] * difference.flatten(1)[:, None]).sum(-1, keepdim=True)  # (A, m, 1)
+            return (outputs[k] * coefficients).sum(1).view_as(difference)
 
         return linear

@@ -115,8 +115,8 @@ def recurrence(state: Tensor, gain: Tensor, drive: Tensor) -> Tensor:
     One step after the other, as the sequential sampler rounds them, so that equal estimates give equal bits.
     """
     states = []
-    for k in range(drive.shape[1]):
-        state = gain[:, k, None, None] * state + drive[:, k]
+    for factor, addend in zip(gain[..., None, None].unbind(1), drive.unbind(1), strict=True):
+        state = factor * state + addend
         states.append(state)
     return torch.stack(states, 1)
 
