@@ -1,5 +1,6 @@
 """parapolicy: a trained Diffusion Policy in real time, all denoising steps in parallel."""
 
+from parapolicy.control import Controller, ControlRecord
 from parapolicy.errors import CheckpointError, DataError, ObservationError
 from parapolicy.noise import draw_noise
 from parapolicy.observation import ObservationHistory
@@ -12,6 +13,8 @@ __all__ = [
     "CheckpointError",
     "Chunk",
     "ChunkStats",
+    "ControlRecord",
+    "Controller",
     "DataError",
     "ObservationError",
     "ObservationHistory",

@@ -121,6 +121,7 @@ class Policy:
         deadline: float | Callable[[], bool] | None = None,
         warm: WarmState | None = None,
         shift_noise: bool = True,
+        executed: int | None = None,
     ) -> Chunk:
         """Sample one action chunk per observation history.
 
@@ -131,33 +132,37 @@ class Policy:
             deadline: a time of ``time.monotonic()``, or a function that returns True when time is up. It is looked at
                 after each round; when it has passed, the best estimate so far is returned, with its residual. One
                 round is always run, however late it is.
-            warm: ``warm_state`` of the chunk before, whose first ``n_action_steps`` actions have been executed since.
-                It saves rounds; the chunk is still a draw for this observation alone.
+            warm: ``warm_state`` of the chunk before. It saves rounds; the chunk is still a draw for this observation
+                alone.
             shift_noise: with a warm state and no ``noise``, keep that state's noise for the control steps that both
                 chunks speak of and draw the rest from ``seed``: consecutive chunks then agree where the observations
                 do, and need fewer rounds. Each chunk's noise is still N(0, I). False: all noise is fresh, as it is
                 always for the speculative sampler, which is exact only where its draft knows nothing of the noise.
+            executed: control steps since the observation of the warm state's chunk; None: ``n_action_steps``.
 
         Raises:
             ObservationError: a missing or unknown key, a wrong shape, or a value that is not finite.
-            ValueError: noise, seeds or a warm state that do not fit the batch.
+            ValueError: noise, seeds or a warm state that do not fit the batch, or ``executed`` beyond the horizon.
             FloatingPointError: the computed chunk is not finite.
         """
         begin = time.perf_counter()
         condition, batched = encode(self.spec, self.normalizer, observation)
         batch = len(condition)
         expected = (len(self.schedule) + 1, batch, self.spec.horizon, self.spec.action_dim)
+        executed = self.spec.n_action_steps if executed is None else executed
         if warm is not None:
             warm.check(expected)
+            if not 0 <= executed < self.spec.horizon:
+                raise ValueError(f"executed is {executed}, expected 0 to {self.spec.horizon - 1}: the chunks overlap")
         if noise is None:
             noise = draw_noise(self.schedule, batch, seed)
             if warm is not None and shift_noise and not isinstance(self.sampler, Speculative):
-                noise = warm.shift_noise(noise, self.spec.n_action_steps)
+                noise = warm.shift_noise(noise, executed)
         if tuple(noise.shape) != expected:
             raise ValueError(f"noise has shape {tuple(noise.shape)}, expected {expected}: (T + 1, B, H, Da)")
         evaluate = (self.engine or Eager(self.network)).bind(self.schedule.timesteps, condition)
         denoiser = Denoiser(evaluate, self.schedule, self.reproducible, self.max_batch)
-        guess = None if warm is None else warm.guess(self.spec.n_action_steps).to(self.device)
+        guess = None if warm is None else warm.guess(executed).to(self.device)
         noise = noise.to(self.device, torch.float32)
         sample = self.sampler.sample(denoiser, self.schedule, noise, _stop_function(deadline), guess)
         check_finite(sample.x, "action chunk")

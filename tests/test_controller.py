@@ -1,0 +1,241 @@
+"""Every branch of the control loop, on a clock that only the test moves, and once on a real thread."""
+
+from collections.abc import Callable
+from concurrent.futures import Executor, Future
+from typing import Any
+
+import numpy as np
+import pytest
+
+from parapolicy import Controller, ObservationError
+from parapolicy.noise import mix_seeds
+from parapolicy.policy import Chunk, Policy
+from tests.helpers import small_policy, some_observation
+
+EXECUTED = 4  # n_action_steps of the small policy; its horizon is 8, of which 7 actions are from now on
+
+
+class Timed:
+    """A real policy on a made-up clock: every call takes ``seconds`` and every look at the clock ``tick``."""
+
+    def __init__(self, policy: Policy) -> None:
+        self.policy, self.spec = policy, policy.spec
+        self.now, self.seconds, self.tick = 0.0, 0.01, 0.0
+        self.calls: list[dict[str, Any]] = []
+        self.failures: dict[int, Exception] = {}  # by number of the call
+
+    def clock(self) -> float:
+        self.now += self.tick
+        return self.now
+
+    def predict(self, observation: Any, **options: Any) -> Chunk:
+        self.calls.append({"observation": observation, **options})
+        if failure := self.failures.get(len(self.calls) - 1):
+            raise failure
+        self.now += self.seconds
+        return self.policy.predict(observation, **options)
+
+
+class Later(Executor):
+    """Runs what is submitted when the test says so."""
+
+    def __init__(self) -> None:
+        self.waiting: list[tuple[Future, Callable[[], Any]]] = []
+
+    def submit(self, function: Callable, /, *arguments: Any, **options: Any) -> Future:
+        future: Future = Future()
+        self.waiting.append((future, lambda: function(*arguments, **options)))
+        return future
+
+    def run(self) -> None:
+        for future, call in self.waiting:
+            try:
+                future.set_result(call())
+            except Exception as error:
+                future.set_exception(error)
+        self.waiting.clear()
+
+
+@pytest.fixture
+def policy() -> Timed:
+    return Timed(small_policy("semi_implicit"))
+
+
+def step(policy: Timed, seed: int) -> dict[str, np.ndarray]:
+    """One control step's observation."""
+    return {key: value[0] for key, value in some_observation(policy.spec, seed=seed).items()}
+
+
+def act(controller: Controller, policy: Timed, count: int) -> list[np.ndarray]:
+    return [controller.act(step(policy, controller.step + 1)) for _ in range(count)]
+
+
+def test_chunks_are_executed_one_after_the_other(policy: Timed) -> None:
+    controller = Controller(policy, clock=policy.clock, warm_start=False)
+    controller.reset(seed=7)
+    actions = act(controller, policy, 3 * EXECUTED)
+    assert len(policy.calls) == 3
+    for k, call in enumerate(policy.calls):
+        assert call["seed"] == mix_seeds(7, k)
+        chunk = policy.policy.predict(call["observation"], seed=call["seed"])
+        np.testing.assert_array_equal(actions[k * EXECUTED : (k + 1) * EXECUTED], chunk.actions)
+    first = policy.calls[0]["observation"]["position"]
+    np.testing.assert_array_equal(first[0], first[1])  # the history before the first step is the first step
+    latest = policy.calls[1]["observation"]["position"]
+    np.testing.assert_array_equal(latest[1], step(policy, EXECUTED)["position"])
+    assert controller.record.percentiles()["p50"] == pytest.approx(10.0)
+    assert (controller.record.continued, controller.record.held, controller.record.errors) == (0, 0, [])
+
+
+def test_the_same_seed_gives_the_same_actions(policy: Timed) -> None:
+    controller = Controller(policy, clock=policy.clock)
+    runs = []
+    for seed in (1, 1, 2):
+        controller.reset(seed)
+        runs.append(np.stack(act(controller, policy, 10)))
+    np.testing.assert_array_equal(runs[0], runs[1])
+    assert not np.array_equal(runs[0], runs[2])
+
+
+def test_warm_starts_know_how_many_steps_were_executed(policy: Timed) -> None:
+    controller = Controller(policy, clock=policy.clock)
+    act(controller, policy, EXECUTED + 1)
+    assert policy.calls[0]["warm"] is None
+    assert policy.calls[1]["warm"] is not None
+    assert policy.calls[1]["executed"] == EXECUTED
+
+
+def start_async(policy: Timed, **options: Any) -> tuple[Controller, Later]:
+    """A controller whose second chunk has just been asked for, at step 3."""
+    executor = Later()
+    controller = Controller(policy, 10, asynchronous=True, clock=policy.clock, executor=executor, **options)
+    act(controller, policy, EXECUTED - 1)
+    assert not executor.waiting
+    act(controller, policy, 1)
+    assert len(executor.waiting) == 1
+    return controller, executor
+
+
+def test_async_in_time_drops_what_is_past(policy: Timed) -> None:
+    controller, executor = start_async(policy)
+    executor.run()
+    (action,) = act(controller, policy, 1)
+    chunk = policy.policy.predict(**policy.calls[1])
+    first = policy.spec.n_obs_steps - 1
+    np.testing.assert_array_equal(action, chunk.trajectory[first + 1])  # its own step 3 is past
+    assert policy.calls[1]["executed"] == EXECUTED - 1
+    record = controller.record
+    assert (record.stale, record.continued, record.held) == (1, 0, 0)
+
+
+def test_async_begins_earlier_when_chunks_take_longer(policy: Timed) -> None:
+    policy.seconds = 0.25  # 3 control steps at 10 Hz
+    executor = Later()
+    controller = Controller(policy, 10, asynchronous=True, clock=policy.clock, executor=executor)
+    act(controller, policy, 2)
+    assert len(executor.waiting) == 1
+
+
+def test_async_late_goes_on_with_the_old_chunk_then_holds(policy: Timed) -> None:
+    controller, executor = start_async(policy)
+    old = policy.policy.predict(**policy.calls[0])
+    actions = act(controller, policy, 6)  # steps 4 to 9; the old chunk ends with step 6
+    first = policy.spec.n_obs_steps - 1
+    np.testing.assert_array_equal(actions[:3], old.trajectory[first + 4 :])
+    np.testing.assert_array_equal(actions[3:], [old.trajectory[-1]] * 3)
+    assert (controller.record.continued, controller.record.held) == (3, 3)
+    executor.run()
+    (action,) = act(controller, policy, 1)  # step 10; the new chunk began at 3 and ends with 9
+    assert np.isfinite(action).all()
+    assert controller.record.stale == 7
+    assert len(executor.waiting) == 1  # and the next one is under way already
+
+
+def test_async_that_never_comes_holds_for_ever(policy: Timed) -> None:
+    controller, executor = start_async(policy)
+    actions = act(controller, policy, 200)
+    assert len(executor.waiting) == 1
+    assert (np.asarray(actions[-150:]) == actions[-1]).all()
+    assert controller.record.held == 197
+
+
+@pytest.mark.parametrize(
+    "failure", [FloatingPointError("the action chunk holds a value that is not finite"), OSError()]
+)
+@pytest.mark.parametrize("asynchronous", [False, True])
+def test_a_failed_chunk_is_recorded_and_the_next_one_taken(
+    policy: Timed, failure: Exception, asynchronous: bool
+) -> None:
+    policy.failures[1] = failure
+    executor = Later()
+    controller = Controller(policy, 10, asynchronous, clock=policy.clock, executor=executor if asynchronous else None)
+    actions = []
+    for _ in range(12):
+        actions += act(controller, policy, 1)
+        executor.run()
+    assert np.isfinite(actions).all()
+    assert controller.record.errors == [f"{type(failure).__name__}: {failure}"]
+    assert len(policy.calls) > 2
+    assert controller.record.held == 0
+
+
+def test_the_first_chunk_has_nothing_to_fall_back_on(policy: Timed) -> None:
+    policy.failures[0] = FloatingPointError("not finite")
+    with pytest.raises(FloatingPointError):
+        Controller(policy, clock=policy.clock).act(step(policy, 0))
+
+
+def test_a_reset_drops_what_is_under_way(policy: Timed) -> None:
+    controller, executor = start_async(policy)
+    controller.reset(seed=3)
+    executor.run()
+    actions = act(controller, policy, 2)
+    assert policy.calls[-1]["seed"] == mix_seeds(3, 0)
+    assert policy.calls[-1]["warm"] is None
+    np.testing.assert_array_equal(actions, policy.policy.predict(**policy.calls[-1]).actions[:2])
+    assert controller.record.stale == 0
+    assert len(controller.record.chunk_seconds) == 1
+
+
+def test_a_bad_observation_changes_nothing(policy: Timed) -> None:
+    controller, twin = (Controller(policy, clock=policy.clock) for _ in range(2))
+    act(controller, policy, 2)
+    with pytest.raises(ObservationError, match="points"):
+        controller.act({**step(policy, 0), "points": np.full((3, 2), np.nan)})
+    np.testing.assert_array_equal(act(controller, policy, 6), act(twin, policy, 8)[2:])
+
+
+def test_a_deadline_ends_sampling_and_is_counted(policy: Timed) -> None:
+    policy.seconds, policy.tick = 0.0, 0.004
+    controller = Controller(policy, deadline_ms=10, clock=policy.clock)
+    (action,) = act(controller, policy, 1)
+    assert controller.record.rounds == [3]  # looked at after 4, 8 and 12 ms
+    assert controller.record.late == 1
+    assert np.isfinite(action).all()
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [({"control_hz": 0}, "control_hz is 0"), ({"deadline_ms": -5}, "deadline_ms is -5")],
+)
+def test_bad_options_are_named(policy: Timed, options: dict, message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        Controller(policy, **options)
+
+
+def test_a_real_thread(shipped: Policy) -> None:
+    rng = np.random.default_rng(0)
+    keys = shipped.spec.observation.items()
+    observation = {key: rng.uniform(150, 350, shape).astype(np.float32) for key, shape in keys}
+    with Controller(shipped, asynchronous=True) as controller:
+        actions = [controller.act(observation) for _ in range(200)]
+    assert np.isfinite(actions).all()
+    assert controller.record.errors == []
+    assert len(controller.record.chunk_seconds) >= 1
+
+
+def test_executed_beyond_the_horizon_is_refused() -> None:
+    policy = small_policy()
+    state = policy.predict(some_observation(policy.spec)).warm_state
+    with pytest.raises(ValueError, match="executed is 8, expected 0 to 7"):
+        policy.predict(some_observation(policy.spec), warm=state, executed=8)
