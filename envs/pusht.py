@@ -109,6 +109,7 @@ class PushT(gymnasium.Env):
         if state.shape != (5,) or not np.isfinite(state).all():
             raise ValueError(f"state is {state!r}, expected five finite numbers: agent x, y, block x, y, angle")
         simulator = self._simulator
+        simulator._setup()  # a fresh space: the state before this one would leave its velocities and contacts behind
         simulator.agent.position = state[:2].tolist()
         # Turning the block moves it, because it turns about its centre of mass: angle first, then position.
         simulator.block.angle = float(state[4])
