@@ -7,8 +7,11 @@ Results go to hydra's run folder: results.json, episodes.jsonl, latency_reward.p
 
 import json
 import time
+from collections.abc import Iterator, Mapping
+from contextlib import ExitStack
+from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 import hydra
 import torch
@@ -18,7 +21,10 @@ from tqdm import tqdm
 
 import parapolicy
 from envs import make_env
+from envs.charged import Charged
+from parapolicy.control import ControlRecord
 from parapolicy.evaluate import metrics, report
+from parapolicy.evaluate.charged import Latency, run_charged
 from parapolicy.evaluate.errors import measure_errors
 from parapolicy.evaluate.fidelity import measure_fidelity
 from parapolicy.evaluate.latency import measure_chunks
@@ -28,41 +34,77 @@ from parapolicy.policy import Policy
 from parapolicy.samplers import Sampler, Secant
 
 
-def run_episodes(policy: Policy, label: str, config: DictConfig, folder: Path) -> tuple[list[Episode], dict[str, Any]]:
+def run_episodes(
+    policy: Policy, label: str, asynchronous: bool, config: DictConfig, folder: Path
+) -> tuple[list[Episode], dict[str, Any]]:
     """One sampler's episodes, each on disk as soon as it ends, and their summary."""
     seeds = range(config.seed, config.seed + config.episodes)
     length = config.env.options.max_episode_steps
-    episodes, videos = [], []
+    filmed = seeds[: config.videos] if isinstance(config.videos, int) else list(config.videos)
+    episodes, videos, controls = [], [], []
     begin = time.perf_counter()
-    with (
-        tqdm(total=len(seeds) * length, desc=label, unit="step") as bar,
-        (folder / "episodes.jsonl").open("a") as lines,
-    ):
-        for episode in rollout(
-            policy,
-            lambda: make_env(config.env.name, policy.spec, **config.env.options),
-            seeds,
-            config.noise_seed,
-            config.num_envs,
-            record=seeds[: config.videos] if isinstance(config.videos, int) else list(config.videos),
-            progress=bar.update,
-        ):
+    with ExitStack() as stack:
+        bar = stack.enter_context(tqdm(total=len(seeds) * length, desc=label, unit="step"))
+
+        def write(name: str, row: Mapping[str, Any]) -> None:
+            if name not in files:
+                files[name] = stack.enter_context((folder / name).open("a"))
+            print(json.dumps(row), file=files[name], flush=True)
+
+        files: dict[str, IO[str]] = {}
+        stream: Iterator[tuple[Episode, ControlRecord | None]]
+        if config.env.latency == "none" and not asynchronous:
+            build = partial(make_env, config.env.name, policy.spec, **config.env.options)
+            rolled = rollout(policy, build, seeds, config.noise_seed, config.num_envs, filmed, bar.update)
+            stream = ((episode, None) for episode in rolled)
+        else:
+            stream = run_charged(
+                policy,
+                label,
+                lambda clock: Charged(
+                    make_env(config.env.name, policy.spec, **config.env.options), clock, policy.spec.control_hz
+                ),
+                seeds,
+                Latency.parse(config.env.latency),
+                asynchronous,
+                config.noise_seed,
+                filmed,
+                lambda row: write("actions.jsonl", {"sampler": label, **row}),
+                bar.update,
+            )
+        for episode, control in stream:
             bar.update(length - len(episode.rewards))
             episodes.append(episode)
             row = metrics.episode_row(episode.seed - config.seed, episode)
-            print(json.dumps({"sampler": label, **row}), file=lines, flush=True)
+            if control is not None:
+                controls.append(control)
+                row["control"] = control.summary()
+                for chunk in control.chunks:
+                    timed = {"seed": episode.seed, "chunk": chunk.number, "seconds": chunk.seconds}
+                    write("chunks.jsonl", {"sampler": label, **timed})
+            write("episodes.jsonl", {"sampler": label, **row})
             if episode.frames:
                 path = folder / "videos" / f"{label}_{episode.seed}.mp4"
                 report.write_video(episode.frames, path, fps=round(policy.spec.control_hz))
                 episode.frames.clear()
                 videos.append(str(path))
             bar.set_postfix(reward=f"{sum(e.max_reward for e in episodes) / len(episodes):.3f}")
-    return episodes, metrics.summarize_episodes(episodes, time.perf_counter() - begin, videos)
+    summary = metrics.summarize_episodes(episodes, time.perf_counter() - begin, videos)
+    if controls:
+        summary["control"] = metrics.summarize_control(controls)
+    return episodes, summary
 
 
 def spread(items: list[Any], count: int) -> list[Any]:
     """About ``count`` of the items, evenly spaced."""
     return items[:: max(1, len(items) // count)][:count]
+
+
+ASYNC = " async"
+
+
+def _label(label: str, mode: str) -> str:
+    return label + ASYNC if mode == "async" else label
 
 
 def asked_error(sampler: Sampler) -> float | None:
@@ -78,11 +120,17 @@ def evaluate(config: DictConfig) -> dict[str, Any]:
         torch.set_num_threads(config.threads)
     policy = parapolicy.load_policy(config.checkpoint, device=config.device, engine=config.engine)
     entries: Any = OmegaConf.to_container(config.samplers)
-    variants = build_variants(policy, entries)
+    modes = [config.control] if isinstance(config.control, str) else list(config.control)
+    if not modes or set(modes) - {"sync", "async"}:
+        raise ValueError(f"control is {config.control!r}, expected sync, async or [sync,async]")
+    Latency.parse(config.env.latency)  # what is wrong with it is said before the first episode
+    listed = build_variants(policy, entries)
+    variants = {_label(label, mode): policy for label, policy in listed.items() for mode in modes}
     folder = Path(HydraConfig.get().runtime.output_dir)
     results: dict[str, Any] = {
         "env": config.env.name,
         "checkpoint": str(config.checkpoint),
+        "latency": config.env.latency,
         "episodes": config.episodes,
         "seeds": list(range(config.seed, config.seed + config.episodes)),
         "machine": report.describe_machine(policy.device),
@@ -91,7 +139,8 @@ def evaluate(config: DictConfig) -> dict[str, Any]:
     }
     recorded: list[list[Any]] = []  # the first sampler's observations, by episode and chunk
     for label, variant in variants.items():
-        episodes, results["samplers"][label] = run_episodes(variant, label, config, folder)
+        asynchronous = label.endswith(ASYNC)
+        episodes, results["samplers"][label] = run_episodes(variant, label, asynchronous, config, folder)
         recorded = recorded or [e.observations for e in sorted(episodes, key=lambda episode: episode.seed)]
     # (previous, current); an episode's first chunk counts as its own predecessor.
     observations = [pair for e in recorded for pair in zip(e[:1] + e, e, strict=False)]

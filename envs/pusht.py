@@ -29,6 +29,7 @@ BLOCK_KEYPOINTS = np.array(
         [23.541, -1.700],
     ]
 )
+SUBSTEPS = 10  # physics steps of 10 ms per control step
 # key -> shape of one control step's observation
 OBSERVATIONS: Mapping[str, tuple[int, ...]] = {
     "state": (5,),  # agent x, y, block x, y (pixels), block angle (rad, 0 to 2 pi)
@@ -66,7 +67,6 @@ class PushT(gymnasium.Env):
             raise ValueError(f"render_size is {render_size}, expected at least 96: below it no marker can be drawn")
         self._keys = list(spec.observation)
         self._max_steps = max_episode_steps
-        self._steps = 0
         self._simulator = PushTEnv(visualization_width=render_size, visualization_height=render_size)
         self.action_space = spaces.Box(0, 512, (2,), np.float32)
         self.observation_space = spaces.Dict(
@@ -84,9 +84,10 @@ class PushT(gymnasium.Env):
         """
         super().reset(seed=seed)
         self._simulator.reset(seed=seed)
-        self._steps = 0
+        self._substeps, self._owed = 0, 0.0
         if options is not None and "state" in options:
             self._set_state(np.asarray(options["state"], dtype=np.float64))
+        self._target = np.array(self._simulator.agent.position)
         return self._observe(), {**self._simulator._get_info(), "is_success": False}
 
     def step(self, action: Any) -> tuple[dict[str, np.ndarray], float, bool, bool, dict[str, Any]]:
@@ -94,9 +95,28 @@ class PushT(gymnasium.Env):
         target = np.asarray(action, dtype=np.float64)
         if target.shape != (2,) or not np.isfinite(target).all():
             raise ValueError(f"action is {action!r}, expected two finite numbers: x, y in pixels")
-        _, reward, terminated, _, info = self._simulator.step(target)
-        self._steps += 1
-        return self._observe(), float(reward), bool(terminated), self._steps >= self._max_steps, info
+        self._target = target
+        return self._run(SUBSTEPS)
+
+    def hold(self, seconds: float) -> tuple[dict[str, np.ndarray], float, bool, bool, dict[str, Any]]:
+        """Let the world run for a time, to 10 ms, while the agent keeps its target; what is over is carried on.
+
+        Before the first action the agent keeps its place.
+        """
+        self._owed += seconds / self._simulator.dt
+        substeps = int(self._owed + 1e-6)
+        self._owed -= substeps
+        return self._run(substeps)
+
+    def _run(self, substeps: int) -> tuple[dict[str, np.ndarray], float, bool, bool, dict[str, Any]]:
+        simulator = self._simulator
+        left = min(substeps, self._max_steps * SUBSTEPS - self._substeps)
+        # gym-pusht's step runs int(1 / (dt * control_hz)) physics steps.
+        simulator.control_hz = 1 / (simulator.dt * (left + 0.5))
+        _, reward, terminated, _, info = simulator.step(self._target)
+        self._substeps += left
+        over = self._substeps >= self._max_steps * SUBSTEPS
+        return self._observe(), float(reward), bool(terminated), over, info
 
     def render(self) -> np.ndarray:
         """The scene as (render_size, render_size, 3) uint8, the current target marked."""

@@ -1,6 +1,6 @@
 """parapolicy: a trained Diffusion Policy in real time, all denoising steps in parallel."""
 
-from parapolicy.control import Controller, ControlRecord
+from parapolicy.control import Controller, ControlRecord, Pacer
 from parapolicy.errors import CheckpointError, DataError, ObservationError
 from parapolicy.noise import draw_noise
 from parapolicy.observation import ObservationHistory
@@ -18,6 +18,7 @@ __all__ = [
     "DataError",
     "ObservationError",
     "ObservationHistory",
+    "Pacer",
     "Plan",
     "Policy",
     "WarmState",

@@ -37,6 +37,8 @@ class ChunkStats:
         complete: False where a deadline ended sampling early.
         error: estimated largest absolute error of the normalised trajectory; None for samplers that do not estimate it.
         rejections: drafted states that a speculative sampler refused; None for the others.
+        stages: wall time, in seconds, of ``encode`` (observation and noise to the device), ``sample`` and ``post`` (to
+            actions on the CPU).
         seconds: wall time of the whole call.
     """
 
@@ -46,6 +48,7 @@ class ChunkStats:
     complete: Any
     error: Any
     rejections: Any
+    stages: dict[str, float]
     seconds: float
 
     def first(self) -> "ChunkStats":
@@ -164,7 +167,9 @@ class Policy:
         denoiser = Denoiser(evaluate, self.schedule, self.reproducible, self.max_batch)
         guess = None if warm is None else warm.guess(executed).to(self.device)
         noise = noise.to(self.device, torch.float32)
+        encoded = self._clock()
         sample = self.sampler.sample(denoiser, self.schedule, noise, _stop_function(deadline), guess)
+        sampled = self._clock()
         check_finite(sample.x, "action chunk")
 
         trajectory = self.normalizer.unnormalize("action", sample.x).cpu().numpy()
@@ -173,11 +178,18 @@ class Policy:
         names = ("rounds", "evaluations", "residual", "complete", "error", "rejections")
         costs = {k: None if (cost := getattr(sample, k)) is None else cost.cpu().numpy() for k in names}
         state = WarmState(sample.u, noise)
-        seconds = time.perf_counter() - begin
-        stats = ChunkStats(**costs, seconds=seconds)
+        end = time.perf_counter()
+        stages = {"encode": encoded - begin, "sample": sampled - encoded, "post": end - sampled}
+        stats = ChunkStats(**costs, stages=stages, seconds=end - begin)
         if batched:
             return Chunk(actions, trajectory, stats, state)
         return Chunk(actions[0], trajectory[0], stats.first(), state)
+
+    def _clock(self) -> float:
+        """Now, with the device's work done."""
+        if self.device.type == "cuda":
+            torch.cuda.synchronize(self.device)
+        return time.perf_counter()
 
 
 def _stop_function(deadline: float | Callable[[], bool] | None) -> Callable[[], bool]:

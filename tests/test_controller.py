@@ -1,5 +1,6 @@
 """Every branch of the control loop, on a clock that only the test moves, and once on a real thread."""
 
+import json
 from collections.abc import Callable
 from concurrent.futures import Executor, Future
 from typing import Any
@@ -7,7 +8,8 @@ from typing import Any
 import numpy as np
 import pytest
 
-from parapolicy import Controller, ObservationError
+from parapolicy import Controller, ObservationError, ObservationHistory
+from parapolicy.control import Histogram, Pacer
 from parapolicy.noise import mix_seeds
 from parapolicy.policy import Chunk, Policy
 from tests.helpers import small_policy, some_observation
@@ -83,8 +85,10 @@ def test_chunks_are_executed_one_after_the_other(policy: Timed) -> None:
     np.testing.assert_array_equal(first[0], first[1])  # the history before the first step is the first step
     latest = policy.calls[1]["observation"]["position"]
     np.testing.assert_array_equal(latest[1], step(policy, EXECUTED)["position"])
-    assert controller.record.percentiles()["p50"] == pytest.approx(10.0)
-    assert (controller.record.continued, controller.record.held, controller.record.errors) == (0, 0, [])
+    record = controller.record
+    assert record.times["chunk"].summary()["p50"] == pytest.approx(10.0, rel=0.01)
+    assert (record.steps, record.continued, record.held, record.failures) == (12, 0, 0, 0)
+    assert record.rounds.total() == 3
 
 
 def test_the_same_seed_gives_the_same_actions(policy: Timed) -> None:
@@ -174,7 +178,8 @@ def test_a_failed_chunk_is_recorded_and_the_next_one_taken(
         actions += act(controller, policy, 1)
         executor.run()
     assert np.isfinite(actions).all()
-    assert controller.record.errors == [f"{type(failure).__name__}: {failure}"]
+    assert controller.record.failures == 1
+    assert controller.record.chunks[1].error == f"{type(failure).__name__}: {failure}"
     assert len(policy.calls) > 2
     assert controller.record.held == 0
 
@@ -194,7 +199,7 @@ def test_a_reset_drops_what_is_under_way(policy: Timed) -> None:
     assert policy.calls[-1]["warm"] is None
     np.testing.assert_array_equal(actions, policy.policy.predict(**policy.calls[-1]).actions[:2])
     assert controller.record.stale == 0
-    assert len(controller.record.chunk_seconds) == 1
+    assert len(controller.record.chunks) == 1
 
 
 def test_a_bad_observation_changes_nothing(policy: Timed) -> None:
@@ -205,18 +210,132 @@ def test_a_bad_observation_changes_nothing(policy: Timed) -> None:
     np.testing.assert_array_equal(act(controller, policy, 6), act(twin, policy, 8)[2:])
 
 
+def test_blending_takes_over_in_equal_parts(policy: Timed) -> None:
+    controller = Controller(policy, clock=policy.clock, warm_start=False, blend_steps=3)
+    actions = act(controller, policy, 2 * EXECUTED)
+    first = policy.spec.n_obs_steps - 1
+    old, new = (policy.policy.predict(**call).trajectory[first:] for call in policy.calls)
+    np.testing.assert_array_equal(actions[:EXECUTED], old[:EXECUTED])
+    for k in range(3):  # the old chunk has an action for control steps 4 to 6
+        share = (k + 1) / 4
+        np.testing.assert_allclose(actions[4 + k], share * new[k] + (1 - share) * old[4 + k], rtol=1e-5)
+    np.testing.assert_array_equal(actions[7], new[3])
+
+
+def test_steps_that_take_longer_than_the_period_are_misses(policy: Timed) -> None:
+    policy.seconds = 0.25
+    controller = Controller(policy, 10, clock=policy.clock)
+    act(controller, policy, EXECUTED + 1)
+    record = controller.record
+    assert (record.steps, record.misses) == (EXECUTED + 1, 2)
+    assert record.times["act"].summary()["max"] == pytest.approx(250.0)
+    assert record.times["jitter"].summary()["max"] == pytest.approx(
+        150.0
+    )  # the second step begins 250 ms after the first
+
+
+def test_every_action_says_where_it_came_from(policy: Timed) -> None:
+    """From the log alone, with the observations, each chunk is computed again, and with it each action."""
+    rows: list[Any] = []
+    observations = [step(policy, k) for k in range(10)]
+    controller = Controller(policy, 10, clock=policy.clock, log=rows.append)
+    controller.reset(seed=5)
+    taken = [controller.act(observation) for observation in observations]
+    assert [row["step"] for row in rows] == list(range(10))
+    assert [row["chunk"] for row in rows] == [0] * 4 + [1] * 4 + [2] * 2
+    assert [row["slack"] > 0.099 for row in rows] == [k % 4 != 0 for k in range(10)]
+    assert rows[4] == {**rows[4], "begin": 4, "index": 0, "warm_from": 0, "executed": 4, "kind": "planned", "stale": 0}
+    chunks: dict[int, Chunk] = {}
+    history = ObservationHistory(policy.spec)
+    for row, observation, action in zip(json.loads(json.dumps(rows)), observations, taken, strict=True):
+        history.push(observation)
+        if row["begin"] == row["step"]:
+            warm = None if row["warm_from"] is None else chunks[row["warm_from"]].warm_state
+            chunks[row["chunk"]] = policy.policy.predict(
+                history.stacked(), seed=row["seed"], warm=warm, executed=row["executed"]
+            )
+            assert chunks[row["chunk"]].stats.rounds == row["rounds"]
+        expected = chunks[row["chunk"]].trajectory[policy.spec.n_obs_steps - 1 + row["index"]]
+        np.testing.assert_array_equal(action, expected)
+        np.testing.assert_array_equal(np.float32(row["action"]), expected)
+
+
+def test_histograms_give_percentiles_to_one_percent() -> None:
+    times = np.random.default_rng(0).lognormal(-3, 1, 20_000)
+    histogram = Histogram()
+    assert histogram.summary() == {}
+    for seconds in times:
+        histogram.add(seconds)
+    for percent in (1, 50, 95, 99, 100):
+        assert histogram.percentile(percent) == pytest.approx(np.percentile(times, percent), rel=0.012)
+    assert histogram.max == times.max()
+    histogram.add(0.0)
+    histogram.add(1e9)
+    assert histogram.percentile(0) == pytest.approx(1e-6, rel=0.02)
+
+
+def test_records_stay_small(policy: Timed) -> None:
+    quick = policy.policy.with_schedule("ddim", 1).with_sampler("sequential")
+    controller = Controller(quick, clock=policy.clock, warm_start=False)
+    observation = step(policy, 0)
+    for _ in range(1100 * EXECUTED):
+        controller.act(observation)
+    assert len(controller.record.chunks) == 1000
+    assert controller.record.chunks[0].number == 100
+
+
+class FakeTime:
+    """A clock on which sleeping is exact and steps take what the test says."""
+
+    def __init__(self) -> None:
+        self.now = 100.0
+
+    def sleep(self, seconds: float) -> None:
+        assert seconds >= 0
+        self.now += seconds
+
+
+def test_the_pacer_does_not_drift() -> None:
+    fake = FakeTime()
+    pacer = Pacer(50, lambda: fake.now, fake.sleep)
+    rng = np.random.default_rng(0)
+    for k in range(1000):
+        slack = pacer.wait()
+        assert fake.now == pytest.approx(100 + k / 50)
+        assert 0 <= slack <= 1 / 50
+        fake.now += rng.uniform(0, 0.0199)
+    assert pacer.missed == 0
+
+
+def test_the_pacer_skips_ticks_that_are_past() -> None:
+    fake = FakeTime()
+    pacer = Pacer(10, lambda: fake.now, fake.sleep)
+    pacer.wait()
+    fake.now += 0.27  # past ticks 1 and 2
+    assert pacer.wait() == pytest.approx(-0.17)
+    assert pacer.missed == 2
+    pacer.wait()
+    assert fake.now == pytest.approx(100.3)
+    with pytest.raises(ValueError, match="hz is 0"):
+        Pacer(0)
+
+
 def test_a_deadline_ends_sampling_and_is_counted(policy: Timed) -> None:
     policy.seconds, policy.tick = 0.0, 0.004
     controller = Controller(policy, deadline_ms=10, clock=policy.clock)
     (action,) = act(controller, policy, 1)
-    assert controller.record.rounds == [3]  # looked at after 4, 8 and 12 ms
+    assert controller.record.rounds == {3: 1}  # looked at after 4, 8 and 12 ms
     assert controller.record.late == 1
     assert np.isfinite(action).all()
 
 
 @pytest.mark.parametrize(
     ("options", "message"),
-    [({"control_hz": 0}, "control_hz is 0"), ({"deadline_ms": -5}, "deadline_ms is -5")],
+    [
+        ({"control_hz": 0}, "control_hz is 0"),
+        ({"deadline_ms": -5}, "deadline_ms is -5"),
+        ({"blend_steps": -1}, "blend_steps is -1"),
+    ],
 )
 def test_bad_options_are_named(policy: Timed, options: dict, message: str) -> None:
     with pytest.raises(ValueError, match=message):
@@ -230,8 +349,8 @@ def test_a_real_thread(shipped: Policy) -> None:
     with Controller(shipped, asynchronous=True) as controller:
         actions = [controller.act(observation) for _ in range(200)]
     assert np.isfinite(actions).all()
-    assert controller.record.errors == []
-    assert len(controller.record.chunk_seconds) >= 1
+    assert controller.record.failures == 0
+    assert controller.record.times["act"].summary()["count"] == 200
 
 
 def test_executed_beyond_the_horizon_is_refused() -> None:

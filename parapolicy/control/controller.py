@@ -3,55 +3,49 @@
 import time
 from collections.abc import Callable, Mapping
 from concurrent.futures import Executor, Future, ThreadPoolExecutor
-from dataclasses import dataclass, field
-from typing import Any
+from dataclasses import dataclass
+from typing import Any, Protocol
 
 import numpy as np
 
+from parapolicy.checkpoint.spec import PolicySpec
+from parapolicy.control.latency import ChunkRecord, ControlRecord
 from parapolicy.noise import mix_seeds
 from parapolicy.observation import ObservationHistory
-from parapolicy.policy import Chunk, Policy
+from parapolicy.policy import Chunk
 from parapolicy.warm import WarmState
 
 
-@dataclass
-class ControlRecord:
-    """What has happened since the last reset. Counts are of control steps but for the first three.
+class ChunkPolicy(Protocol):
+    """What a controller needs of :class:`parapolicy.Policy`."""
 
-    Attributes:
-        chunk_seconds: time from the observation to the finished chunk, one per chunk.
-        rounds: of the sampler, one per chunk.
-        errors: what went wrong in a computation, as text; the robot went on by the actions it had.
-        late: chunks that took longer than the deadline.
-        stale: actions of new chunks that were dropped because their time had passed.
-        continued: steps that took an action beyond the old chunk's ``n_action_steps``.
-        held: steps that repeated the last action because the old chunk had ended.
-    """
+    @property
+    def spec(self) -> PolicySpec: ...
 
-    chunk_seconds: list[float] = field(default_factory=list)
-    rounds: list[int] = field(default_factory=list)
-    errors: list[str] = field(default_factory=list)
-    late: int = 0
-    stale: int = 0
-    continued: int = 0
-    held: int = 0
-
-    def percentiles(self) -> dict[str, float]:
-        """p50, p95, p99 and max of ``chunk_seconds``, in ms; empty before the first chunk."""
-        if not self.chunk_seconds:
-            return {}
-        milliseconds = np.asarray(self.chunk_seconds) * 1e3
-        p50, p95, p99 = np.percentile(milliseconds, [50, 95, 99])
-        return {"p50": float(p50), "p95": float(p95), "p99": float(p99), "max": float(milliseconds.max())}
+    def predict(
+        self,
+        observation: Mapping[str, Any],
+        *,
+        seed: int,
+        deadline: Callable[[], bool] | None,
+        warm: WarmState | None,
+        executed: int | None,
+    ) -> Chunk: ...
 
 
 @dataclass
 class _Plan:
     """A chunk on the clock of control steps."""
 
-    begin: int  # the control step of its observation
-    actions: np.ndarray  # (n, Da), the first one for ``begin``
+    record: ChunkRecord
+    actions: np.ndarray  # (n, Da), the first one for the control step ``record.begin``
     state: WarmState
+    taken_at: int = -1  # the control step at which it replaced ``previous``
+    previous: "_Plan | None" = None  # kept while its actions are blended in
+
+    def action(self, step: int) -> np.ndarray:
+        """For a control step, its last one beyond its end."""
+        return self.actions[min(step - self.record.begin, len(self.actions) - 1)]
 
 
 class Controller:
@@ -65,24 +59,31 @@ class Controller:
     its ``n_action_steps`` to its end, then the last action is held. ``record`` counts both. Only the first chunk of an
     episode has nothing to fall back on: its error is raised.
 
+    Not thread-safe: one thread calls ``act`` and ``reset``.
+
     Args:
         policy: for one robot.
         control_hz: control steps per second; None: those that the policy was trained at.
         asynchronous: see above.
         deadline_ms: time that a chunk may take; sampling ends after the round in which it has passed, with the best
             estimate. None: none.
-        warm_start: start each chunk from the one before.
+        warm_start: start each chunk from the one before; with shifted noise, so that the two agree where they overlap.
+        blend_steps: control steps over which a new chunk's actions take over from the old chunk's for the same time,
+            in equal parts.
+        log: called with one mapping per action: where it came from, enough to replay the episode.
         clock: seconds, monotonic.
         executor: runs asynchronous computations; None: a thread of its own.
     """
 
     def __init__(
         self,
-        policy: Policy,
+        policy: ChunkPolicy,
         control_hz: float | None = None,
         asynchronous: bool = False,
         deadline_ms: float | None = None,
         warm_start: bool = True,
+        blend_steps: int = 0,
+        log: Callable[[Mapping[str, Any]], Any] | None = None,
         clock: Callable[[], float] = time.monotonic,
         executor: Executor | None = None,
     ) -> None:
@@ -92,8 +93,11 @@ class Controller:
             raise ValueError(f"control_hz is {control_hz}, expected a positive number")
         if deadline_ms is not None and not deadline_ms > 0:
             raise ValueError(f"deadline_ms is {deadline_ms}, expected a positive number, or None for no deadline")
-        self.asynchronous, self.deadline_ms, self.warm_start = asynchronous, deadline_ms, warm_start
-        self.clock = clock
+        if blend_steps < 0:
+            raise ValueError(f"blend_steps is {blend_steps}, expected at least 0")
+        self.deadline = None if deadline_ms is None else deadline_ms / 1e3
+        self.asynchronous, self.warm_start, self.blend_steps = asynchronous, warm_start, blend_steps
+        self.log, self.clock = log, clock
         self._own_executor = ThreadPoolExecutor(1, "parapolicy") if asynchronous and executor is None else None
         self._executor = executor or self._own_executor
         self.history = ObservationHistory(policy.spec)
@@ -105,7 +109,8 @@ class Controller:
         self.history.reset()
         self.record = ControlRecord()
         self._plan: _Plan | None = None
-        self._future: Future[_Plan] | None = None
+        self._under_way: tuple[ChunkRecord, Future[_Plan]] | None = None
+        self._last_begin: float | None = None
 
     def act(self, observation: Mapping[str, Any]) -> np.ndarray:
         """One control step: {key: (...)} in the environment's units -> action (Da,).
@@ -114,15 +119,23 @@ class Controller:
             ObservationError: the observation does not fit; the controller stays as it was.
             Exception: what the episode's first computation raised.
         """
+        begin = self.clock()
         self.history.push(observation)
         self.step += 1
+        self.record.times["observe"].add(self.clock() - begin)
         self._collect()
         if self._plan is None:
-            self._plan = self._compute(self.history.stacked(), self.step, None, self.chunks, self.record)
-            self.chunks += 1
-        elif self._future is None and self.step - self._plan.begin >= self._due():
-            self._start(self._plan)
-        return self._next_action(self._plan)
+            record, future = self._start(None, begin)
+            if error := self._settle(record, future):
+                raise error
+            self._take(future.result())
+        elif self._under_way is None and self.step - self._plan.record.begin >= self._due():
+            self._under_way = self._start(self._plan, begin)
+            self._collect()
+        assert self._plan is not None  # or the first computation has raised
+        action, kind = self._next_action(self._plan)
+        self._account(self._plan.record, kind, action, begin)
+        return action
 
     def close(self) -> None:
         """End the thread, after a computation that is under way."""
@@ -137,62 +150,115 @@ class Controller:
 
     def _due(self) -> int:
         """Control steps after a chunk's begin at which the next one is begun."""
+        steps = self.policy.spec.n_action_steps
         if not self.asynchronous:
-            return self.policy.spec.n_action_steps
-        lead = int(np.ceil(self.record.chunk_seconds[-1] * self.control_hz)) if self.record.chunk_seconds else 1
-        return max(1, self.policy.spec.n_action_steps - max(1, lead))
+            return steps
+        last = next((c.seconds for c in reversed(self.record.chunks) if c.stats is not None), 0.0)
+        return max(1, steps - max(1, int(np.ceil(last * self.control_hz))))
 
-    def _start(self, plan: _Plan) -> None:
-        arguments = (self.history.stacked(), self.step, plan, self.chunks, self.record)
+    def _start(self, plan: _Plan | None, now: float) -> tuple[ChunkRecord, "Future[_Plan]"]:
+        """Begin the chunk that follows ``plan``; only an episode's later chunks, when asynchronous, are not awaited."""
+        record = ChunkRecord(self.chunks, mix_seeds(self.seed, self.chunks), self.step, now, None, None)
         self.chunks += 1
-        if self._executor is not None and self.asynchronous:
-            self._future = self._executor.submit(self._compute, *arguments)
-            self._collect()
-            return
+        state = None
+        if self.warm_start and plan is not None and self.step - plan.record.begin < self.policy.spec.horizon:
+            record.warm_from, record.executed = plan.record.number, self.step - plan.record.begin
+            state = plan.state
+        history = self.history.stacked()
+        if self.asynchronous and plan is not None and self._executor is not None:
+            return record, self._executor.submit(self._compute, history, record, state)
+        future: Future[_Plan] = Future()
         try:
-            self._plan = self._compute(*arguments)
+            future.set_result(self._compute(history, record, state))
         except Exception as error:
-            self.record.errors.append(f"{type(error).__name__}: {error}")
+            future.set_exception(error)
+        return record, future
 
-    def _collect(self) -> None:
-        """Take over a finished computation."""
-        if self._future is None or not self._future.done():
-            return
-        future, self._future = self._future, None
-        error = future.exception()
-        if error is not None:
-            self.record.errors.append(f"{type(error).__name__}: {error}")
-            return
-        self._plan = future.result()
-        self.record.stale += min(self.step - self._plan.begin, len(self._plan.actions))
-
-    def _compute(
-        self, observation: Mapping[str, Any], begin: int, plan: _Plan | None, chunk: int, record: ControlRecord
-    ) -> _Plan:
-        """A chunk for the observation of control step ``begin``; runs in the thread when asynchronous."""
+    def _compute(self, observation: Mapping[str, Any], record: ChunkRecord, state: WarmState | None) -> _Plan:
+        """A chunk for the observation of control step ``record.begin``; runs in the thread when asynchronous."""
         started = self.clock()
         stop = None
-        if self.deadline_ms is not None:
-            end = started + self.deadline_ms / 1e3
+        if self.deadline is not None:
+            end = started + self.deadline
 
             def stop() -> bool:
                 return self.clock() >= end
 
-        warm, executed = None, None
-        if self.warm_start and plan is not None and begin - plan.begin < self.policy.spec.horizon:
-            warm, executed = plan.state, begin - plan.begin
-        seed = mix_seeds(self.seed, chunk)
-        result: Chunk = self.policy.predict(observation, seed=seed, deadline=stop, warm=warm, executed=executed)
-        seconds = self.clock() - started
-        record.chunk_seconds.append(seconds)
-        record.rounds.append(result.stats.rounds)
-        record.late += self.deadline_ms is not None and seconds > self.deadline_ms / 1e3
-        return _Plan(begin, result.trajectory[self.policy.spec.n_obs_steps - 1 :], result.warm_state)
+        chunk = self.policy.predict(observation, seed=record.seed, deadline=stop, warm=state, executed=record.executed)
+        record.seconds, record.stats = self.clock() - started, chunk.stats
+        record.finished_at = started + record.seconds
+        return _Plan(record, chunk.trajectory[self.policy.spec.n_obs_steps - 1 :], chunk.warm_state)
 
-    def _next_action(self, plan: _Plan) -> np.ndarray:
-        index = self.step - plan.begin
+    def _collect(self) -> None:
+        """Take over a computation that has ended; after a failed one the old chunk goes on."""
+        if self._under_way is None or not self._under_way[1].done():
+            return
+        (record, future), self._under_way = self._under_way, None
+        if self._settle(record, future) is None:
+            self._take(future.result())
+
+    def _settle(self, record: ChunkRecord, future: "Future[_Plan]") -> BaseException | None:
+        """Record a computation that has ended; returns what it raised."""
+        error = future.exception()
+        if error is not None:
+            record.error = f"{type(error).__name__}: {error}"
+        self.record.add_chunk(record, self.deadline)
+        return error
+
+    def _take(self, plan: _Plan) -> None:
+        """Execute ``plan`` from now on."""
+        plan.taken_at, plan.previous = self.step, self._plan
+        if plan.previous is not None:
+            plan.previous.previous = None
+        self._plan = plan
+        self.record.times["queue"].add(self.clock() - plan.record.finished_at)
+        self.record.stale += min(self.step - plan.record.begin, len(plan.actions))
+
+    def _next_action(self, plan: _Plan) -> tuple[np.ndarray, str]:
+        """This step's action, and what it is: planned, continued or held."""
+        index, kind = self.step - plan.record.begin, "planned"
         if index >= len(plan.actions):
+            kind = "held"
             self.record.held += 1
         elif index >= self.policy.spec.n_action_steps:
+            kind = "continued"
             self.record.continued += 1
-        return plan.actions[min(index, len(plan.actions) - 1)].copy()
+        action = plan.action(self.step).copy()
+        since = self.step - plan.taken_at
+        if plan.previous is not None and since < self.blend_steps:
+            weight = (since + 1) / (self.blend_steps + 1)
+            action = (weight * action + (1 - weight) * plan.previous.action(self.step)).astype(action.dtype)
+        return action, kind
+
+    def _account(self, chunk: ChunkRecord, kind: str, action: np.ndarray, begin: float) -> None:
+        """Record the step's times, and log where its action came from."""
+        now, period, record = self.clock(), 1 / self.control_hz, self.record
+        record.steps += 1
+        record.times["act"].add(now - begin)
+        record.misses += now - begin > period * (1 + 1e-9)  # of a simulated clock, sums of periods
+        if self._last_begin is not None:
+            record.times["jitter"].add(abs(begin - self._last_begin - period))
+        self._last_begin = begin
+        if self.log is None:
+            return
+        assert chunk.stats is not None  # of a chunk that failed there are no actions
+        row = {
+            "step": self.step,
+            "time": now,
+            "slack": period - (now - begin),
+            "kind": kind,
+            "chunk": chunk.number,
+            "index": self.step - chunk.begin,
+            "begin": chunk.begin,
+            "observed_at": chunk.observed_at,
+            "seed": chunk.seed,
+            "warm_from": chunk.warm_from,
+            "executed": chunk.executed,
+            "chunk_seconds": chunk.seconds,
+            "rounds": int(chunk.stats.rounds),
+            "complete": bool(chunk.stats.complete),
+            "residual": float(chunk.stats.residual),
+            "stale": record.stale,
+            "action": action.tolist(),
+        }
+        self.log(row)

@@ -9,6 +9,7 @@ from typing import Any
 
 import numpy as np
 
+from parapolicy.control import ControlRecord
 from parapolicy.evaluate.errors import ChunkErrors
 from parapolicy.evaluate.latency import ChunkMeasurements
 from parapolicy.evaluate.rollout import Episode
@@ -74,6 +75,16 @@ def summarize_chunks(measured: ChunkMeasurements) -> dict[str, Any]:
             "p95": float(np.percentile(measured.errors, 95)),
             "max": max(measured.errors),
         },
+    }
+
+
+def summarize_control(records: Sequence[ControlRecord]) -> dict[str, Any]:
+    """What the controllers of several episodes counted, and the latencies they were charged."""
+    seconds = [chunk.seconds for record in records for chunk in record.chunks if chunk.stats is not None]
+    counts = ("steps", "misses", "failures", "late", "stale", "continued", "held")
+    return {
+        **{name: sum(getattr(record, name) for record in records) for name in counts},
+        "chunk_ms": {f"p{q}": float(np.percentile(seconds, q) * 1e3) for q in (50, 95, 99)},
     }
 
 

@@ -1,0 +1,115 @@
+"""Time of the real world, kept in step, and time of a simulated one, which a computation uses up."""
+
+import time
+from collections.abc import Callable
+from concurrent.futures import Executor, Future
+from typing import Any
+
+
+class Pacer:
+    """Ticks at ``k / hz`` after the first, whatever each step took: lateness does not add up.
+
+    Args:
+        hz: ticks per second.
+        clock: seconds, monotonic.
+        sleep: waits for so many seconds.
+    """
+
+    def __init__(
+        self, hz: float, clock: Callable[[], float] = time.monotonic, sleep: Callable[[float], Any] = time.sleep
+    ) -> None:
+        if not 0 < hz < float("inf"):
+            raise ValueError(f"hz is {hz}, expected a positive number")
+        self.period, self.clock, self.sleep = 1 / hz, clock, sleep
+        self.missed = 0
+        self._start: float | None = None
+        self._tick = 0
+
+    def wait(self) -> float:
+        """Wait for the next tick; the first call is the first tick.
+
+        Returns:
+            Seconds that were left; below zero where the tick had passed. Ticks that have passed entirely are skipped,
+            and counted in ``missed``.
+        """
+        now = self.clock()
+        if self._start is None:
+            self._start = now
+            return 0.0
+        self._tick += 1
+        slack = self._start + self._tick * self.period - now
+        if slack < 0:
+            self.missed += 1
+            behind = int(-slack / self.period)
+            self.missed += behind
+            self._tick += behind
+            return slack
+        self.sleep(slack)
+        return slack
+
+
+class SimulatedClock(Executor):
+    """The time of a simulated world in which thinking takes time.
+
+    Called, it gives the time. As an executor it runs a function at once, and has its future done when the world has
+    come to the time at which the function would have ended.
+
+    Args:
+        charge: from a computation's measured wall time to the time that it takes in the world, both in seconds.
+        live: time passes during a computation as it does outside, so that deadlines are felt; else it stands still
+            until the end, so that a run can be repeated exactly.
+    """
+
+    def __init__(self, charge: Callable[[float], float], live: bool = False) -> None:
+        self.charge, self.live = charge, live
+        self.reset()
+
+    def reset(self) -> None:
+        """Time zero, with nothing under way."""
+        self.now = 0.0
+        self._computing_since: float | None = None
+        self._pending: list[tuple[float, Future, Callable[[], None]]] = []
+
+    def __call__(self) -> float:
+        if self.live and self._computing_since is not None:
+            return self.now + time.perf_counter() - self._computing_since
+        return self.now
+
+    def compute(self, function: Callable[..., Any], *arguments: Any, **options: Any) -> Any:
+        """Call ``function``, and charge its time to the world."""
+        self._computing_since = time.perf_counter()
+        try:
+            return function(*arguments, **options)
+        finally:
+            seconds = time.perf_counter() - self._computing_since
+            self._computing_since = None
+            self.now += self.charge(seconds)
+
+    def submit(self, function: Callable[..., Any], /, *arguments: Any, **options: Any) -> Future:
+        begin, future = self.now, Future[Any]()
+        try:
+            result = function(*arguments, **options)
+        except Exception as error:
+            outcome = _raises(future, error)
+        else:
+            outcome = _returns(future, result)
+        self._pending.append((self.now, future, outcome))
+        self.now = begin
+        self.advance(0.0)
+        return future
+
+    def advance(self, seconds: float) -> None:
+        """Let the world's time pass."""
+        self.now += seconds
+        due = [entry for entry in self._pending if entry[0] <= self.now + 1e-9]
+        self._pending = [entry for entry in self._pending if entry not in due]
+        for _, _, finish in due:
+            finish()
+
+
+def _returns(future: Future, result: Any) -> Callable[[], None]:
+    return lambda: future.set_result(result)
+
+
+def _raises(future: Future, error: Exception) -> Callable[[], None]:
+    return lambda: future.set_exception(error)

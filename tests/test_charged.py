@@ -1,0 +1,204 @@
+"""Worlds that go on while the policy thinks: simulated time, the environment's share of it, and whole episodes."""
+
+import json
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import gymnasium
+import numpy as np
+import pytest
+
+import parapolicy
+from envs import make_env
+from envs.charged import Charged
+from parapolicy.control import ControlRecord, SimulatedClock
+from parapolicy.evaluate.charged import Latency, run_charged
+from parapolicy.evaluate.rollout import Episode
+from tests.helpers import small_spec
+
+LOW_DIM = small_spec(observation={"state": (5,)})
+
+
+def test_a_computation_takes_what_it_is_charged() -> None:
+    clock = SimulatedClock(lambda measured: 0.25)
+    assert clock.compute(lambda: clock()) == 0.0  # it stands still meanwhile
+    assert clock() == 0.25
+    clock.reset()
+    assert clock() == 0.0
+
+
+def test_a_live_clock_runs_during_a_computation() -> None:
+    clock = SimulatedClock(lambda measured: measured, live=True)
+
+    def look() -> list[float]:
+        times = [clock()]
+        while clock() < 0.01:
+            pass
+        return [*times, clock()]
+
+    first, last = clock.compute(look)
+    assert first < 0.01 <= last <= clock()
+
+
+def test_a_future_is_done_when_the_world_has_come_to_its_end() -> None:
+    clock = SimulatedClock(lambda measured: 0.25)
+    future = clock.submit(clock.compute, lambda: "chunk")
+    assert clock() == 0.0
+    for _ in range(2):
+        clock.advance(0.1)
+        assert not future.done()
+    clock.advance(0.1)
+    assert future.result(0) == "chunk"
+
+    def fail() -> None:
+        raise OSError("lost")
+
+    failing = clock.submit(clock.compute, fail)
+    assert not failing.done()
+    clock.advance(0.25)
+    with pytest.raises(OSError, match="lost"):
+        failing.result(0)
+
+
+def test_a_held_world_goes_on_towards_its_target() -> None:
+    """Holding for 0.1 s is a step with the same target; what is less than 10 ms is carried on."""
+    envs = [make_env("pusht", LOW_DIM) for _ in range(3)]
+    for env in envs:
+        env.reset(seed=4)
+    target = np.array([300.0, 300.0])
+    for env in envs:
+        env.step(target)
+    stepped = envs[0].step(target)
+    held = envs[1].unwrapped.hold(0.1)
+    np.testing.assert_array_equal(stepped[0]["state"], held[0]["state"])
+    assert stepped[1:4] == held[1:4]
+    parts = [envs[2].unwrapped.hold(0.004) for _ in range(25)]
+    np.testing.assert_array_equal(parts[-1][0]["state"], held[0]["state"])
+    np.testing.assert_array_equal(parts[0][0]["state"], parts[1][0]["state"])  # 8 ms: not yet a physics step
+
+
+def test_a_world_that_is_held_before_the_first_action_stays() -> None:
+    env = make_env("pusht", LOW_DIM)
+    before, _ = env.reset(seed=4)
+    after = env.unwrapped.hold(3.0)[0]
+    np.testing.assert_allclose(after["state"][:2], before["state"][:2], atol=1e-3)
+
+
+def test_held_time_counts_towards_the_limit() -> None:
+    env = make_env("pusht", LOW_DIM, max_episode_steps=3)
+    env.reset(seed=1)
+    assert not env.step([256, 256])[3]
+    assert not env.unwrapped.hold(0.19)[3]
+    assert env.unwrapped.hold(5.0)[3]
+
+
+def test_the_wrapper_charges_what_has_passed_on_the_clock() -> None:
+    clock = SimulatedClock(lambda measured: 0.35)
+    env, plain = Charged(make_env("pusht", LOW_DIM), clock, 10), make_env("pusht", LOW_DIM)
+    env.reset(seed=4)
+    plain.reset(seed=4)
+    clock.compute(lambda: None)
+    charged = env.step([300, 300])[0]
+    plain.unwrapped.hold(0.35)
+    np.testing.assert_array_equal(charged["state"], plain.step([300, 300])[0]["state"])
+    assert clock() == pytest.approx(0.45)
+    np.testing.assert_array_equal(env.step([200, 300])[0]["state"], plain.step([200, 300])[0]["state"])
+
+
+def test_an_environment_that_cannot_be_held_is_refused() -> None:
+    with pytest.raises(ValueError, match=r"has no hold\(seconds\)"):
+        Charged(gymnasium.make("CartPole-v1"), SimulatedClock(lambda measured: 0.0), 10)
+
+
+def run(policy: parapolicy.Policy, text: str, **options: Any) -> Iterator[tuple[Episode, ControlRecord]]:
+    def build(clock: SimulatedClock) -> gymnasium.Env:
+        return Charged(make_env("pusht", policy.spec, max_episode_steps=40), clock, policy.spec.control_hz)
+
+    return run_charged(policy, "ddim", build, [100_003, 100_004], Latency.parse(text), **options)
+
+
+@pytest.fixture(scope="module")
+def quick(shipped: parapolicy.Policy) -> parapolicy.Policy:
+    return shipped.with_schedule("ddim", 4).with_sampler("sequential")
+
+
+def test_latency_costs_control_steps(quick: parapolicy.Policy) -> None:
+    """Of 4 s, with 0.8 s of actions per chunk: 5 chunks for nothing, 3 at 0.8 s each; async goes on meanwhile."""
+    free, _ = next(run(quick, "none"))
+    slow, record = next(run(quick, "fixed:0.8s"))
+    assert (len(free.rounds), len(free.rewards)) == (5, 40)
+    assert (len(slow.rounds), record.steps) == (3, 16 + 1)  # the third one's time ends with the episode
+    assert record.misses == 3
+    assert (record.stale, record.held) == (0, 0)
+    overlapped, record = next(run(quick, "fixed:400ms", asynchronous=True))
+    assert len(overlapped.rewards) == 36  # only the first chunk is waited for
+    assert record.misses == 1
+    assert record.stale == 4 * (len(overlapped.rounds) - 1)
+    assert (record.continued, record.held) == (0, 0)
+
+
+def test_too_slow_for_the_old_chunk_is_counted(quick: parapolicy.Policy) -> None:
+    """2 s are 20 control steps, and a chunk has 15 actions from its own observation on."""
+    _, record = next(run(quick, "fixed:2s", asynchronous=True))
+    assert record.held > 0
+    assert record.continued > 0
+
+
+@pytest.mark.parametrize("asynchronous", [False, True])
+def test_charged_episodes_repeat_exactly(quick: parapolicy.Policy, asynchronous: bool, tmp_path: Path) -> None:
+    def outcome(text: str) -> tuple[list[dict[str, Any]], list[tuple[int, int, float]]]:
+        rows: list[Any] = []
+        episodes = list(run(quick, text, asynchronous=asynchronous, log=rows.append))
+        return rows, [(e.seed, c.number, c.seconds) for e, record in episodes for c in record.chunks]
+
+    fixed = outcome("fixed:130ms")
+    assert fixed == outcome("fixed:130ms")
+    measured = outcome("measured")
+    trace = tmp_path / "chunks.jsonl"
+    lines = [{"sampler": "ddim", "seed": s, "chunk": k, "seconds": t} for s, k, t in measured[1]]
+    trace.write_text("\n".join(map(json.dumps, lines)))
+    replayed = outcome(f"trace:{trace}")
+    assert [row["action"] for row in replayed[0]] == [row["action"] for row in measured[0]]
+    assert {row["episode"] for row in measured[0]} == {100_003, 100_004}
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("slow", "latency is 'slow', expected none, measured, fixed:80ms or trace:FILE"),
+        ("fixed:80", "'fixed:80', expected a time"),
+        ("fixed:-3ms", "'fixed:-3ms', expected a time"),
+        ("fixed:xms", "'fixed:xms', expected a time"),
+        ("trace:nowhere.jsonl", "no latency trace 'nowhere.jsonl'"),
+    ],
+)
+def test_bad_latencies_are_named(text: str, message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        Latency.parse(text)
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        ("", "is empty"),
+        ("{}", "line 1: expected"),
+        ('{"sampler": "a", "seed": 1, "chunk": 0, "seconds": -1}', "must not be negative"),
+        ('{"sampler": "a", "seed": 1, "chunk": 0, "seconds": NaN}', "line 1"),
+        ("garbage", "line 1: expected"),
+    ],
+)
+def test_bad_traces_are_named(content: str, message: str, tmp_path: Path) -> None:
+    path = tmp_path / "trace.jsonl"
+    path.write_text(content)
+    with pytest.raises(ValueError, match=message):
+        Latency.parse(f"trace:{path}")
+
+
+def test_a_trace_of_another_sampler_is_refused(tmp_path: Path) -> None:
+    path = tmp_path / "trace.jsonl"
+    path.write_text('{"sampler": "a", "seed": 1, "chunk": 0, "seconds": 0.5}')
+    latency = Latency.parse(f"trace:{path}")
+    assert latency.charge("a", 9, 9, 0.0) == 0.5  # another episode takes what there is
+    with pytest.raises(ValueError, match=r"no sampler 'b', only \['a'\]"):
+        latency.charge("b", 1, 0, 0.0)
