@@ -35,7 +35,7 @@ from parapolicy.samplers import Sampler, Secant
 
 
 def run_episodes(
-    policy: Policy, label: str, asynchronous: bool, config: DictConfig, folder: Path
+    policy: Policy, label: str, asynchronous: bool, latency: str, config: DictConfig, folder: Path
 ) -> tuple[list[Episode], dict[str, Any]]:
     """One sampler's episodes, each on disk as soon as it ends, and their summary."""
     seeds = range(config.seed, config.seed + config.episodes)
@@ -53,7 +53,7 @@ def run_episodes(
 
         files: dict[str, IO[str]] = {}
         stream: Iterator[tuple[Episode, ControlRecord | None]]
-        if config.env.latency == "none" and not asynchronous:
+        if latency == "none" and not asynchronous:
             build = partial(make_env, config.env.name, policy.spec, **config.env.options)
             rolled = rollout(policy, build, seeds, config.noise_seed, config.num_envs, filmed, bar.update)
             stream = ((episode, None) for episode in rolled)
@@ -65,7 +65,7 @@ def run_episodes(
                     make_env(config.env.name, policy.spec, **config.env.options), clock, policy.spec.control_hz
                 ),
                 seeds,
-                Latency.parse(config.env.latency),
+                Latency.parse(latency),
                 asynchronous,
                 config.noise_seed,
                 filmed,
@@ -91,7 +91,7 @@ def run_episodes(
             bar.set_postfix(reward=f"{sum(e.max_reward for e in episodes) / len(episodes):.3f}")
     summary = metrics.summarize_episodes(episodes, time.perf_counter() - begin, videos)
     if controls:
-        summary["control"] = metrics.summarize_control(controls)
+        summary["control"] = {"asynchronous": asynchronous, "latency": latency, **metrics.summarize_control(controls)}
     return episodes, summary
 
 
@@ -100,11 +100,18 @@ def spread(items: list[Any], count: int) -> list[Any]:
     return items[:: max(1, len(items) // count)][:count]
 
 
-ASYNC = " async"
-
-
-def _label(label: str, mode: str) -> str:
-    return label + ASYNC if mode == "async" else label
+def split_control(entries: list[Any], config: DictConfig) -> tuple[list[Any], list[tuple[bool, str]]]:
+    """What of each sampler's entry is about the loop around it: asynchronous or not, and the latency it is charged."""
+    samplers, loops = [], []
+    for entry in entries:
+        parameters = dict(entry) if isinstance(entry, Mapping) else {"name": entry}
+        control, latency = parameters.pop("control", config.control), parameters.pop("latency", config.env.latency)
+        if control not in ("sync", "async"):
+            raise ValueError(f"control is {control!r}, expected sync or async")
+        Latency.parse(latency)  # what is wrong with it is said before the first episode
+        samplers.append(parameters)
+        loops.append((control == "async", latency))
+    return samplers, loops
 
 
 def asked_error(sampler: Sampler) -> float | None:
@@ -120,17 +127,12 @@ def evaluate(config: DictConfig) -> dict[str, Any]:
         torch.set_num_threads(config.threads)
     policy = parapolicy.load_policy(config.checkpoint, device=config.device, engine=config.engine)
     entries: Any = OmegaConf.to_container(config.samplers)
-    modes = [config.control] if isinstance(config.control, str) else list(config.control)
-    if not modes or set(modes) - {"sync", "async"}:
-        raise ValueError(f"control is {config.control!r}, expected sync, async or [sync,async]")
-    Latency.parse(config.env.latency)  # what is wrong with it is said before the first episode
-    listed = build_variants(policy, entries)
-    variants = {_label(label, mode): policy for label, policy in listed.items() for mode in modes}
+    samplers, loops = split_control(entries, config)
+    variants = build_variants(policy, samplers)
     folder = Path(HydraConfig.get().runtime.output_dir)
     results: dict[str, Any] = {
         "env": config.env.name,
         "checkpoint": str(config.checkpoint),
-        "latency": config.env.latency,
         "episodes": config.episodes,
         "seeds": list(range(config.seed, config.seed + config.episodes)),
         "machine": report.describe_machine(policy.device),
@@ -138,9 +140,8 @@ def evaluate(config: DictConfig) -> dict[str, Any]:
         "samplers": {},
     }
     recorded: list[list[Any]] = []  # the first sampler's observations, by episode and chunk
-    for label, variant in variants.items():
-        asynchronous = label.endswith(ASYNC)
-        episodes, results["samplers"][label] = run_episodes(variant, label, asynchronous, config, folder)
+    for (label, variant), (asynchronous, latency) in zip(variants.items(), loops, strict=True):
+        episodes, results["samplers"][label] = run_episodes(variant, label, asynchronous, latency, config, folder)
         recorded = recorded or [e.observations for e in sorted(episodes, key=lambda episode: episode.seed)]
     # (previous, current); an episode's first chunk counts as its own predecessor.
     observations = [pair for e in recorded for pair in zip(e[:1] + e, e, strict=False)]

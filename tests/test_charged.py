@@ -14,7 +14,7 @@ from envs import make_env
 from envs.charged import Charged
 from parapolicy.control import ControlRecord, SimulatedClock
 from parapolicy.evaluate.charged import Latency, run_charged
-from parapolicy.evaluate.rollout import Episode
+from parapolicy.evaluate.rollout import Episode, rollout
 from tests.helpers import small_spec
 
 LOW_DIM = small_spec(observation={"state": (5,)})
@@ -121,6 +121,13 @@ def run(policy: parapolicy.Policy, text: str, **options: Any) -> Iterator[tuple[
 @pytest.fixture(scope="module")
 def quick(shipped: parapolicy.Policy) -> parapolicy.Policy:
     return shipped.with_schedule("ddim", 4).with_sampler("sequential")
+
+
+def test_thinking_in_no_time_is_the_batched_rollout(quick: parapolicy.Policy) -> None:
+    charged = {episode.seed: episode for episode, _ in run(quick, "none")}
+    batched = rollout(quick, lambda: make_env("pusht", quick.spec, max_episode_steps=40), [100_003, 100_004])
+    for episode in batched:
+        np.testing.assert_allclose(episode.rewards, charged[episode.seed].rewards, atol=1e-4)
 
 
 def test_latency_costs_control_steps(quick: parapolicy.Policy) -> None:

@@ -103,9 +103,10 @@ class Controller:
         self.history = ObservationHistory(policy.spec)
         self.reset()
 
-    def reset(self, seed: int = 0) -> None:
-        """Begin an episode; a computation that is under way is dropped when it ends. ``seed`` is of the noise."""
-        self.seed, self.step, self.chunks = seed, -1, 0
+    def reset(self, seed: int | tuple[int, ...] = 0) -> None:
+        """Begin an episode, with noise of ``seed``; a computation that is under way is dropped when it ends."""
+        self.seed: tuple[int, ...] = seed if isinstance(seed, tuple) else (seed,)
+        self.step, self.chunks = -1, 0
         self.history.reset()
         self.record = ControlRecord()
         self._plan: _Plan | None = None
@@ -158,7 +159,7 @@ class Controller:
 
     def _start(self, plan: _Plan | None, now: float) -> tuple[ChunkRecord, "Future[_Plan]"]:
         """Begin the chunk that follows ``plan``; only an episode's later chunks, when asynchronous, are not awaited."""
-        record = ChunkRecord(self.chunks, mix_seeds(self.seed, self.chunks), self.step, now, None, None)
+        record = ChunkRecord(self.chunks, mix_seeds(*self.seed, self.chunks), self.step, now, None, None)
         self.chunks += 1
         state = None
         if self.warm_start and plan is not None and self.step - plan.record.begin < self.policy.spec.horizon:

@@ -164,7 +164,7 @@ def run_charged(
         for seed in seeds:
             place[:] = seed, 0
             observation, _ = env.reset(seed=seed)
-            controller.reset(mix_seeds(noise_seed, seed))
+            controller.reset((noise_seed, seed))  # the noise that rollout() gives this episode
             episode = Episode(seed, observations=[])
             charged.observations = episode.observations
             _run_episode(controller, env, observation, episode, seed in record, progress)
