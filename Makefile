@@ -1,23 +1,32 @@
 # make eval and make test set up .venv by themselves; a second call finds it done.
 PYTHON ?= python3
 VENV := .venv
+CLIENT := .venv-client
 BIN := $(VENV)/bin
 ENV ?= pusht
 DEMONSTRATIONS ?= ../shared/data
 
-.PHONY: setup eval test
+.PHONY: setup client eval test
 setup: $(VENV)/.done
 
 $(VENV)/.done: pyproject.toml constraints.txt
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10) and "Python 3.10 or newer is needed: make PYTHON=python3.11 $(MAKECMDGOALS)")'
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
-	$(BIN)/python -m pip install --disable-pip-version-check -c constraints.txt -e '.[eval,dev]'
+	$(BIN)/python -m pip install --disable-pip-version-check -c constraints.txt -e '.[eval,serve,dev]'
+	@touch $@
+
+# The published openpi-client, whose pins differ, in an environment of its own; its tests are skipped without it.
+client: $(CLIENT)/.done
+
+$(CLIENT)/.done: tests/openpi-client.txt
+	test -x $(CLIENT)/bin/python || $(PYTHON) -m venv $(CLIENT)
+	-$(CLIENT)/bin/python -m pip install --disable-pip-version-check -r tests/openpi-client.txt
 	@touch $@
 
 eval: setup
 	$(BIN)/python eval.py env=$(ENV) $(ARGS)
 
-test: setup
+test: setup client
 	$(BIN)/ruff check
 	$(BIN)/ruff format --check
 	$(BIN)/mypy

@@ -1,5 +1,6 @@
 """parapolicy: a trained Diffusion Policy in real time, all denoising steps in parallel."""
 
+from parapolicy.checkpoint.spec import PolicySpec
 from parapolicy.control import Controller, ControlRecord, Pacer
 from parapolicy.errors import CheckpointError, DataError, ObservationError
 from parapolicy.noise import draw_noise
@@ -21,6 +22,7 @@ __all__ = [
     "Pacer",
     "Plan",
     "Policy",
+    "PolicySpec",
     "WarmState",
     "draw_noise",
     "explain",

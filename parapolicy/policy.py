@@ -51,10 +51,10 @@ class ChunkStats:
     stages: dict[str, float]
     seconds: float
 
-    def first(self) -> "ChunkStats":
-        """The first element's costs as scalars."""
+    def __getitem__(self, element: int) -> "ChunkStats":
+        """One element's costs, of a batch's, as scalars."""
         arrays = {field.name: getattr(self, field.name) for field in dataclasses.fields(self)}
-        return ChunkStats(**{k: v[0].item() if isinstance(v, np.ndarray) else v for k, v in arrays.items()})
+        return ChunkStats(**{k: v[element].item() if isinstance(v, np.ndarray) else v for k, v in arrays.items()})
 
 
 @dataclass(frozen=True)
@@ -72,6 +72,11 @@ class Chunk:
     trajectory: np.ndarray
     stats: ChunkStats
     warm_state: WarmState
+
+    def __getitem__(self, element: int) -> "Chunk":
+        """One element of a batch, without its batch axis."""
+        state = self.warm_state[element]
+        return Chunk(self.actions[element], self.trajectory[element], self.stats[element], state)
 
 
 @dataclass(frozen=True)
@@ -181,9 +186,8 @@ class Policy:
         end = time.perf_counter()
         stages = {"encode": encoded - begin, "sample": sampled - encoded, "post": end - sampled}
         stats = ChunkStats(**costs, stages=stages, seconds=end - begin)
-        if batched:
-            return Chunk(actions, trajectory, stats, state)
-        return Chunk(actions[0], trajectory[0], stats.first(), state)
+        chunk = Chunk(actions, trajectory, stats, state)
+        return chunk if batched else chunk[0]
 
     def _clock(self) -> float:
         """Now, with the device's work done."""

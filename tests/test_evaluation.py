@@ -81,13 +81,14 @@ def test_chunks_are_measured_against_sequential_with_the_same_noise() -> None:
         ],
     )
     observations = [some_observation(policy.spec, seed=i) for i in range(3)]
-    measured = measure_chunks(variants, observations)
+    policies = {label: variant.policy for label, variant in variants.items()}
+    measured = measure_chunks(policies, observations)
     assert {label: len(row.seconds) for label, row in measured.items()} == dict.fromkeys(variants, 3)
     assert max(measured["sequential"].errors) == 0
     assert max(measured["exact"].errors + measured["short"].errors) < 1e-5
     assert min(measured["loose"].errors) > 1e-4
-    assert find_baseline(variants) == "sequential"
-    assert len(variants["short"].schedule) == 5
+    assert find_baseline(policies) == "sequential"
+    assert len(policies["short"].schedule) == 5
 
 
 @pytest.mark.parametrize(
@@ -98,6 +99,8 @@ def test_chunks_are_measured_against_sequential_with_the_same_noise() -> None:
         (["fast"], "sampler is 'fast'"),
         ([{"name": "paradigms", "tol": 1}], r"no parameters \['tol'\]"),
         ([{"window": 3}], "has no name"),
+        ([{"name": "sequential", "control": "fast"}], "control is 'fast', expected sync or async"),
+        ([{"name": "sequential", "latency": "80"}], "latency is '80'"),
         ([{"name": "sequential", "label": "../x"}], "label is '../x'"),
     ],
 )

@@ -34,8 +34,9 @@ def test_an_exact_sampler_is_as_near_as_resampling_and_a_wrong_one_is_not() -> N
         ],
     )
     observations = [some_observation(policy.spec, seed=i) for i in range(3)]
+    policies = {label: variant.policy for label, variant in variants.items()}
     sets: list[int] = []
-    distances = measure_fidelity(variants, policy, observations, draws=200, progress=sets.append)
+    distances = measure_fidelity(policies, policy, observations, draws=200, progress=sets.append)
     assert {label: len(values) for label, values in distances.items()} == {"resampling": 3, "exact": 3, "short": 3}
     assert sum(sets) == 3 * 4
     chance = max(abs(value) for label in ("resampling", "exact") for value in distances[label])

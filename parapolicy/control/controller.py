@@ -138,6 +138,11 @@ class Controller:
         self._account(self._plan.record, kind, action, begin)
         return action
 
+    @property
+    def latency(self) -> dict[str, Any]:
+        """Times in ms and counts since the last reset; see :meth:`ControlRecord.summary`."""
+        return self.record.summary()
+
     def close(self) -> None:
         """End the thread, after a computation that is under way."""
         if self._own_executor is not None:

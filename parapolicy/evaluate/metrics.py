@@ -4,7 +4,7 @@ Keys of two published vocabularies stand side by side: ``test/mean_score`` and `
 real-stanford/diffusion_policy logs them, ``overall`` and ``per_episode`` as LeRobot's evaluation writes them.
 """
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -69,6 +69,7 @@ def summarize_chunks(measured: ChunkMeasurements) -> dict[str, Any]:
             "max": 1e3 * max(measured.seconds),
             "batch": 1,
             "chunks": len(measured.seconds),
+            "each": [1e3 * seconds for seconds in measured.seconds],
         },
         "chunk_error": {
             "median": float(np.median(measured.errors)),
@@ -78,14 +79,19 @@ def summarize_chunks(measured: ChunkMeasurements) -> dict[str, Any]:
     }
 
 
-def summarize_control(records: Sequence[ControlRecord]) -> dict[str, Any]:
-    """What the controllers of several episodes counted, and the latencies they were charged."""
-    seconds = [chunk.seconds for record in records for chunk in record.chunks if chunk.stats is not None]
-    counts = ("steps", "misses", "failures", "late", "stale", "continued", "held")
-    return {
-        **{name: sum(getattr(record, name) for record in records) for name in counts},
-        "chunk_ms": {f"p{q}": float(np.percentile(seconds, q) * 1e3) for q in (50, 95, 99)},
-    }
+COUNTS = ("steps", "misses", "failures", "late", "stale", "continued", "held")
+
+
+def control_row(record: ControlRecord) -> dict[str, Any]:
+    """What one episode's controller counted, with the latency of each of its chunks."""
+    return {**record.summary(), "chunk_seconds": [chunk.seconds for chunk in record.chunks if chunk.stats is not None]}
+
+
+def summarize_control(rows: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+    """Sums of several episodes' counts, and percentiles of the latencies they were charged, in ms."""
+    seconds = [value for row in rows for value in row["chunk_seconds"]]
+    percentiles = {f"p{q}": float(np.percentile(seconds, q) * 1e3) for q in (50, 95, 99)}
+    return {**{name: sum(row[name] for row in rows) for name in COUNTS}, "chunk_ms": percentiles}
 
 
 def summarize_errors(measured: ChunkErrors, tolerance: float | None) -> dict[str, Any]:
@@ -128,13 +134,14 @@ def compare(row: dict[str, Any], baseline: dict[str, Any], name: str) -> dict[st
         {episode["seed"]: episode["max_reward"] for episode in side["per_episode"]} for side in (row, baseline)
     )
     differences = [reward - others[seed] for seed, reward in rewards.items()]
+    timed = "chunk_ms" in row
     return {
         "paired_reward_difference": {
             "to": name,
             "mean": float(np.mean(differences)),
             "ci95": mean_interval(differences),
         },
-        "speedup_p50": baseline["chunk_ms"]["p50"] / row["chunk_ms"]["p50"],
+        **({"speedup_p50": baseline["chunk_ms"]["p50"] / row["chunk_ms"]["p50"]} if timed else {}),
     }
 
 

@@ -31,7 +31,7 @@ def print_table(results: Mapping[str, Any], console: Console | None = None) -> N
         table.add_column(heading, justify="right" if i else "left")
     for name, row in results["samplers"].items():
         low, high = row["mean_max_reward_ci95"]
-        latency = row["chunk_ms"]
+        latency, error = row.get("chunk_ms"), row.get("chunk_error")
         difference = row.get("paired_reward_difference")
         paired = "—"
         if difference and difference["to"] != name:
@@ -41,10 +41,10 @@ def print_table(results: Mapping[str, Any], console: Console | None = None) -> N
             f"{row['mean_max_reward']:.3f} [{low:.3f}, {high:.3f}]",
             f"{row['success_rate']:.2f}",
             paired,
-            *(f"{latency[percentile]:.1f}" for percentile in ("p50", "p95", "p99")),
+            *(f"{latency[percentile]:.1f}" if latency else "—" for percentile in ("p50", "p95", "p99")),
             f"{row['speedup_p50']:.2f}×" if "speedup_p50" in row else "—",
             *("{mean:.1f} ({p95:.0f})".format(**row[cost]) for cost in ("rounds", "evaluations")),
-            f"{row['chunk_error']['p95']:.1e}",
+            f"{error['p95']:.1e}" if error else "—",
             *([f"{row['energy_distance']['mean']:.4f}"] if measured else []),
         )
     # Piped into a file the table would be folded at 80 columns.
@@ -55,6 +55,8 @@ def plot_latency_reward(results: Mapping[str, Any], path: Path) -> None:
     """Mean maximum reward against p50 chunk latency, with the rewards' intervals and the latencies' p50 to p95."""
     figure, axes = plt.subplots(figsize=(6.4, 4.0), layout="constrained")
     for name, row in results["samplers"].items():
+        if "chunk_ms" not in row:  # latency was not measured
+            continue
         latency, reward = row["chunk_ms"], row["mean_max_reward"]
         low, high = row["mean_max_reward_ci95"]
         axes.errorbar(

@@ -1,4 +1,8 @@
-"""Intervals for scores: every figure that compares samplers carries one."""
+"""Intervals and tests for scores: every figure that compares samplers carries one.
+
+Rewards of several tasks are pooled as rliable does it (Agarwal et al., NeurIPS 2021): bootstrap within each task,
+interquartile mean, performance profile.
+"""
 
 from collections.abc import Sequence
 
@@ -23,3 +27,50 @@ def proportion_interval(successes: int, trials: int, confidence: float = 0.95) -
     """Wilson's interval of a success rate."""
     interval = stats.binomtest(successes, trials).proportion_ci(confidence, method="wilson")
     return float(interval.low), float(interval.high)
+
+
+def percentile_interval(values: Sequence[float], percent: float, confidence: float = 0.95) -> Interval:
+    """Bootstrap interval of a percentile, of latencies for example."""
+    data = np.asarray(values, dtype=np.float64)
+    rng = np.random.default_rng(0)
+    resampled = np.percentile(rng.choice(data, (2000, len(data))), percent, axis=1)
+    low, high = np.quantile(resampled, [(1 - confidence) / 2, (1 + confidence) / 2])
+    return float(low), float(high)
+
+
+def interquartile_mean(values: Sequence[float] | np.ndarray) -> float:
+    """Mean of the middle half."""
+    return float(stats.trim_mean(values, 0.25))
+
+
+def pooled_interval(tasks: Sequence[Sequence[float]], confidence: float = 0.95) -> tuple[float, Interval]:
+    """Interquartile mean of several tasks' scores, and its interval by a bootstrap stratified by task."""
+    rng = np.random.default_rng(0)
+    arrays = [np.asarray(task, dtype=np.float64) for task in tasks]
+    resampled = [
+        interquartile_mean(np.concatenate([rng.choice(task, len(task)) for task in arrays])) for _ in range(2000)
+    ]
+    low, high = np.quantile(resampled, [(1 - confidence) / 2, (1 + confidence) / 2])
+    return interquartile_mean(np.concatenate(arrays)), (float(low), float(high))
+
+
+def equivalence_p(differences: Sequence[float], margin: float) -> float:
+    """p of the two one-sided t-tests (Schuirmann, 1987) that the mean difference lies within ±margin.
+
+    Small: equivalent. Paired differences; 1 where there are fewer than two.
+    """
+    data = np.asarray(differences, dtype=np.float64)
+    if len(data) < 2:
+        return 1.0
+    if np.ptp(data) == 0:
+        return 0.0 if abs(data[0]) < margin else 1.0
+    above = stats.ttest_1samp(data, -margin, alternative="greater").pvalue
+    below = stats.ttest_1samp(data, margin, alternative="less").pvalue
+    return float(max(above, below))
+
+
+def episodes_needed(differences: Sequence[float], margin: float, power: float = 0.8, alpha: float = 0.05) -> int:
+    """Episodes for :func:`equivalence_p` to fall below ``alpha`` with ``power`` where there is no true difference."""
+    deviation = float(np.std(np.asarray(differences, dtype=np.float64), ddof=1))
+    z = stats.norm.ppf(1 - alpha) + stats.norm.ppf((1 + power) / 2)
+    return max(2, int(np.ceil((z * deviation / margin) ** 2)))

@@ -1,0 +1,44 @@
+"""Many evaluations by one hydra command: failures that cost one job, and a report when all have ended."""
+
+import traceback
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from hydra.experimental.callback import Callback
+from omegaconf import DictConfig
+
+from parapolicy.evaluate.gather import gather_runs, measure_latencies
+from parapolicy.evaluate.page import write_report
+
+
+def note_failure(folder: Path, job: Callable[[], Any]) -> None:
+    """Run one job of a sweep; what it raises is written to ``error.txt`` in its folder, and the others go on."""
+    note = folder / "error.txt"
+    try:
+        job()
+    except Exception:
+        note.write_text(traceback.format_exc())
+        print(f"this job failed; the others go on: {note}")
+    else:
+        note.unlink(missing_ok=True)
+
+
+class SweepReport(Callback):
+    """Hydra's callback at the end of a sweep, when its jobs no longer compete for the machine.
+
+    Times every sampler of the sweep side by side in this process, and writes the report to the sweep's folder.
+
+    Args:
+        latency_chunks: chunks per sampler that are timed.
+    """
+
+    def __init__(self, latency_chunks: int = 100) -> None:
+        self.latency_chunks = latency_chunks
+
+    def on_multirun_end(self, config: DictConfig, **kwargs: Any) -> None:
+        """Called by hydra."""
+        folder = Path(config.hydra.sweep.dir)
+        runs = gather_runs([folder])
+        measure_latencies(runs, folder / "latency.json", self.latency_chunks)
+        write_report([folder], folder / "report")

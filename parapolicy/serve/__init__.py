@@ -1,0 +1,1 @@
+"""A policy server that speaks the websocket protocol of openpi's public client."""

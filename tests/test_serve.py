@@ -1,0 +1,480 @@
+"""The policy server: real websocket connections, well-behaved and otherwise."""
+
+import asyncio
+import contextlib
+import dataclasses
+import json
+import os
+import random
+import re
+import signal
+import socket
+import subprocess
+import sys
+import threading
+import time
+import urllib.error
+import urllib.request
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from websockets.exceptions import ConnectionClosed, ConnectionClosedError, InvalidStatus
+from websockets.sync.client import ClientConnection, connect
+
+from parapolicy.cli import main
+from parapolicy.noise import mix_seeds
+from parapolicy.policy import Chunk, Policy, save_policy
+from parapolicy.serve.server import PolicyServer, ServeConfig
+from parapolicy.serve.session import Request, Session
+from parapolicy.serve.wire import WireError, pack, unpack
+from tests.conftest import ROOT
+from tests.helpers import small_policy, some_observation
+
+CLIENT_PYTHON = Path(os.environ.get("PARAPOLICY_CLIENT_PYTHON", ROOT / ".venv-client" / "bin" / "python"))
+
+
+class Running:
+    """A server on a thread of its own."""
+
+    def __init__(self, policy: Policy, **settings: Any) -> None:
+        self.server = PolicyServer(policy, ServeConfig(port=0, **settings))
+        self._ready = threading.Event()
+        self._thread = threading.Thread(target=lambda: asyncio.run(self._run()))
+        self._thread.start()
+        assert self._ready.wait(30)
+
+    async def _run(self) -> None:
+        self._stop, self._loop = asyncio.Event(), asyncio.get_running_loop()
+        async with self.server.running() as listening:
+            self.port = listening.sockets[0].getsockname()[1]
+            self._ready.set()
+            await self._stop.wait()
+
+    def stop(self) -> None:
+        self._loop.call_soon_threadsafe(self._stop.set)
+        self._thread.join(30)
+        assert not self._thread.is_alive()
+
+    def connect(self, **options: Any) -> ClientConnection:
+        return connect(f"ws://127.0.0.1:{self.port}", compression=None, max_size=None, **options)
+
+    def get(self, path: str) -> str:
+        with urllib.request.urlopen(f"http://127.0.0.1:{self.port}{path}", timeout=10) as response:
+            assert response.status == 200
+            return str(response.read().decode())
+
+    def metric(self, name: str) -> float:
+        return sum(float(line.split()[-1]) for line in self.get("/metrics").splitlines() if line.startswith(name))
+
+
+@contextlib.contextmanager
+def running(policy: Policy, **settings: Any) -> Iterator[Running]:
+    server = Running(policy, **settings)
+    try:
+        yield server
+    finally:
+        server.stop()
+
+
+@pytest.fixture(scope="module")
+def policy() -> Policy:
+    return dataclasses.replace(small_policy("semi_implicit"), reproducible=True)
+
+
+@pytest.fixture(scope="module")
+def server(policy: Policy) -> Iterator[Running]:
+    with running(policy, max_message_bytes=100_000) as server:
+        yield server
+
+
+def infer(client: ClientConnection, message: Any) -> dict[str, Any]:
+    client.send(pack(message))
+    reply = client.recv(timeout=60)
+    assert isinstance(reply, bytes), reply
+    answer: dict[str, Any] = unpack(reply)
+    return answer
+
+
+def one_step(policy: Policy, seed: int) -> dict[str, np.ndarray]:
+    return {key: value[-1] for key, value in some_observation(policy.spec, seed=seed).items()}
+
+
+def expected_episode(policy: Policy, messages: list[dict[str, Any]], seed: int = 0) -> list[np.ndarray]:
+    """What a client should be answered that sends whole histories, one after the other."""
+    actions, warm = [], None
+    for k, message in enumerate(messages):
+        chunk = policy.predict(message, seed=mix_seeds(seed, k), warm=warm)
+        warm = chunk.warm_state
+        actions.append(chunk.trajectory[policy.spec.n_obs_steps - 1 :])
+    return actions
+
+
+def test_an_episode_is_answered_as_the_policy_would(server: Running, policy: Policy) -> None:
+    histories = [some_observation(policy.spec, seed=i) for i in range(3)]
+    with server.connect() as client:
+        described = unpack(client.recv())
+        assert described["observation"] == {"position": [2], "points": [3, 2]}
+        assert (described["action_horizon"], described["n_action_steps"], described["control_hz"]) == (7, 4, 10)
+        answers = [infer(client, history) for history in histories]
+    for answer, expected in zip(answers, expected_episode(policy, histories), strict=True):
+        assert answer["actions"].shape == (7, 2)
+        np.testing.assert_allclose(answer["actions"], expected, rtol=1e-5, atol=1e-4)
+        assert answer["policy_timing"]["infer_ms"] > 0
+    assert "prev_total_ms" not in answers[0]["server_timing"]
+    assert answers[1]["server_timing"]["prev_total_ms"] >= answers[0]["server_timing"]["infer_ms"]
+
+
+def test_single_steps_make_the_history(server: Running, policy: Policy) -> None:
+    steps = [one_step(policy, i) for i in range(2)]
+    with server.connect() as client:
+        client.recv()
+        answers = [infer(client, step) for step in steps]
+    first = {key: np.stack([value, value]) for key, value in steps[0].items()}
+    second = {key: np.stack([steps[0][key], steps[1][key]]) for key in steps[0]}
+    for answer, expected in zip(answers, expected_episode(policy, [first, second]), strict=True):
+        np.testing.assert_allclose(answer["actions"], expected, rtol=1e-5, atol=1e-4)
+
+
+def test_reset_begins_a_new_episode(server: Running, policy: Policy) -> None:
+    step = one_step(policy, 0)
+    with server.connect() as client:
+        client.recv()
+        first = infer(client, {**step, "seed": 5})
+        infer(client, one_step(policy, 1))
+        again = infer(client, {**step, "reset": True, "seed": 5})
+        other = infer(client, {**step, "reset": True, "seed": np.int64(6)})
+    np.testing.assert_array_equal(first["actions"], again["actions"])
+    assert not np.array_equal(first["actions"], other["actions"])
+
+
+def test_clients_are_computed_together_and_answered_apart(policy: Policy) -> None:
+    """Eight episodes at once: the same actions as one after the other, in fewer batches than requests."""
+    episodes = [[some_observation(policy.spec, seed=100 * c + k) for k in range(6)] for c in range(8)]
+
+    def play(c: int) -> list[np.ndarray]:
+        with server.connect() as client:
+            client.recv()
+            return [infer(client, {**m, "seed": c} if k == 0 else m)["actions"] for k, m in enumerate(episodes[c])]
+
+    with running(policy) as server, ThreadPoolExecutor(8) as threads:
+        played = list(threads.map(play, range(8)))
+        assert server.metric("parapolicy_requests_total") == 48
+        assert server.metric("parapolicy_batch_size_count") < 48
+    for c, actions in enumerate(played):
+        for ours, alone in zip(actions, expected_episode(policy, episodes[c], c), strict=True):
+            np.testing.assert_allclose(ours, alone, rtol=1e-5, atol=1e-4)
+
+
+def bad_messages(policy: Policy) -> dict[str, tuple[Any, str]]:
+    good = some_observation(policy.spec)
+    nan = good["points"].copy()
+    nan[0, 1, 1] = np.nan
+    array = {b"__ndarray__": True, b"data": b"x" * 16, b"dtype": "<f4", b"shape": [4]}
+    return {
+        "text frame": ("hello", "text frame"),
+        "no msgpack": (b"\xc1\xff", "not msgpack"),
+        "cut off": (pack(good)[:-3], "not msgpack"),
+        "not a map": (pack([1, 2]), "expected a map"),
+        "missing key": (pack({"points": good["points"]}), r"lacks \['position'\]"),
+        "unknown key": (pack({**good, "camera": 1}), r"unknown keys \['camera'\]"),
+        "shape": (pack({**good, "points": np.zeros((3, 3))}), "shape"),
+        "ragged": (pack({**good, "points": [[1], [1, 2]]}), "no array of numbers"),
+        "nan": (pack({**good, "points": nan}), "nan at index"),
+        "words": (pack({**good, "points": "far away"}), "no array of numbers"),
+        "object dtype": (pack({**good, "points": {**array, b"dtype": "|O"}}), r"dtype '\|O'"),
+        "structured dtype": (pack({**good, "points": {**array, b"dtype": "f4,f4"}}), "dtype 'f4,f4'"),
+        "too few bytes": (pack({**good, "points": {**array, b"shape": [2, 1 << 60]}}), "16 bytes of data"),
+        "negative shape": (pack({**good, "points": {**array, b"shape": [-1, 4]}}), "expected at most 8 sizes"),
+        "seed": (pack({**good, "seed": -1}), "seed is -1"),
+        "reset": (pack({**good, "reset": "yes"}), "reset is 'yes'"),
+        "executed": (pack({**good, "executed": 1.5}), "executed is 1.5"),
+        "deep": (b"\x91" * 50_000, "not msgpack"),
+    }
+
+
+@pytest.mark.parametrize("name", list(bad_messages(small_policy())))
+def test_a_bad_message_is_told_and_closes_its_connection_only(server: Running, policy: Policy, name: str) -> None:
+    message, told = bad_messages(policy)[name]
+    with server.connect() as other, server.connect() as client:
+        other.recv()
+        client.recv()
+        client.send(message)
+        error = client.recv(timeout=30)
+        assert isinstance(error, str)
+        assert re.search(told, error), error
+        with pytest.raises(ConnectionClosedError) as closed:
+            client.recv(timeout=30)
+        assert closed.value.rcvd is not None
+        assert closed.value.rcvd.code == 1011
+        assert infer(other, some_observation(policy.spec))["actions"].shape == (7, 2)
+
+
+def test_an_oversized_message_closes_its_connection(server: Running, policy: Policy) -> None:
+    with server.connect() as client:
+        client.recv()
+        with contextlib.suppress(ConnectionClosed):  # it may be closed while the rest is being sent
+            client.send(b"x" * 200_000)
+        with pytest.raises(ConnectionClosed) as closed:
+            client.recv(timeout=30)
+        assert closed.value.rcvd is not None
+        assert closed.value.rcvd.code == 1009
+    with server.connect() as client:
+        client.recv()
+        infer(client, some_observation(policy.spec))
+
+
+def test_health_metrics_and_refusals(policy: Policy) -> None:
+    with running(policy, api_key="s3cret", max_connections=1) as server:
+        assert server.get("/healthz") == "OK\n"
+
+        def refusal(headers: dict[str, str]) -> int:
+            with pytest.raises(InvalidStatus) as refused:
+                server.connect(additional_headers=headers)
+            return int(refused.value.response.status_code)
+
+        assert refusal({}) == refusal({"Authorization": "Api-Key wrong"}) == 401
+        key = {"Authorization": "Api-Key s3cret"}
+        with server.connect(additional_headers=key) as client:
+            client.recv()
+            infer(client, some_observation(policy.spec))
+            assert server.metric("parapolicy_connections") == 1
+            assert refusal(key) == 503
+        text = server.get("/metrics")
+        assert 'parapolicy_requests_total{result="ok"} 1.0' in text
+        assert "parapolicy_rounds_bucket" in text
+        with pytest.raises(urllib.error.HTTPError):
+            server.get("/elsewhere")
+
+
+def test_clients_that_vanish_or_flood_do_not_stop_the_others(server: Running, policy: Policy) -> None:
+    message = pack(some_observation(policy.spec))
+    half = socket.create_connection(("127.0.0.1", server.port))
+    half.sendall(b"GET / HTTP/1.1\r\nHost: x\r\n")  # and never the rest
+    clients = contextlib.ExitStack()
+    vanished = clients.enter_context(server.connect())
+    vanished.recv()
+    vanished.send(message)
+    vanished.socket.shutdown(socket.SHUT_RDWR)
+    flooding = clients.enter_context(server.connect())
+    flooding.recv()
+
+    def flood() -> None:
+        with contextlib.suppress(ConnectionClosed, OSError):
+            for _ in range(3000):
+                flooding.send(message)
+
+    thread = threading.Thread(target=flood)
+    thread.start()
+    with server.connect() as client:
+        client.recv()
+        for k in range(5):
+            begin = time.monotonic()
+            infer(client, some_observation(policy.spec, seed=k))
+            assert time.monotonic() - begin < 30
+    flooding.socket.shutdown(socket.SHUT_RDWR)
+    thread.join(30)
+    half.close()
+    clients.close()
+    deadline = time.monotonic() + 30
+    while server.metric("parapolicy_connections") and time.monotonic() < deadline:
+        time.sleep(0.05)
+    assert server.metric("parapolicy_connections") == 0
+
+
+class Moody:
+    """A policy that cannot digest some observations."""
+
+    def __init__(self, policy: Policy) -> None:
+        self.policy, self.spec = policy, policy.spec
+
+    def predict(self, observation: Any, **options: Any) -> Chunk:
+        if (observation["position"] > 1000).any():
+            raise FloatingPointError("the action chunk holds a value that is not finite")
+        return self.policy.predict(observation, **options)
+
+
+def test_a_chunk_that_fails_does_not_take_its_batch_with_it(policy: Policy) -> None:
+    server = PolicyServer(policy, ServeConfig())
+    server.batcher.policy = Moody(policy)  # type: ignore[assignment]
+    good, bad = some_observation(policy.spec), some_observation(policy.spec)
+    bad["position"] = bad["position"] + 5000
+    outcomes = server.batcher._compute([Request(o, 7, None, 4) for o in (good, bad, good)])
+    assert isinstance(outcomes[1], FloatingPointError)
+    for chunk in (outcomes[0], outcomes[2]):
+        assert isinstance(chunk, Chunk)
+        np.testing.assert_allclose(chunk.actions, policy.predict(good, seed=7).actions, rtol=1e-5, atol=1e-4)
+
+
+def test_a_deadline_cuts_chunks_short(policy: Policy) -> None:
+    with (
+        running(policy.with_sampler("paradigms", tolerance=0.0), deadline_ms=0.001) as server,
+        server.connect() as client,
+    ):
+        client.recv()
+        answer = infer(client, some_observation(policy.spec))
+        assert (answer["rounds"], answer["complete"]) == (1, False)
+        assert server.metric("parapolicy_incomplete_total") == 1
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"), [({"max_batch": 0}, "max_batch is 0"), ({"deadline_ms": 0.0}, "deadline_ms is 0.0")]
+)
+def test_bad_settings_are_named(policy: Policy, settings: Any, message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        PolicyServer(policy, ServeConfig(**settings))
+
+
+def test_a_policy_with_an_options_name_is_refused() -> None:
+    with pytest.raises(ValueError, match=r"observes \['reset'\]"):
+        Session(small_policy(observation={"reset": (1,)}).spec, True)
+
+
+def mutations(policy: Policy, seed: int) -> Iterator[bytes]:
+    """Messages that are almost right, for ever."""
+    rng = random.Random(seed)
+    good = pack(some_observation(policy.spec))
+    while True:
+        data = bytearray(good)
+        match rng.randrange(4):
+            case 0:
+                data = data[: rng.randrange(len(data))]
+            case 1:
+                for _ in range(rng.randint(1, 8)):
+                    data[rng.randrange(len(data))] = rng.randrange(256)
+            case 2:
+                data = bytearray(rng.randbytes(rng.randint(0, 200)))
+            case 3:
+                place = rng.randrange(len(data))
+                data[place:place] = rng.randbytes(rng.randint(1, 30))
+        yield bytes(data)
+
+
+def test_a_fuzzer_leaves_the_server_alive_and_correct(server: Running, policy: Policy) -> None:
+    """PARAPOLICY_FUZZ messages, 400 by default; a mutant that happens to be right may be answered."""
+    count = int(os.environ.get("PARAPOLICY_FUZZ", 400))
+    messages = mutations(policy, seed=1)
+    sent = refused = 0
+    while sent < count:
+        with server.connect() as client:
+            client.recv()
+            reply: str | bytes = b""
+            while sent < count and isinstance(reply, bytes):
+                client.send(next(messages))
+                reply = client.recv(timeout=60)
+                sent += 1
+            refused += isinstance(reply, str)
+    assert refused > 0.8 * count
+    history = some_observation(policy.spec)
+    with server.connect() as client:
+        client.recv()
+        actions = infer(client, history)["actions"]
+    np.testing.assert_allclose(actions, expected_episode(policy, [history])[0], rtol=1e-5, atol=1e-4)
+
+
+def start_command(*settings: str) -> subprocess.Popen[str]:
+    command = [sys.executable, "-m", "parapolicy.cli", "serve", *settings]
+    return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, cwd=ROOT)
+
+
+@pytest.fixture
+def command(policy: Policy, tmp_path: Path) -> Iterator[Callable[..., tuple[subprocess.Popen[str], int]]]:
+    save_policy(policy, tmp_path / "policy")
+    started = []
+
+    def start(*settings: str) -> tuple[subprocess.Popen[str], int]:
+        process = start_command(f"checkpoint={tmp_path / 'policy'}", "port=0", "sampler=semi_implicit", *settings)
+        started.append(process)
+        assert process.stdout is not None
+        for line in process.stdout:
+            if line.startswith("serving on"):
+                return process, int(line.split(";")[0].rsplit(":", 1)[1])
+        raise AssertionError("the server has not started")
+
+    yield start
+    for process in started:
+        process.kill()
+
+
+def test_the_published_client(command: Callable, policy: Policy) -> None:
+    """openpi-client as it is published, in a process and an environment of its own."""
+    if not CLIENT_PYTHON.is_file() or subprocess.run([CLIENT_PYTHON, "-c", "import openpi_client"]).returncode:
+        pytest.skip(f"no openpi-client at {CLIENT_PYTHON}; make test installs it where its own pins can be had")
+    process, port = command("api_key=k3y")
+    histories = [some_observation(policy.spec, seed=i) for i in range(3)]
+    script = (
+        "import json, sys, numpy as np\n"
+        "from openpi_client.websocket_client_policy import WebsocketClientPolicy\n"
+        "client = WebsocketClientPolicy('127.0.0.1', int(sys.argv[1]), api_key='k3y')\n"
+        "assert client.get_server_metadata()['policy'] == 'parapolicy'\n"
+        "for line in sys.stdin:\n"
+        "    message = {k: np.asarray(v, np.float32) for k, v in json.loads(line).items()}\n"
+        "    print(json.dumps(client.infer(message)['actions'].tolist()))\n"
+        "try:\n"
+        "    client.infer({'nothing': 1})\n"
+        "except RuntimeError as error:\n"
+        "    print(json.dumps(str(error)))\n"
+    )
+    lines = "\n".join(json.dumps({k: v.tolist() for k, v in history.items()}) for history in histories)
+    done = subprocess.run(
+        [CLIENT_PYTHON, "-c", script, str(port)], input=lines, capture_output=True, text=True, timeout=120
+    )
+    assert done.returncode == 0, done.stderr
+    *answers, error = map(json.loads, done.stdout.splitlines())
+    for actions, expected in zip(answers, expected_episode(policy, histories), strict=True):
+        np.testing.assert_allclose(actions, expected, rtol=1e-5, atol=1e-4)
+    assert "lacks ['position', 'points']" in error
+    process.send_signal(signal.SIGTERM)
+    assert process.wait(30) == 0
+
+
+def test_closing_finishes_what_was_asked(command: Callable, policy: Policy) -> None:
+    process, port = command()
+    with connect(f"ws://127.0.0.1:{port}", compression=None) as client:
+        client.recv()
+        infer(client, some_observation(policy.spec))
+        process.send_signal(signal.SIGINT)
+        with pytest.raises(ConnectionClosed) as closed:
+            client.recv(timeout=30)
+        assert closed.value.rcvd is not None
+        assert closed.value.rcvd.code == 1001
+    assert process.wait(30) == 0
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        (["prot=1"], "Key 'prot'"),
+        (["port=high"], "high"),
+        (["checkpoint=nowhere"], "no checkpoint at 'nowhere'"),
+        (["sampler=fast"], "sampler is 'fast'"),
+    ],
+)
+def test_the_command_names_bad_settings(settings: list[str], message: str, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit, match=message):
+        main(["serve", *settings])
+
+
+def test_a_taken_port_is_named(server: Running, policy: Policy, tmp_path: Path) -> None:
+    save_policy(policy, tmp_path / "policy")
+    with pytest.raises(SystemExit, match=r"error: .*address already in use"):
+        main(["serve", f"checkpoint={tmp_path / 'policy'}", f"port={server.port}"])
+
+
+def test_wire_round_trip() -> None:
+    message = {
+        "a": np.arange(6, dtype="<i2").reshape(2, 3),
+        "b": [np.float32(1.5), True, None, "text"],
+        "c": {"empty": np.zeros((0, 4))},
+    }
+    back = unpack(pack(message))
+    np.testing.assert_array_equal(back["a"], message["a"])
+    assert back["a"].dtype == np.dtype("<i2")
+    assert (back["b"], back["c"]["empty"].shape) == ([1.5, True, None, "text"], (0, 4))
+    with pytest.raises(TypeError, match="complex128"):
+        pack(np.complex128(1))
+    with pytest.raises(WireError, match="does not fit"):
+        unpack(pack({b"__npgeneric__": True, b"data": 300, b"dtype": "|u1"}))

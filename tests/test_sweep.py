@@ -1,0 +1,299 @@
+"""Sweeps: jobs that fail alone, runs that go on, and the report, opened in a browser."""
+
+import json
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pandas as pd
+import pytest
+
+from parapolicy.cli import main
+from parapolicy.evaluate.folder import RunFolder
+from parapolicy.evaluate.gather import episode_table, gather_latencies, gather_runs
+from parapolicy.evaluate.page import pareto, recommend, summarize, write_report
+from parapolicy.evaluate.rollout import Episode
+from parapolicy.evaluate.statistics import (
+    episodes_needed,
+    equivalence_p,
+    interquartile_mean,
+    percentile_interval,
+    pooled_interval,
+)
+from tests.conftest import ROOT
+
+BROWSER = next(
+    (found for name in ("chromium", "chromium-browser", "google-chrome") if (found := shutil.which(name))), None
+)
+
+
+def start(*overrides: str) -> subprocess.Popen[str]:
+    command = [sys.executable, str(ROOT / "eval.py"), *overrides]
+    return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, cwd=ROOT)
+
+
+def finish(process: subprocess.Popen[str]) -> str:
+    output, _ = process.communicate(timeout=250)
+    return output
+
+
+@pytest.fixture(scope="module")
+def sweep(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Two samplers in jobs of their own, and one that does not exist."""
+    folder = tmp_path_factory.mktemp("sweep")
+    ddim = "[{name: sequential, solver: ddim, steps: 4, label: ddim}]"
+    output = finish(
+        start(
+            "-m",
+            "+experiment=pareto_pusht",
+            "episodes=3",
+            "num_envs=3",
+            "env.options.max_episode_steps=16",
+            f"samplers=[{{name: sequential, solver: ddim, steps: 10}}],{ddim},[fast]",
+            f"hydra.sweep.dir={folder}",
+            "hydra.callbacks.report.latency_chunks=3",
+        )
+    )
+    assert (folder / "report" / "report.html").is_file(), output
+    return folder
+
+
+def test_a_failed_job_costs_only_itself_and_is_reported(sweep: Path) -> None:
+    assert [(sweep / str(job) / "results.json").is_file() for job in range(3)] == [True, True, False]
+    assert "sampler is 'fast'" in (sweep / "2" / "error.txt").read_text()
+    page = (sweep / "report" / "report.html").read_text()
+    assert "Jobs that failed" in page
+    assert "sampler is &#x27;fast&#x27;" in page
+
+
+def test_a_sweep_times_its_samplers_side_by_side(sweep: Path) -> None:
+    rows = json.loads((sweep / "latency.json").read_text())
+    assert [row["sampler"] for row in rows] == ["sequential", "ddim"]
+    assert all(row["chunk_ms"]["chunks"] == len(row["chunk_ms"]["each"]) == 3 for row in rows)
+    for job in range(2):  # and not in the jobs themselves
+        (row,) = json.loads((sweep / str(job) / "results.json").read_text())["samplers"].values()
+        assert "chunk_ms" not in row
+
+
+def test_a_sweep_that_is_run_again_does_nothing_twice(sweep: Path) -> None:
+    before = {
+        path: path.stat().st_mtime_ns for path in sweep.rglob("*") if path.name in ("episodes.jsonl", "latency.json")
+    }
+    assert len(before) == 3
+    command = [sys.executable, str(ROOT / "eval.py"), "-m", "+experiment=pareto_pusht", "episodes=3", "num_envs=3"]
+    ddim = "[{name: sequential, solver: ddim, steps: 4, label: ddim}]"
+    done = subprocess.run(
+        [
+            *command,
+            "env.options.max_episode_steps=16",
+            f"samplers=[{{name: sequential, solver: ddim, steps: 10}}],{ddim},[fast]",
+            f"hydra.sweep.dir={sweep}",
+            "hydra.callbacks.report.latency_chunks=3",
+        ],
+        capture_output=True,
+        text=True,
+        cwd=ROOT,
+        timeout=250,
+    )
+    assert f"{sweep}/0 is finished" in done.stdout, done.stderr
+    assert {path: path.stat().st_mtime_ns for path in before} == before
+
+
+def test_an_interrupted_run_ends_with_the_same_table(tmp_path: Path) -> None:
+    """SIGINT in the middle, then the same command again."""
+    settings = (
+        "samplers=[{name: sequential, solver: ddim, steps: 4}]",
+        "episodes=6",
+        "num_envs=1",
+        "env.options.max_episode_steps=80",
+        "latency_chunks=0",
+        "videos=0",
+    )
+    whole = start(*settings, f"hydra.run.dir={tmp_path / 'whole'}")
+    finish(whole)
+    cut = start(*settings, f"hydra.run.dir={tmp_path / 'cut'}")
+    lines = tmp_path / "cut" / "episodes.jsonl"
+    deadline = time.monotonic() + 120
+    while not (lines.is_file() and lines.read_text().count("\n") >= 2) and time.monotonic() < deadline:
+        time.sleep(0.01)
+    cut.send_signal(signal.SIGINT)
+    assert "interrupted; to go on: hydra.run.dir=" in finish(cut)
+    assert not (tmp_path / "cut" / "results.json").exists()
+    done_before = lines.read_text().count("\n")
+    assert 2 <= done_before < 6
+    with lines.open("a") as file:
+        file.write('{"sampler": "sequential", "seed": 1000')  # as if it had been killed while writing
+    finish(start(*settings, f"hydra.run.dir={tmp_path / 'cut'}"))
+    results = [json.loads((tmp_path / name / "results.json").read_text()) for name in ("whole", "cut")]
+    tables = [
+        [(e["seed"], round(e["max_reward"], 9), e["steps"]) for e in r["samplers"]["sequential"]["per_episode"]]
+        for r in results
+    ]
+    assert tables[0] == tables[1]
+    other = start(*settings[:-1], "videos=1", f"hydra.run.dir={tmp_path / 'cut'}")
+    assert "holds a run with another videos" in finish(other)
+
+
+def test_an_episode_comes_back_as_it_was(tmp_path: Path) -> None:
+    kept = RunFolder(tmp_path, {"config": {"a": 1}})
+    steps = [{"state": np.full((2, 5), k, np.float32)} for k in range(3)]
+    episode = Episode(7, [0.1, 0.5], True, [3, 4], [30, 40], steps)
+    kept.save_episode("ours", episode, {"seed": 7, "success": True, "max_reward": 0.5}, observations=True)
+    assert kept.load_episodes("theirs") == []
+    ((back, row),) = kept.load_episodes("ours")
+    assert (back.rewards, back.success, back.rounds, back.evaluations) == ([0.1, 0.5], True, [3, 4], [30, 40])
+    np.testing.assert_array_equal(back.observations[2]["state"], steps[2]["state"])
+    assert row["max_reward"] == 0.5
+    with pytest.raises(ValueError, match="holds a run with another a"):
+        RunFolder(tmp_path, {"config": {"a": 2}})
+
+
+def made_up_run(folder: Path, rewards: dict[str, list[float]], p50: dict[str, float], env: str = "pusht") -> None:
+    samplers: dict[str, Any] = {}
+    for label, values in rewards.items():
+        samplers[label] = {
+            "per_episode": [
+                {
+                    "seed": seed,
+                    "max_reward": value,
+                    "success": value > 0.9,
+                    "steps": 300,
+                    "rounds_mean": 5.0,
+                    "evaluations_mean": 100.0 if label == "sequential" else 50.0,
+                }
+                for seed, value in enumerate(values)
+            ]
+        }
+        if label in p50:
+            times = {"p50": p50[label], "p95": p50[label], "p99": 1.2 * p50[label], "each": [p50[label]] * 5}
+            samplers[label] |= {"chunk_ms": times, "chunk_error": {"p95": 0.01}}
+    folder.mkdir(parents=True, exist_ok=True)
+    machine = {"cpu": "a made-up CPU", "threads": 2, "device": "cpu"}
+    results = {
+        "env": env,
+        "checkpoint": "made/up",
+        "samplers": samplers,
+        "machine": machine,
+        "versions": {"torch": "9"},
+    }
+    (folder / "results.json").write_text(json.dumps(results))
+
+
+@pytest.fixture
+def made_up(tmp_path: Path) -> Path:
+    rng = np.random.default_rng(0)
+    base = rng.beta(8, 1, 100)
+    rewards = {
+        "sequential": base,
+        "ours": np.clip(base + rng.normal(0, 0.02, 100), 0, 1),
+        "hasty <b>": np.clip(base - 0.2 + rng.normal(0, 0.02, 100), 0, 1),
+    }
+    # two blocks of seeds in folders of their own, and the latencies in the first
+    made_up_run(
+        tmp_path / "a", {k: v.tolist() for k, v in rewards.items()}, {"sequential": 600, "ours": 150, "hasty <b>": 20}
+    )
+    return tmp_path
+
+
+def test_the_report_recommends_the_fastest_that_is_equivalent(made_up: Path) -> None:
+    runs = gather_runs([made_up])
+    summary = summarize(episode_table(runs), gather_latencies(runs, [made_up]), 0.03)
+    chosen, sentence = recommend(summary, 0.03)
+    assert chosen == "ours"
+    assert "150 ms per chunk against 600, 4.0 times as fast" in sentence
+    rows = summary.set_index("sampler")
+    assert rows.loc["ours", "equivalence_p"] < 0.01 < 0.9 < rows.loc["hasty <b>", "equivalence_p"]
+    assert rows.loc["hasty <b>", "difference_high"] < -0.15
+    assert pareto(summary, "reward")[0] == "hasty <b>"
+    assert pareto(summary, "reward")[-1] in ("ours", "sequential")
+
+
+def test_no_recommendation_is_made_without_grounds(made_up: Path, tmp_path: Path) -> None:
+    runs = gather_runs([made_up])
+    table = episode_table(runs)
+    few = table[table["seed"] < 4]
+    chosen, sentence = recommend(summarize(few, gather_latencies(runs, [made_up]), 0.001), 0.001)
+    assert chosen is None
+    assert "No sampler is shown to keep" in sentence
+    chosen, sentence = recommend(summarize(table, {}, 0.03), 0.03)
+    assert chosen is None
+    assert "No latency was measured" in sentence
+
+
+def test_the_report_is_written(made_up: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    made_up_run(made_up / "b", {"sequential": [0.5] * 20, "ours": [0.6] * 20}, {}, env="lift")
+    main(["report", str(made_up), "--output", str(made_up / "out")])
+    assert "report.html" in capsys.readouterr().out
+    page = (made_up / "out" / "report.html").read_text()
+    for text in ("hasty &lt;b&gt;", "All tasks together", "a made-up CPU", "torch 9", "times as fast"):
+        assert text in page
+    assert "hasty <b></td>" not in page
+    assert "https://cdn" not in page.split("</script>")[-1]
+    assert len(pd.read_csv(made_up / "out" / "episodes.csv")) == 340
+    assert len(pd.read_parquet(made_up / "out" / "episodes.parquet")) == 340
+    assert (made_up / "out" / "pareto_pusht_up.png").read_bytes()[:4] == b"\x89PNG"
+
+
+@pytest.mark.skipif(BROWSER is None, reason="no Chromium or Chrome here")
+def test_the_page_shows_its_figures_in_a_browser(made_up: Path) -> None:
+    page = write_report([made_up], made_up / "out")
+    dumped = subprocess.run(
+        [
+            str(BROWSER),
+            "--headless",
+            "--no-sandbox",
+            "--disable-gpu",
+            "--disable-background-networking",
+            "--disable-component-update",
+            f"--user-data-dir={made_up / 'profile'}",
+            "--virtual-time-budget=10000",
+            "--dump-dom",
+            page.as_uri(),
+        ],
+        capture_output=True,
+        text=True,
+        timeout=120,
+    )
+    dom = dumped.stdout
+    assert dom.count("main-svg") >= 2, dumped.stderr[-2000:]
+    assert "mean maximum reward" in dom
+    assert dom.count('class="point"') >= 6  # three samplers in two panels
+    assert "ours</text>" in dom
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["report"], "no folder"),
+        (["report", "/nowhere"], r"no results.json in /nowhere"),
+        (["report", ".", "--margin", "-1"], "margin is -1"),
+    ],
+)
+def test_bad_reports_are_named(arguments: list[str], message: str) -> None:
+    with pytest.raises(SystemExit, match=message):
+        main(arguments)
+
+
+def test_statistics_against_known_answers() -> None:
+    rng = np.random.default_rng(0)
+    same = rng.normal(0, 0.1, 200)
+    assert equivalence_p(same, 0.05) < 0.001 < 0.5 < equivalence_p(same + 0.06, 0.05)
+    assert equivalence_p([0.0, 0.0], 0.01) == 0.0
+    assert equivalence_p([0.5], 0.01) == 1.0
+    assert interquartile_mean([0, 0, 1, 2, 3, 100, 100, 100]) == pytest.approx(26.5)
+    # sd 0.1, margin 0.05: n = ((1.645 + 1.282) 0.1 / 0.05)² = 34
+    exact = np.array([-1, 1]) * 0.1 / np.sqrt(2)
+    assert episodes_needed(exact, 0.05) == 35
+    needed = episodes_needed(same, 0.05)
+    shown = [equivalence_p(rng.normal(0, 0.1, needed), 0.05) < 0.05 for _ in range(400)]
+    assert 0.68 < np.mean(shown) < 0.9
+    low, high = percentile_interval(rng.exponential(1, 400), 50)
+    assert low < np.log(2) < high
+    value, (low, high) = pooled_interval([rng.uniform(0, 1, 100), rng.uniform(0, 1, 50)])
+    assert low < 0.5 < high
+    assert low < value < high
