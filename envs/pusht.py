@@ -122,6 +122,10 @@ class PushT(gymnasium.Env):
         """The scene as (render_size, render_size, 3) uint8, the current target marked."""
         return self._simulator.render()
 
+    def to_frame(self, actions: np.ndarray) -> np.ndarray:
+        """Actions (n, 2) as positions in :meth:`render`'s frame, (n, 2), pixels."""
+        return np.asarray(actions) * (self._simulator.visualization_width / 512)
+
     def close(self) -> None:
         self._simulator.close()
 

@@ -138,6 +138,17 @@ class Controller:
         self._account(self._plan.record, kind, action, begin)
         return action
 
+    def planned(self) -> np.ndarray:
+        """The chunk's actions from the last step's on, (n, Da); at least one.
+
+        Raises:
+            RuntimeError: ``act`` was not called since the reset.
+        """
+        if self._plan is None:
+            raise RuntimeError("nothing is planned yet; call act first")
+        index = min(self.step - self._plan.record.begin, len(self._plan.actions) - 1)
+        return self._plan.actions[index:].copy()
+
     @property
     def latency(self) -> dict[str, Any]:
         """Times in ms and counts since the last reset; see :meth:`ControlRecord.summary`."""
@@ -261,6 +272,7 @@ class Controller:
             "warm_from": chunk.warm_from,
             "executed": chunk.executed,
             "chunk_seconds": chunk.seconds,
+            "computed_seconds": chunk.stats.seconds,
             "rounds": int(chunk.stats.rounds),
             "complete": bool(chunk.stats.complete),
             "residual": float(chunk.stats.residual),

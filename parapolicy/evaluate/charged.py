@@ -12,6 +12,7 @@ import numpy as np
 from parapolicy.checkpoint.spec import PolicySpec
 from parapolicy.control import Controller, ControlRecord, SimulatedClock
 from parapolicy.evaluate.rollout import Episode
+from parapolicy.evaluate.watch import View
 from parapolicy.noise import mix_seeds
 from parapolicy.policy import Chunk, Policy
 
@@ -126,6 +127,7 @@ def run_charged(
     record: Container[int] = (),
     log: Callable[[Mapping[str, Any]], Any] = lambda row: None,
     progress: Callable[[int], Any] = lambda steps: None,
+    view: View | None = None,
 ) -> Iterator[tuple[Episode, ControlRecord]]:
     """Run one episode per seed, one after the other, by a :class:`parapolicy.Controller` on simulated time.
 
@@ -141,6 +143,7 @@ def run_charged(
         record: seeds whose episodes are filmed.
         log: called with each action's row, with the episode's ``seed`` under ``episode``.
         progress: called with the number of control steps taken since the last call.
+        view: shows each control step.
     """
     place = [0, 0]  # the episode's seed and its chunk, for the latency
 
@@ -151,12 +154,18 @@ def run_charged(
 
     clock = SimulatedClock(charge, live=latency.kind == "measured")
     env = make_env(clock)
+    last: dict[str, Any] = {}  # the newest row of the log
+
+    def keep(row: Mapping[str, Any]) -> None:
+        last.update(row)
+        log({"episode": place[0], **row})
+
     charged = _ChargedPolicy(policy, clock)
     controller = Controller(
         charged,
         asynchronous=asynchronous,
         warm_start=policy.warm_start,
-        log=lambda row: log({"episode": place[0], **row}),
+        log=keep,
         clock=clock,
         executor=clock if asynchronous else None,
     )
@@ -167,10 +176,24 @@ def run_charged(
             controller.reset((noise_seed, seed))  # the noise that rollout() gives this episode
             episode = Episode(seed, observations=[])
             charged.observations = episode.observations
-            _run_episode(controller, env, observation, episode, seed in record, progress)
+            show = _watcher(view, label, seed, env, controller, last)
+            _run_episode(controller, env, observation, episode, seed in record, progress, show)
             yield episode, controller.record
     finally:
         env.close()
+
+
+def _watcher(
+    view: View | None, label: str, seed: int, env: gymnasium.Env, controller: Controller, last: Mapping[str, Any]
+) -> Callable[[Episode], Any]:
+    """Shows the step that was just decided, or nothing."""
+    if view is None:
+        return lambda episode: None
+    scene: Any = env.unwrapped
+    if not hasattr(scene, "to_frame"):
+        raise ValueError(f"{type(scene).__name__} has no to_frame(actions), which watching needs")
+    view.begin(label, seed)
+    return lambda episode: view.step(scene, controller, last, episode.rewards[-1] if episode.rewards else None)
 
 
 def _run_episode(
@@ -180,12 +203,15 @@ def _run_episode(
     episode: Episode,
     film: bool,
     progress: Callable[[int], Any],
+    show: Callable[[Episode], Any],
 ) -> None:
     over = False
     while not over:
         if film:
             episode.frames.append(np.asarray(env.render()))
-        observation, reward, terminated, truncated, info = env.step(controller.act(observation))
+        action = controller.act(observation)
+        show(episode)
+        observation, reward, terminated, truncated, info = env.step(action)
         over = terminated or truncated
         episode.rewards.append(float(reward))
         episode.success = episode.success or bool(info.get("is_success", False))

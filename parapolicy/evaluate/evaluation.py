@@ -20,6 +20,7 @@ from parapolicy.evaluate.folder import RunFolder, describe_git
 from parapolicy.evaluate.latency import measure_chunks
 from parapolicy.evaluate.rollout import Episode, rollout
 from parapolicy.evaluate.variants import Variant, build_variants, find_baseline
+from parapolicy.evaluate.watch import View
 from parapolicy.policy import Policy, load_policy
 from parapolicy.samplers import Sampler, Secant
 
@@ -62,11 +63,10 @@ def evaluate(config: DictConfig, folder: Path, make_env: MakeEnv) -> dict[str, A
         **machine,
         "samplers": {},
     }
+    view = View(config.watch) if config.watch else None
     recorded: list[list[Any]] = []  # the first sampler's observations, by episode and chunk
     for label, variant in variants.items():
-        episodes, results["samplers"][label] = run_episodes(
-            label, variant, config, kept, make_env, keep_observations=not recorded
-        )
+        episodes, results["samplers"][label] = run_episodes(label, variant, config, kept, make_env, not recorded, view)
         recorded = recorded or [e.observations for e in sorted(episodes, key=lambda episode: episode.seed)]
     # (previous, current); an episode's first chunk counts as its own predecessor.
     observations = [pair for e in recorded for pair in zip(e[:1] + e, e, strict=False)]
@@ -85,9 +85,18 @@ def evaluate(config: DictConfig, folder: Path, make_env: MakeEnv) -> dict[str, A
 
 
 def run_episodes(
-    label: str, variant: Variant, config: DictConfig, kept: RunFolder, make_env: MakeEnv, keep_observations: bool
+    label: str,
+    variant: Variant,
+    config: DictConfig,
+    kept: RunFolder,
+    make_env: MakeEnv,
+    keep_observations: bool,
+    view: View | None = None,
 ) -> tuple[list[Episode], dict[str, Any]]:
-    """One sampler's episodes, but for those that the folder has, and their summary."""
+    """One sampler's episodes, but for those that the folder has, and their summary.
+
+    Where thinking takes time, or is watched, they run one after the other, each by a controller.
+    """
     before = kept.load_episodes(label)
     episodes, rows = [episode for episode, _ in before], [row for _, row in before]
     all_seeds = range(config.seed, config.seed + config.episodes)
@@ -97,7 +106,7 @@ def run_episodes(
     begin = time.perf_counter()
     with tqdm(total=len(all_seeds) * length, initial=len(episodes) * length, desc=label, unit="step") as bar:
         stream: Iterator[tuple[Episode, ControlRecord | None]]
-        if variant.latency == "none" and not variant.asynchronous:
+        if variant.latency == "none" and not variant.asynchronous and view is None:
             build = partial(make_env, policy, None)
             rolled = rollout(policy, build, seeds, config.noise_seed, config.num_envs, filmed, bar.update)
             stream = ((episode, None) for episode in rolled)
@@ -113,6 +122,7 @@ def run_episodes(
                 filmed,
                 lambda row: kept.append("actions.jsonl", {"sampler": label, **row}),
                 bar.update,
+                view,
             )
         for episode, control in stream:
             bar.update(length - len(episode.rewards))

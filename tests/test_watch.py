@@ -1,0 +1,66 @@
+"""The live view: what it keeps, and where it draws."""
+
+from pathlib import Path
+
+import gymnasium
+import numpy as np
+import pytest
+
+import parapolicy
+from envs import make_env
+from envs.charged import Charged
+from parapolicy.control import SimulatedClock
+from parapolicy.evaluate.charged import Latency, run_charged
+from parapolicy.evaluate.watch import View
+from tests.helpers import small_policy, small_spec
+
+rerun = pytest.importorskip("rerun", reason="rerun-sdk is not installed")
+
+
+def test_a_run_is_kept_with_scene_chunk_and_costs(shipped: parapolicy.Policy, tmp_path: Path) -> None:
+    path = tmp_path / "run.rrd"
+    policy = shipped.with_schedule("ddim", 2).with_sampler("sequential")
+
+    def build(clock: SimulatedClock) -> gymnasium.Env:
+        env = make_env("pusht", policy.spec, max_episode_steps=10, render_size=96)
+        return Charged(env, clock, policy.spec.control_hz)
+
+    view = View(str(path))
+    list(run_charged(policy, "ddim", build, [100_000], Latency.parse("none"), view=view))
+    rerun.disconnect()
+    data = path.read_bytes()
+    assert len(data) > 10_000
+    for entity in (b"/scene/chunk", b"/scene/executed", b"/latency/chunk", b"/rounds/chunk", b"/reward/step"):
+        assert entity in data
+
+
+def test_plans_are_shown_where_the_robot_will_be() -> None:
+    env = make_env("pusht", small_spec(observation={"state": (5,)}), render_size=256)
+    env.reset(seed=3)
+    place = env.unwrapped.to_frame(np.array([[512.0, 128.0]]))
+    np.testing.assert_array_equal(place, [[256.0, 64.0]])
+    target = np.array([100.0, 400.0])
+    for _ in range(30):
+        env.step(target)
+    x, y = env.unwrapped.to_frame(target[None])[0].astype(int)
+    frame = env.render()
+    assert (frame[y, x] != frame[5, 128]).any()  # the agent, not the background
+
+
+def test_what_is_planned_runs_out() -> None:
+    policy = small_policy()
+    controller = parapolicy.Controller(policy)
+    with pytest.raises(RuntimeError, match="call act first"):
+        controller.planned()
+    observation = {key: np.zeros(shape, np.float32) for key, shape in policy.spec.observation.items()}
+    lengths = []
+    for _ in range(5):
+        action = controller.act(observation)
+        np.testing.assert_array_equal(controller.planned()[0], action)
+        lengths.append(len(controller.planned()))
+    assert lengths == [7, 6, 5, 4, 7]
+
+
+def test_bad_targets_are_named() -> None:
+    with pytest.raises(ValueError, match=r"watch is 'tv', expected web, spawn or a file name that ends in \.rrd"):
+        View("tv")
