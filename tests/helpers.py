@@ -1,10 +1,13 @@
-"""Small policies, denoisers and observations that tests share."""
+"""Small policies, denoisers, observations and configurations that tests share."""
 
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
+from hydra import compose, initialize_config_dir
+from omegaconf import DictConfig
 from torch import Tensor
 
 from parapolicy.checkpoint.spec import PolicySpec
@@ -66,3 +69,9 @@ def linear_denoiser(schedule: Schedule, batch: int, shape: tuple[int, int], gain
         return own[step] * x + neighbour[step] * x.roll(1, dims=1) + bias[element]
 
     return denoiser
+
+
+def configured(name: str, *overrides: str) -> DictConfig:
+    """A configuration of ``conf/`` as a command with these overrides would have it."""
+    with initialize_config_dir(str(Path(__file__).resolve().parent.parent / "conf"), version_base="1.3"):
+        return compose(name, list(overrides))

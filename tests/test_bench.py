@@ -1,10 +1,10 @@
 """The benchmark runs, and what it reports hangs together."""
 
 import json
-import subprocess
 import sys
 from pathlib import Path
 
+import pytest
 import torch
 
 from parapolicy import bench
@@ -41,15 +41,17 @@ def test_chunks_of_every_kind_are_measured() -> None:
     assert all(0 < row["p50"] <= row["max"] for row in rows.values())
 
 
-def test_the_command_writes_its_results(tmp_path: Path) -> None:
+def test_the_command_writes_its_results(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(bench, "BATCHES", (1, 4))
+    monkeypatch.setattr(bench, "ROBOTS", (1, 2))
     options = ["--engines", "eager", "--chunks", "1", "--device", "cpu", "--output", str(tmp_path)]
-    done = subprocess.run(
-        [sys.executable, "-m", "parapolicy.bench", str(SHIPPED), *options], capture_output=True, text=True
-    )
-    assert done.returncode == 0, done.stderr
+    monkeypatch.setattr(sys, "argv", ["bench", str(SHIPPED), *options])
+    bench.main()
     results = json.loads((tmp_path / "bench.json").read_text())
-    assert [row["batch"] for row in results["network"]] == list(bench.BATCHES)
+    assert [row["batch"] for row in results["network"]] == [1, 4]
     assert all(row["eager"] > 0 and row["floor"] > 0 for row in results["network"])
     assert (tmp_path / "bench.png").stat().st_size > 1000
-    assert [row["robots"] for row in results["robots"]] == list(bench.ROBOTS)
-    assert "upstream / p50" in done.stdout
+    assert [row["robots"] for row in results["robots"]] == [1, 2]
+    assert "upstream / p50" in capsys.readouterr().out

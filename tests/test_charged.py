@@ -14,8 +14,9 @@ from envs import make_env
 from envs.charged import Charged
 from parapolicy.control import ControlRecord, SimulatedClock
 from parapolicy.evaluate.charged import Latency, run_charged
+from parapolicy.evaluate.evaluation import evaluate
 from parapolicy.evaluate.rollout import Episode, rollout
-from tests.helpers import small_spec
+from tests.helpers import configured, small_spec
 
 LOW_DIM = small_spec(observation={"state": (5,)})
 
@@ -211,3 +212,35 @@ def test_a_trace_of_another_sampler_is_refused(tmp_path: Path) -> None:
     assert latency.charge("a", 9, 9, 0.0) == 0.5  # another episode takes what there is
     with pytest.raises(ValueError, match=r"no sampler 'b', only \['a'\]"):
         latency.charge("b", 1, 0, 0.0)
+
+
+def test_an_evaluation_charges_each_sampler_as_it_is_told(tmp_path: Path) -> None:
+    ddim = "name: sequential, solver: ddim, steps: 2"
+    config = configured(
+        "eval",
+        f"samplers=[{{{ddim}, latency: none, label: free}}, {{{ddim}, control: async, label: late}}]",
+        "env.latency=fixed:250ms",
+        "env.options.max_episode_steps=16",
+        "episodes=2",
+        "latency_chunks=0",
+        "videos=0",
+    )
+
+    def build(policy: parapolicy.Policy, clock: SimulatedClock | None) -> gymnasium.Env:
+        env = make_env("pusht", policy.spec, **config.env.options)
+        return env if clock is None else Charged(env, clock, policy.spec.control_hz)
+
+    results = evaluate(config, tmp_path, build)
+    assert "control" not in results["samplers"]["free"]
+    control = results["samplers"]["late"]["control"]
+    assert (control["asynchronous"], control["latency"], control["failures"]) == (True, "fixed:250ms", 0)
+    assert control["chunk_ms"]["p50"] == pytest.approx(250)
+    assert control["stale"] > 0
+    actions = [json.loads(line) for line in (tmp_path / "actions.jsonl").read_text().splitlines()]
+    assert len(actions) == control["steps"]
+    assert {(row["sampler"], row["episode"]) for row in actions} == {("late", 100_000), ("late", 100_001)}
+    trace = Latency.parse(f"trace:{tmp_path / 'chunks.jsonl'}")
+    assert trace.charge("late", 100_001, 0, 0.0) == pytest.approx(0.25)
+    rows = [json.loads(line) for line in (tmp_path / "episodes.jsonl").read_text().splitlines()]
+    assert [row["sampler"] for row in rows] == ["free", "free", "late", "late"]
+    assert rows[3]["control"]["times"]["chunk"]["p99"] == pytest.approx(250, rel=0.01)
