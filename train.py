@@ -1,6 +1,7 @@
-"""Train a Diffusion Policy on a zarr replay buffer, score it in closed loop, write its model card.
+"""Train a Diffusion Policy on demonstrations, score it in closed loop, write its model card.
 
-    python train.py data.path=FOLDER [data=pusht_state output=FOLDER train.steps=10000]
+    python train.py data.path=FOLDER.zarr [data=pusht_state output=FOLDER train.steps=10000]
+    python train.py data=lift data.path=FILE.hdf5 score.options.max_episode_steps=400
 
 Interrupt it at any time; the same command resumes.
 """
@@ -22,7 +23,7 @@ from parapolicy.evaluate import metrics, report
 from parapolicy.evaluate.rollout import rollout
 from parapolicy.policy import pick_device
 from parapolicy.train.card import write_card
-from parapolicy.train.data import read_zarr
+from parapolicy.train.data import read_hdf5, read_zarr
 from parapolicy.train.trainer import TrainConfig, train
 
 
@@ -48,7 +49,11 @@ def run(config: DictConfig) -> None:
     )
     train_config = TrainConfig(**settings["train"])
     folder = Path(config.output)
-    result = train(spec, read_zarr(data["path"], sources), train_config, folder, device)
+    if str(data["path"]).endswith((".hdf5", ".h5")):
+        demonstrations = read_hdf5(data["path"], sources, data.get("mask"))
+    else:
+        demonstrations = read_zarr(data["path"], sources)
+    result = train(spec, demonstrations, train_config, folder, device)
 
     score = None
     if config.score.episodes:

@@ -6,7 +6,7 @@ import gymnasium
 
 from parapolicy.checkpoint.spec import PolicySpec
 
-ENVS = ("pusht",)
+ENVS = ("pusht", "lift", "can", "square", "tool_hang", "transport")
 
 
 def make_env(name: str, spec: PolicySpec, **options: Any) -> gymnasium.Env:
@@ -24,4 +24,8 @@ def make_env(name: str, spec: PolicySpec, **options: Any) -> gymnasium.Env:
         from envs.pusht import PushT
 
         return PushT(spec, **options)
+    if name in ENVS:
+        from envs.robomimic import Robomimic
+
+        return Robomimic(spec, name, **options)
     raise ValueError(f"env is {name!r}, expected one of {list(ENVS)}")

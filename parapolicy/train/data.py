@@ -1,4 +1,4 @@
-"""Demonstrations as training windows: (observation history, action horizon) pairs cut from whole episodes."""
+"""Demonstrations, of zarr or of HDF5, as training windows: (observation history, action horizon) pairs."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -77,6 +77,53 @@ def read_zarr(path: str | Path, sources: Mapping[str, str | Mapping[str, Any]]) 
             )
         arrays[key] = torch.from_numpy(values)
     return Demonstrations(arrays, ends)
+
+
+def read_hdf5(path: str | Path, sources: Mapping[str, Any], mask: str | None = None) -> Demonstrations:
+    """Read a robomimic HDF5 file: ``data/demo_i/actions`` and ``data/demo_i/obs/<name>``.
+
+    Args:
+        path: the file.
+        sources: as :func:`read_zarr` takes them; an array's name is ``actions`` or ``obs/<name>``.
+        mask: only the demonstrations that ``mask/<mask>`` lists, such as ``train``.
+
+    Raises:
+        DataError: no such file, array or mask, arrays of different lengths, or a value that is not finite.
+    """
+    import h5py
+
+    path = Path(path)
+    if not path.is_file():
+        raise DataError(f"no data set at {str(path)!r}; give the path of a robomimic HDF5 file, data.path=FILE")
+    parts: dict[str, list[np.ndarray]] = {key: [] for key in sources}
+    lengths = []
+    try:
+        with h5py.File(path, "r") as file:
+            names = sorted(file["data"], key=lambda name: (len(name), name))
+            if mask is not None:
+                kept = {name.decode() for name in file[f"mask/{mask}"][:]}
+                names = [name for name in names if name in kept]
+            for name in names:
+                demo = file[f"data/{name}"]
+                lengths.append(len(demo["actions"]))
+                for key, source in sources.items():
+                    array, columns = (
+                        (source, None) if isinstance(source, str) else (source["array"], source.get("columns"))
+                    )
+                    values = np.asarray(demo[array][:], dtype=np.float32)
+                    values = values if columns is None else _columns(values, columns, array, path)
+                    if len(values) != lengths[-1] or not np.isfinite(values).all():
+                        raise DataError(
+                            f"{path}: {name}/{array} has {len(values)} steps for {lengths[-1]} actions, or a value "
+                            "that is not finite; drop or mend this demonstration"
+                        )
+                    parts[key].append(values)
+    except (OSError, KeyError, TypeError) as error:
+        raise DataError(f"{path} does not hold what was asked for in robomimic's layout: {error}") from error
+    if not lengths:
+        raise DataError(f"{path} holds no demonstrations{f' under mask {mask!r}' if mask else ''}")
+    arrays = {key: torch.from_numpy(np.concatenate(values)) for key, values in parts.items()}
+    return Demonstrations(arrays, np.cumsum(lengths))
 
 
 def _array(root: zarr.Group, group: str, name: str, path: Path) -> Any:

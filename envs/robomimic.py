@@ -1,0 +1,247 @@
+"""Robomimic's manipulation tasks (Mandlekar et al., CoRL 2021) over robosuite, low-dimensional observations.
+
+Observations have robomimic's names and order: ``object`` is robosuite's ``object-state``, the rest are called the same.
+The reward is 1 at success and 0 before, an episode ends with success or after the task's horizon, at 20 control steps
+per second. A seed gives the initial state; nothing needs a GL library but :meth:`Robomimic.render`.
+
+robosuite is used itself: robomimic 0.3's wrapper of it imports mujoco_py, which robosuite has left.
+"""
+
+import json
+import os
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import gymnasium
+import numpy as np
+from gymnasium import spaces
+
+from parapolicy.checkpoint.spec import PolicySpec
+from parapolicy.errors import DataError
+
+# name -> robosuite's name, robots, control steps until an episode is cut off (robomimic's for proficient humans)
+TASKS: Mapping[str, tuple[str, int, int]] = {
+    "lift": ("Lift", 1, 400),
+    "can": ("PickPlaceCan", 1, 400),
+    "square": ("NutAssemblySquare", 1, 400),
+    "tool_hang": ("ToolHang", 1, 700),
+    "transport": ("TwoArmTransport", 2, 700),
+}
+CONTROL_HZ = 20
+# The operational-space controller of the published demonstrations: deltas of the gripper's pose, in the base's frame.
+CONTROLLER: Mapping[str, Any] = {
+    "type": "OSC_POSE",
+    "input_max": 1,
+    "input_min": -1,
+    "output_max": [0.05, 0.05, 0.05, 0.5, 0.5, 0.5],
+    "output_min": [-0.05, -0.05, -0.05, -0.5, -0.5, -0.5],
+    "kp": 150,
+    "damping_ratio": 1,
+    "impedance_mode": "fixed",
+    "kp_limits": [0, 300],
+    "damping_ratio_limits": [0, 10],
+    "position_limits": None,
+    "orientation_limits": None,
+    "uncouple_pos_ori": True,
+    "input_type": "delta",
+    "input_ref_frame": "base",
+    "interpolation": None,
+    "ramp_ratio": 0.2,
+    "gripper": {"type": "GRIP"},
+}
+Result = tuple[dict[str, np.ndarray], float, bool, bool, dict[str, Any]]
+ARM_DIM = 7  # numbers of an action per arm
+
+
+class Robomimic(gymnasium.Env):
+    """One of robomimic's tasks.
+
+    Actions are the data sets' own, 7 numbers per arm: position and axis-angle deltas in [-1, 1], and the gripper.
+
+    Args:
+        spec: whose ``observation`` names robomimic's low-dimensional keys.
+        task: a name of ``TASKS``.
+        max_episode_steps: control steps until an episode is cut off; None: the task's.
+        dataset: a robomimic HDF5 file whose ``env_args`` build the environment; None: those of the task's name.
+        render_size: width and height of :meth:`render`'s frames, pixels; 0: no renderer, and no GL library.
+
+    Raises:
+        ValueError: an unknown task, an observation that it does not give, or an action that does not fit.
+        DataError: the data set is not robomimic's.
+    """
+
+    metadata = {"render_modes": ["rgb_array"], "render_fps": CONTROL_HZ}  # noqa: RUF012 gymnasium's own form
+    render_mode = "rgb_array"
+
+    def __init__(
+        self,
+        spec: PolicySpec,
+        task: str = "lift",
+        max_episode_steps: int | None = None,
+        dataset: str | None = None,
+        render_size: int = 0,
+    ) -> None:
+        if task not in TASKS:
+            raise ValueError(f"task is {task!r}, expected one of {list(TASKS)}")
+        name, robots, horizon = TASKS[task]
+        self._max_steps = max_episode_steps or horizon
+        if spec.action_dim != ARM_DIM * robots:
+            raise ValueError(f"the policy's action_dim is {spec.action_dim}; {task} takes {ARM_DIM * robots}")
+        arguments = default_arguments(robots) if dataset is None else read_arguments(Path(dataset), name)
+        self._simulator = _make(name, arguments, render_size)
+        self._render_size = render_size
+        self._keys = list(spec.observation)
+        given = {key: value.shape for key, value in self._read(self._simulator.reset()).items()}
+        for key, shape in spec.observation.items():
+            if given.get(key) != tuple(shape):
+                raise ValueError(f"the policy observes {key!r} with shape {tuple(shape)}; {task} gives {given}")
+        self.action_space = spaces.Box(-np.inf, np.inf, (spec.action_dim,), np.float32)
+        self.observation_space = spaces.Dict(
+            {key: spaces.Box(-np.inf, np.inf, given[key], np.float32) for key in self._keys}
+        )
+        self._robots, self._steps, self._owed = robots, 0, 0.0
+        self._last = self._still(np.full(ARM_DIM * robots, -1.0))
+
+    def reset(
+        self, *, seed: int | None = None, options: dict[str, Any] | None = None
+    ) -> tuple[dict[str, np.ndarray], dict[str, Any]]:
+        """Begin an episode.
+
+        Args:
+            seed: of the initial state.
+            options: ``{"state": (n,)}`` begins at a recorded simulator state instead, as the data sets hold them.
+        """
+        super().reset(seed=seed)
+        simulator = self._simulator
+        if seed is not None:
+            simulator.rng = np.random.default_rng(seed)
+            for sampler in _samplers(simulator.placement_initializer):
+                sampler.rng = simulator.rng
+        raw = simulator.reset()
+        if options is not None and "state" in options:
+            state = np.asarray(options["state"], dtype=np.float64)
+            expected = simulator.sim.get_state().flatten().shape
+            if state.shape != expected or not np.isfinite(state).all():
+                raise ValueError(f"state has shape {state.shape}, expected {expected}, finite numbers")
+            simulator.sim.set_state_from_flattened(state)
+            simulator.sim.forward()
+            raw = simulator._get_observations(force_update=True)
+        self._steps, self._owed = 0, 0.0
+        self._last = self._still(np.full(ARM_DIM * self._robots, -1.0))  # grippers open
+        return self._observe(raw), {"is_success": self._success()}
+
+    def step(self, action: Any) -> Result:
+        """One control step with ``action`` (Da,)."""
+        given = np.asarray(action, dtype=np.float64)
+        if given.shape != (ARM_DIM * self._robots,) or not np.isfinite(given).all():
+            raise ValueError(f"action is {action!r}, expected {ARM_DIM * self._robots} finite numbers")
+        self._last = self._still(given)
+        return self._run(given)
+
+    def hold(self, seconds: float) -> Result:
+        """Let the world run for a time while the arm keeps its target: in whole control steps, a rest is carried on."""
+        self._owed += seconds * CONTROL_HZ
+        count = int(self._owed + 1e-6)
+        self._owed -= count
+        success = self._success()
+        observation = self._observe(self._simulator._get_observations())
+        result: Result = (observation, float(success), success, self._steps >= self._max_steps, {"is_success": success})
+        for _ in range(count):
+            if result[2] or result[3]:
+                break
+            result = self._run(self._last)
+        return result
+
+    def render(self) -> np.ndarray:
+        """The scene from the front as (render_size, render_size, 3) uint8.
+
+        Raises:
+            RuntimeError: the environment was made without a renderer.
+        """
+        if not self._render_size:
+            raise RuntimeError("this environment has no renderer; set render_size, and have EGL or OSMesa installed")
+        frame = self._simulator.sim.render(camera_name="agentview", width=self._render_size, height=self._render_size)
+        return np.asarray(frame[::-1])
+
+    def close(self) -> None:
+        self._simulator.close()
+
+    def _run(self, action: np.ndarray) -> Result:
+        raw, _, _, _ = self._simulator.step(np.clip(action, -1, 1))
+        self._steps += 1
+        success = self._success()
+        return self._observe(raw), float(success), success, self._steps >= self._max_steps, {"is_success": success}
+
+    def _success(self) -> bool:
+        return bool(self._simulator._check_success())
+
+    def _still(self, deltas: np.ndarray) -> np.ndarray:
+        """No motion, the gripper as commanded."""
+        still = np.zeros_like(deltas)
+        still[ARM_DIM - 1 :: ARM_DIM] = deltas[ARM_DIM - 1 :: ARM_DIM]
+        return still
+
+    def _read(self, raw: Mapping[str, Any]) -> dict[str, np.ndarray]:
+        """robosuite's observations under robomimic's names."""
+        named = {"object" if key == "object-state" else key: value for key, value in raw.items()}
+        return {key: np.atleast_1d(np.asarray(value, dtype=np.float32)) for key, value in named.items()}
+
+    def _observe(self, raw: Mapping[str, Any]) -> dict[str, np.ndarray]:
+        read = self._read(raw)
+        return {key: read[key] for key in self._keys}
+
+
+def default_arguments(robots: int) -> dict[str, Any]:
+    """What robosuite is made with where no data set says it."""
+    controller = {"type": "BASIC", "body_parts": {"right": dict(CONTROLLER)}}
+    return {
+        "robots": ["Panda"] * robots,
+        "controller_configs": controller if robots == 1 else [controller] * robots,
+        "control_freq": CONTROL_HZ,
+    }
+
+
+def read_arguments(path: Path, name: str) -> dict[str, Any]:
+    """``env_kwargs`` of a robomimic HDF5 file.
+
+    Raises:
+        DataError: no such file, not robomimic's, or of another task.
+    """
+    import h5py
+
+    try:
+        with h5py.File(path, "r") as file:
+            about = json.loads(file["data"].attrs["env_args"])
+            found, arguments = str(about["env_name"]), dict(about["env_kwargs"])
+    except (OSError, KeyError, ValueError, TypeError) as error:
+        raise DataError(f"{path} is no robomimic data set with env_args: {error}") from error
+    if found != name:
+        raise DataError(f"{path} is of the task {found!r}, expected {name!r}")
+    return arguments
+
+
+def _make(name: str, arguments: dict[str, Any], render_size: int) -> Any:
+    if not render_size:
+        os.environ.setdefault("MUJOCO_GL", "disable")
+    try:
+        import robosuite
+    except ImportError as error:
+        raise ValueError(
+            f"{error.name} is not installed; pip install 'parapolicy[robomimic]' (it needs numpy below 2)"
+        ) from error
+    robosuite.macros.CONSOLE_LOGGING_LEVEL = "ERROR"
+    fixed = {
+        "has_renderer": False,
+        "has_offscreen_renderer": bool(render_size),
+        "use_camera_obs": False,
+        "use_object_obs": True,
+        "reward_shaping": False,
+        "ignore_done": True,
+    }
+    return robosuite.make(name, **arguments | fixed)
+
+
+def _samplers(sampler: Any) -> list[Any]:
+    """A placement sampler and those it is made of."""
+    return [sampler, *(part for child in getattr(sampler, "samplers", {}).values() for part in _samplers(child))]
