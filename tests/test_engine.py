@@ -76,3 +76,10 @@ def test_engines_are_chosen_by_name() -> None:
         make_engine("sharded", network)
     with pytest.raises(ValueError, match="engine is 'tensorrt', expected one of"):
         parapolicy.load_policy(SHIPPED, engine="tensorrt", device="cpu")
+
+
+def test_auto_compiles() -> None:
+    network = small_policy().network
+    assert type(make_engine("auto", network)) is Compiled
+    with pytest.raises(ValueError, match="engine is 'fast', expected one of"):
+        make_engine("fast", network)

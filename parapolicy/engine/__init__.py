@@ -1,5 +1,6 @@
 """How a network call is computed: engines by name."""
 
+import os
 import warnings
 from collections.abc import Callable
 from typing import Protocol
@@ -10,7 +11,7 @@ from torch import Tensor
 from parapolicy.engine.unet_gemm import GemmUnet1D
 from parapolicy.networks import ConditionalUnet1D
 
-ENGINES = ("eager", "compiled", "sharded")
+ENGINES = ("auto", "eager", "compiled", "sharded")
 
 # (x (N, H, D), step (N,), element (N,)) -> network output (N, H, D)
 Evaluate = Callable[[Tensor, Tensor, Tensor], Tensor]
@@ -65,13 +66,15 @@ class Compiled:
 
 
 def make_engine(name: str, network: ConditionalUnet1D) -> Engine:
-    """An engine by name.
+    """An engine by name; ``auto``: sharded under ``torchrun`` with several processes, else compiled.
 
     Raises:
         ValueError: an unknown name, or ``sharded`` outside of ``torchrun``.
     """
     if name not in ENGINES:
         raise ValueError(f"engine is {name!r}, expected one of {list(ENGINES)}")
+    if name == "auto":
+        name = "sharded" if int(os.environ.get("WORLD_SIZE", 1)) > 1 else "compiled"
     if name == "sharded":
         from parapolicy.engine.sharded import join
 
