@@ -2,8 +2,9 @@
 
     python eval.py [env=pusht checkpoint=FOLDER samplers=[sequential,secant] episodes=20 seed=100000]
 
-Results go to hydra's run folder: run.json, results.json, episodes.jsonl, latency_reward.png, videos/. A run that was
-interrupted goes on in its own folder: ``hydra.run.dir=FOLDER``.
+Results go to hydra's run folder: run.json, results.json, episodes.jsonl, latency_reward.png, videos/, and
+charged_latency.png where thinking took simulated time. A run that was interrupted goes on in its own folder:
+``hydra.run.dir=FOLDER``.
 """
 
 from pathlib import Path
@@ -35,6 +36,8 @@ def main(config: DictConfig) -> None:
     def run() -> dict[str, Any]:
         results = evaluate(config, folder, build)
         report.plot_latency_reward(results, folder / "latency_reward.png")
+        if any("control" in row for row in results["samplers"].values()):
+            report.plot_charged_latency(results, folder / "charged_latency.png")
         report.print_table(results)
         print(f"wrote {folder}")
         return results

@@ -20,7 +20,7 @@ from parapolicy.evaluate.latency import measure_chunks
 from parapolicy.evaluate.rollout import Episode, rollout
 from parapolicy.evaluate.statistics import mean_interval, proportion_interval
 from parapolicy.evaluate.variants import build_variants, find_baseline
-from tests.conftest import ROOT, SHIPPED
+from tests.conftest import ROOT
 from tests.helpers import configured, small_policy, some_observation
 
 
@@ -252,6 +252,7 @@ def test_train_errors_name_the_value(overrides: list[str], message: str) -> None
         train.run(configured("train", *overrides))
 
 
-def test_the_shipped_policy_is_what_make_eval_runs() -> None:
-    assert "checkpoint: checkpoints/pusht_lowdim\n" in (ROOT / "conf" / "eval.yaml").read_text()
-    assert SHIPPED.is_dir()
+@pytest.mark.parametrize("env", ["pusht", "lift"])
+def test_an_environments_shipped_policy_is_what_is_evaluated(env: str) -> None:
+    folder = ROOT / configured("eval", f"env={env}").checkpoint
+    assert parapolicy.load_policy(folder, device="cpu").spec.control_hz == {"pusht": 10, "lift": 20}[env]

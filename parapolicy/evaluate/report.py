@@ -83,6 +83,34 @@ def plot_latency_reward(results: Mapping[str, Any], path: Path) -> None:
     plt.close(figure)
 
 
+def plot_charged_latency(results: Mapping[str, Any], path: Path) -> None:
+    """Reward and success against the latency that was charged (p50), blocking and asynchronous, with intervals."""
+    figure, panels = plt.subplots(1, 2, figsize=(9.6, 3.8), layout="constrained")
+    rows = results["samplers"].values()
+    for asynchronous, marker in ((False, "o"), (True, "s")):
+        loops = [row.get("control") for row in rows]
+        # Where thinking takes no time, both are the same.
+        points = [
+            (loop["chunk_ms"]["p50"] if loop else 0.0, row)
+            for loop, row in zip(loops, rows, strict=True)
+            if loop is None or loop["asynchronous"] == asynchronous
+        ]
+        points.sort(key=lambda point: point[0])
+        for axes, key in zip(panels, ("mean_max_reward", "success_rate"), strict=True):
+            latencies = [latency for latency, _ in points]
+            values = np.array([row[key] for _, row in points])
+            bounds = np.array([row[f"{key}_ci95"] for _, row in points]).T
+            errors = np.abs(bounds - values).clip(0)
+            label = "asynchronous" if asynchronous else "blocking"
+            axes.errorbar(latencies, values, yerr=errors, fmt=f"{marker}-", capsize=3, label=label)
+            axes.set(xlabel="chunk latency, ms (charged, p50)", ylabel=f"{key.replace('_', ' ')} (95 % interval)")
+            axes.grid(alpha=0.3)
+    panels[0].legend()
+    figure.suptitle(f"{results['env']}: {results['episodes']} episodes per point")
+    figure.savefig(path, dpi=150)
+    plt.close(figure)
+
+
 def write_video(frames: Sequence[np.ndarray], path: Path, fps: int) -> None:
     """Frames (H, W, 3) uint8 as an mp4 at the environment's own pace."""
     path.parent.mkdir(parents=True, exist_ok=True)
