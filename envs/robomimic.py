@@ -118,7 +118,7 @@ class Robomimic(gymnasium.Env):
             simulator.rng = np.random.default_rng(seed)
             for sampler in _samplers(simulator.placement_initializer):
                 sampler.rng = simulator.rng
-        raw = simulator.reset()
+        simulator.reset()
         if options is not None and "state" in options:
             state = np.asarray(options["state"], dtype=np.float64)
             expected = simulator.sim.get_state().flatten().shape
@@ -126,7 +126,9 @@ class Robomimic(gymnasium.Env):
                 raise ValueError(f"state has shape {state.shape}, expected {expected}, finite numbers")
             simulator.sim.set_state_from_flattened(state)
             simulator.sim.forward()
-            raw = simulator._get_observations(force_update=True)
+        # Poses relative to the gripper are made from those of the update before, which has to be of this state too.
+        simulator._get_observations(force_update=True)
+        raw = simulator._get_observations(force_update=True)
         self._steps, self._owed = 0, 0.0
         self._last = self._still(np.full(ARM_DIM * self._robots, -1.0))  # grippers open
         return self._observe(raw), {"is_success": self._success()}

@@ -166,6 +166,7 @@ def test_the_other_single_arm_tasks(task: str, width: int) -> None:
     env = make_env(task, spec)
     first, second = (env.reset(seed=5)[0]["object"] for _ in range(2))
     np.testing.assert_array_equal(first, second)
+    assert np.linalg.norm(first[:3]) > 0.1  # the object from the gripper: known from the first step on
     assert env.step(np.zeros(7))[1] == 0.0
 
 
