@@ -36,7 +36,7 @@ OBSERVATIONS: Mapping[str, tuple[int, ...]] = {
 }
 NOISE = np.array([0.05, 0.05, 0.05, 0.012, 0.012, 0.012])  # per step, in units of actions
 NOISE_MEMORY = 0.8  # of a step's noise, what the next one keeps
-MAX_TURN = np.deg2rad(115)  # of the gripper about the vertical, within the last joint's limits
+MAX_TURN = np.deg2rad(105)  # of the gripper about the vertical, within the last joint's limits
 VALID_SHARE = 0.1  # of the demonstrations, held out under mask/valid as robomimic does
 
 
@@ -79,10 +79,10 @@ def square(scene: Scene, rng: np.random.Generator) -> Targets:
 
     position, nut_yaw = scene.body(nut)
     handle = rng.uniform(0.055, 0.065) * np.array([np.cos(nut_yaw), np.sin(nut_yaw), 0])
-    grasp = position + handle + up(rng.uniform(-0.006, 0.0))
+    grasp = position + handle + up(rng.uniform(-0.004, 0.0))
     above = grasp + np.array([*rng.normal(0, 0.02, 2), rng.uniform(0.07, 0.12)])
     yield from reach(scene, above, grasp_yaw, OPEN, 0.03)
-    yield from reach(scene, grasp, grasp_yaw, OPEN, 0.006, funnel=2.0)
+    yield from reach(scene, grasp, grasp_yaw, OPEN, 0.009, funnel=1.5)
     yield from wait(scene, int(rng.integers(9, 13)), CLOSED)
     lift = scene.position + up(rng.uniform(0.17, 0.21))
     yield from reach(scene, lift, grasp_yaw, CLOSED, 0.04)
