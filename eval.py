@@ -18,20 +18,20 @@ from omegaconf import DictConfig
 
 from envs import make_env
 from envs.charged import Charged
+from parapolicy.checkpoint.spec import PolicySpec
 from parapolicy.control import SimulatedClock
 from parapolicy.evaluate import report
 from parapolicy.evaluate.evaluation import evaluate
 from parapolicy.evaluate.sweep import note_failure
-from parapolicy.policy import Policy
 
 
 @hydra.main(version_base="1.3", config_path="conf", config_name="eval")
 def main(config: DictConfig) -> None:
     folder = Path(HydraConfig.get().runtime.output_dir)
 
-    def build(policy: Policy, clock: SimulatedClock | None) -> gymnasium.Env:
-        env = make_env(config.env.name, policy.spec, **config.env.options)
-        return env if clock is None else Charged(env, clock, policy.spec.control_hz)
+    def build(spec: PolicySpec, clock: SimulatedClock | None) -> gymnasium.Env:
+        env = make_env(config.env.name, spec, **config.env.options)
+        return env if clock is None else Charged(env, clock, spec.control_hz)
 
     def run() -> dict[str, Any]:
         results = evaluate(config, folder, build)

@@ -226,9 +226,9 @@ def test_an_evaluation_charges_each_sampler_as_it_is_told(tmp_path: Path) -> Non
         "videos=0",
     )
 
-    def build(policy: parapolicy.Policy, clock: SimulatedClock | None) -> gymnasium.Env:
-        env = make_env("pusht", policy.spec, **config.env.options)
-        return env if clock is None else Charged(env, clock, policy.spec.control_hz)
+    def build(spec: parapolicy.PolicySpec, clock: SimulatedClock | None) -> gymnasium.Env:
+        env = make_env("pusht", spec, **config.env.options)
+        return env if clock is None else Charged(env, clock, spec.control_hz)
 
     results = evaluate(config, tmp_path, build)
     assert "control" not in results["samplers"]["free"]

@@ -202,7 +202,7 @@ def test_eval_errors_name_the_value(
 ) -> None:
     monkeypatch.chdir(ROOT)
     with pytest.raises((ValueError, HydraException), match=message):
-        evaluate(configured("eval", override), tmp_path, lambda policy, clock: make_env("pusht", policy.spec))
+        evaluate(configured("eval", override), tmp_path, lambda spec, clock: make_env("pusht", spec))
 
 
 def test_an_error_is_one_line_of_the_command(tmp_path: Path) -> None:

@@ -11,6 +11,7 @@ import torch
 from omegaconf import DictConfig, OmegaConf
 from tqdm import tqdm
 
+from parapolicy.checkpoint.spec import PolicySpec
 from parapolicy.control import ControlRecord, SimulatedClock
 from parapolicy.evaluate import metrics, report
 from parapolicy.evaluate.charged import Latency, run_charged
@@ -24,7 +25,7 @@ from parapolicy.evaluate.watch import View
 from parapolicy.policy import Policy, load_policy
 from parapolicy.samplers import Sampler, Secant
 
-MakeEnv = Callable[[Policy, "SimulatedClock | None"], gymnasium.Env]
+MakeEnv = Callable[[PolicySpec, "SimulatedClock | None"], gymnasium.Env]
 Observations = list[tuple[dict[str, Any], dict[str, Any]]]  # (previous, current) of each chunk
 
 
@@ -34,7 +35,7 @@ def evaluate(config: DictConfig, folder: Path, make_env: MakeEnv) -> dict[str, A
     Args:
         config: as ``conf/eval.yaml`` has it.
         folder: of the run; one that is finished is read, one that was interrupted goes on.
-        make_env: an environment for a policy, charged on a clock where one is given.
+        make_env: an environment for what a policy observes and does, charged on a clock where one is given.
 
     Returns:
         What ``results.json`` holds.
@@ -107,14 +108,16 @@ def run_episodes(
     with tqdm(total=len(all_seeds) * length, initial=len(episodes) * length, desc=label, unit="step") as bar:
         stream: Iterator[tuple[Episode, ControlRecord | None]]
         if variant.latency == "none" and not variant.asynchronous and view is None:
-            build = partial(make_env, policy, None)
-            rolled = rollout(policy, build, seeds, config.noise_seed, config.num_envs, filmed, bar.update)
+            build = partial(make_env, policy.spec, None)
+            rolled = rollout(
+                policy, build, seeds, config.noise_seed, config.num_envs, filmed, bar.update, config.processes
+            )
             stream = ((episode, None) for episode in rolled)
         else:
             stream = run_charged(
                 policy,
                 label,
-                partial(make_env, policy),
+                partial(make_env, policy.spec),
                 seeds,
                 Latency.parse(variant.latency),
                 variant.asynchronous,
@@ -126,6 +129,8 @@ def run_episodes(
             )
         for episode, control in stream:
             bar.update(length - len(episode.rewards))
+            if episode.error:
+                tqdm.write(f"{label}, seed {episode.seed}: {episode.error}; it counts as a failure")
             row = metrics.episode_row(episode.seed - config.seed, episode)
             if control is not None:
                 row["control"] = metrics.control_row(control)

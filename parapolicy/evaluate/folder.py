@@ -57,7 +57,7 @@ class RunFolder:
 
     def save_episode(self, label: str, episode: Episode, row: Mapping[str, Any], observations: bool) -> None:
         """Keep an episode that has ended; its observations first, so that an episode on disk is whole."""
-        if observations:
+        if observations and episode.observations:
             place = self.path / "observations"
             place.mkdir(exist_ok=True)
             stacked = {key: np.stack([step[key] for step in episode.observations]) for key in episode.observations[0]}
@@ -81,7 +81,11 @@ class RunFolder:
             if row["sampler"] == label:
                 lists = {name: row.pop(name) for name in ("rewards", "rounds", "evaluations")}
                 episode = Episode(
-                    row["seed"], success=row["success"], observations=self._observed(row["seed"]), **lists
+                    row["seed"],
+                    success=row["success"],
+                    observations=self._observed(row["seed"]),
+                    error=row.get("error"),
+                    **lists,
                 )
                 found[episode.seed] = episode, row
         if text and not text.endswith("\n"):  # the next line must not be glued to it

@@ -53,8 +53,9 @@ def episode_row(index: int, episode: Episode) -> dict[str, Any]:
         "max_reward": episode.max_reward,
         "success": episode.success,
         "steps": len(episode.rewards),
-        "rounds_mean": float(np.mean(episode.rounds)),
-        "evaluations_mean": float(np.mean(episode.evaluations)),
+        "rounds_mean": float(np.mean(episode.rounds or [0])),
+        "evaluations_mean": float(np.mean(episode.evaluations or [0])),
+        **({"error": episode.error} if episode.error else {}),
     }
 
 

@@ -3,11 +3,13 @@
 import dataclasses
 from collections.abc import Callable, Container, Iterator, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
 import gymnasium
 import numpy as np
 
+from parapolicy.evaluate.workers import Here, Place, Worker, WorkerDied, execute, reset
 from parapolicy.noise import mix_seeds
 from parapolicy.observation import ObservationHistory
 from parapolicy.policy import Policy
@@ -25,6 +27,7 @@ class Episode:
         rounds, evaluations: one per chunk.
         observations: the history each chunk was computed from.
         frames: rendered before the first and after every control step, where asked for.
+        error: why it was given up before its end; None: it was not.
     """
 
     seed: int
@@ -34,10 +37,11 @@ class Episode:
     evaluations: list[int] = field(default_factory=list)
     observations: list[dict[str, np.ndarray]] = field(default_factory=list)
     frames: list[np.ndarray] = field(default_factory=list)
+    error: str | None = None
 
     @property
     def max_reward(self) -> float:
-        return max(self.rewards)
+        return max(self.rewards, default=0.0)
 
     @property
     def sum_reward(self) -> float:
@@ -47,35 +51,38 @@ class Episode:
 class _Seat:
     """One environment and the episode that runs in it."""
 
-    def __init__(self, env: gymnasium.Env, policy: Policy) -> None:
-        self.env = env
+    def __init__(self, make_place: Callable[[], Place], policy: Policy) -> None:
+        self.make_place, self.place = make_place, make_place()
         self.history = ObservationHistory(policy.spec)
         self.episode: Episode
 
     def begin(self, seed: int, record: bool) -> None:
-        observation, _ = self.env.reset(seed=seed)
-        self.episode = Episode(seed)
+        self.episode, self.record, self.begun = Episode(seed), record, False
         self.warm: WarmState | None = None
-        self.record = record
         self.history.reset()
-        self.history.push(observation)
-        self._film()
+        self.place.submit(reset, seed, record)
 
-    def execute(self, actions: np.ndarray) -> bool:
-        """Run a chunk's actions (n, Da) one by one; True when the episode is over."""
-        for action in actions:
-            observation, reward, terminated, truncated, info = self.env.step(action)
-            self.episode.rewards.append(float(reward))
-            self.episode.success = self.episode.success or bool(info.get("is_success", False))
-            self.history.push(observation)
-            self._film()
-            if terminated or truncated:
-                return True
-        return False
+    def submit(self, actions: np.ndarray) -> None:
+        """Have a chunk's actions (n, Da) executed."""
+        self.place.submit(execute, actions, self.record)
 
-    def _film(self) -> None:
-        if self.record:
-            self.episode.frames.append(np.asarray(self.env.render()))
+    def receive(self) -> bool:
+        """Take what was submitted last; True when the episode is over."""
+        transitions = self.place.receive()
+        for transition in transitions:
+            self.history.push(transition.observation)
+            if transition.frame is not None:
+                self.episode.frames.append(transition.frame)
+            if self.begun:
+                self.episode.rewards.append(transition.reward)
+                self.episode.success = self.episode.success or transition.success
+        self.begun = True
+        return transitions[-1].over
+
+    def replace(self) -> None:
+        """A new place for one that is gone."""
+        self.place.close()
+        self.place = self.make_place()
 
 
 def chunk_seed(noise_seed: int, episode_seed: int, chunk: int) -> int:
@@ -91,6 +98,7 @@ def rollout(
     num_envs: int = 20,
     record: Container[int] = (),
     progress: Callable[[int], Any] = lambda steps: None,
+    processes: bool = False,
 ) -> Iterator[Episode]:
     """Run one episode per seed with a receding horizon, yielding each as it ends.
 
@@ -104,28 +112,48 @@ def rollout(
         noise_seed: of the sampling noise.
         num_envs: how many environments run at a time.
         record: seeds whose episodes are filmed.
-        progress: called with the number of control steps taken since the last call.
+        progress: called with the number of control steps taken since the last call; less than 0 when an episode is
+            begun again.
+        processes: run each environment in a process of its own, all at the same time. An episode whose process dies is
+            run once more in a new one; if that dies too, the episode ends there, without success, and has an ``error``.
     """
     if num_envs < 1:
         raise ValueError(f"num_envs is {num_envs}, expected at least 1")
     policy = dataclasses.replace(policy, reproducible=True)
     waiting = list(reversed(seeds))
-    seats = [_Seat(make_env(), policy) for _ in range(min(num_envs, len(seeds)))]
+    seats = [_Seat(partial(Worker if processes else Here, make_env), policy) for _ in range(min(num_envs, len(seeds)))]
+    died: set[int] = set()  # seeds of episodes that were begun again
     try:
         for seat in seats:
             seat.begin(seed := waiting.pop(), seed in record)
         active = seats
         while active:
+            ready = [seat for seat in active if seat.begun]
             actions: dict[_Seat, np.ndarray] = {}
-            for group in ([s for s in active if s.warm is None], [s for s in active if s.warm is not None]):
+            for group in ([s for s in ready if s.warm is None], [s for s in ready if s.warm is not None]):
                 if group:
                     actions |= _predict(policy, group, noise_seed)
+            for seat, chunk in actions.items():
+                seat.submit(chunk)
             remaining = []
             for seat in active:
                 episode = seat.episode
                 before = len(episode.rewards)
-                over = seat.execute(actions[seat])
-                progress(len(episode.rewards) - before)
+                try:
+                    over = seat.receive()
+                except WorkerDied as death:
+                    seat.replace()
+                    if episode.seed not in died:
+                        died.add(episode.seed)
+                        progress(-before)
+                        seat.begin(episode.seed, episode.seed in record)
+                        remaining.append(seat)
+                        continue
+                    over = True
+                    episode.success = False
+                    episode.error = f"{death}, twice; the last time after {before} control steps"
+                if taken := len(episode.rewards) - before:
+                    progress(taken)
                 if over:
                     yield episode
                     if not waiting:
@@ -135,7 +163,7 @@ def rollout(
             active = remaining
     finally:
         for seat in seats:
-            seat.env.close()
+            seat.place.close()
 
 
 def _predict(policy: Policy, seats: Sequence[_Seat], noise_seed: int) -> dict[_Seat, np.ndarray]:

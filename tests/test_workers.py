@@ -1,0 +1,101 @@
+"""Environments in processes of their own: the same episodes, and a crash that costs only its own."""
+
+import os
+import signal
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import gymnasium
+import numpy as np
+import pytest
+import torch
+
+from envs import make_env
+from parapolicy.evaluate.folder import RunFolder
+from parapolicy.evaluate.metrics import episode_row, summarize_episodes
+from parapolicy.evaluate.rollout import Episode, rollout
+from parapolicy.evaluate.workers import Worker, reset
+from tests.helpers import small_policy, small_spec
+
+STEPS = 6
+
+
+class Crashing(gymnasium.Env):
+    """Push-T's observations made up; the episodes of some seeds kill their process in the second chunk."""
+
+    def __init__(self, deaths: Path, seeds: dict[int, int]) -> None:
+        self.deaths, self.seeds = deaths, seeds
+
+    def reset(self, *, seed: int | None = None, options: Any = None) -> tuple[dict[str, np.ndarray], dict[str, Any]]:
+        self.seed, self.state, self.steps = seed, np.full(5, float(seed or 0)), 0
+        return {"state": self.state.copy()}, {}
+
+    def step(self, action: Any) -> tuple[dict[str, np.ndarray], float, bool, bool, dict[str, Any]]:
+        self.steps += 1
+        self.state[:2] += action
+        marks = list(self.deaths.glob(f"{self.seed}-*"))
+        if self.steps == 5 and len(marks) < self.seeds.get(self.seed or 0, 0):
+            (self.deaths / f"{self.seed}-{len(marks)}").touch()
+            if marks:
+                os._exit(3)
+            os.kill(os.getpid(), signal.SIGKILL)
+        if self.seed == 13:
+            raise ValueError("the number is 13")
+        return {"state": self.state.copy()}, float(self.state[0]), False, self.steps == STEPS, {"is_success": True}
+
+
+def run(make: Any, seeds: list[int], **options: Any) -> dict[int, Episode]:
+    torch.manual_seed(0)  # the same weights every time
+    policy = small_policy(observation={"state": (5,)})
+    return {episode.seed: episode for episode in rollout(policy, make, seeds, **options)}
+
+
+def test_a_crash_costs_only_its_own_episode(tmp_path: Path) -> None:
+    """Seed 1's process dies once, seed 2's twice, seed 3's never."""
+    steps: list[int] = []
+    seeds = [1, 2, 3, 4]
+    found = run(partial(Crashing, tmp_path, {1: 1, 2: 2}), seeds, num_envs=2, processes=True, progress=steps.append)
+    calm = run(partial(Crashing, tmp_path, {}), seeds)
+    for seed in (1, 3, 4):
+        assert found[seed].rewards == pytest.approx(calm[seed].rewards, rel=1e-5)  # another batch rounds otherwise
+        assert (found[seed].success, found[seed].error) == (True, None)
+    assert found[2].rewards == pytest.approx(calm[2].rewards[:4], rel=1e-5)
+    assert not found[2].success
+    assert (
+        found[2].error
+        == "the process of its environment ended with exit code 3, twice; the last time after 4 control steps"
+    )
+    assert sum(steps) == 3 * STEPS + 4
+
+
+def test_processes_give_the_same_episodes() -> None:
+    spec = small_spec(observation={"state": (5,)})
+    make = partial(make_env, "pusht", spec, max_episode_steps=10, render_size=96)
+    here, there = (run(make, [5, 6], record=[6], processes=processes) for processes in (False, True))
+    for seed, episode in here.items():
+        assert there[seed].rewards == episode.rewards
+        assert len(there[seed].frames) == len(episode.frames) == (11 if seed == 6 else 0)
+        for frame, other in zip(episode.frames, there[seed].frames, strict=True):
+            np.testing.assert_array_equal(frame, other)
+
+
+def test_errors_of_a_worker_are_raised_here(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match="the number is 13"):
+        run(partial(Crashing, tmp_path, {}), [13], processes=True)
+    worker = Worker(partial(make_env, "pusht", small_spec()))
+    worker.submit(reset, 0, False)
+    with pytest.raises(ValueError, match="the policy observes"):
+        worker.receive()
+    worker.close()
+
+
+def test_an_episode_that_was_given_up_is_reported(tmp_path: Path) -> None:
+    given_up = Episode(7, error="the process of its environment ended with exit code 3")
+    summary = summarize_episodes([Episode(6, [1.0], True, [5], [5]), given_up], 1.0, [])
+    assert summary["success_rate"] == 0.5
+    assert summary["per_episode"][1]["error"] == given_up.error
+    assert "error" not in summary["per_episode"][0]
+    folder = RunFolder(tmp_path, {"config": {}})
+    folder.save_episode("ddim", given_up, episode_row(0, given_up), observations=True)
+    assert folder.load_episodes("ddim")[0][0] == given_up
