@@ -37,7 +37,7 @@ def run(config: DictConfig) -> None:
     data, policy = settings["data"], settings["policy"]
     device = pick_device(config.device)
     sources = {
-        key: {"array": value["array"], "columns": value.get("columns")}
+        key: {name: value[name] for name in ("array", "columns", "rotation_6d") if name in value}
         for key, value in {**data["observation"], "action": data["action"]}.items()
     }
     spec = PolicySpec(

@@ -19,6 +19,7 @@ from gymnasium import spaces
 
 from parapolicy.checkpoint.spec import PolicySpec
 from parapolicy.errors import DataError
+from parapolicy.rotation import POSE_6D_DIM, to_axis_angle
 
 # name -> robosuite's name, robots, control steps until an episode is cut off (robomimic's for proficient humans)
 TASKS: Mapping[str, tuple[str, int, int]] = {
@@ -57,7 +58,9 @@ ARM_DIM = 7  # numbers of an action per arm
 class Robomimic(gymnasium.Env):
     """One of robomimic's tasks.
 
-    Actions are the data sets' own, 7 numbers per arm: position and axis-angle deltas in [-1, 1], and the gripper.
+    A policy's ``action_dim`` says what its actions are. With 7 numbers per arm they are the data sets' own: position
+    and axis-angle deltas in [-1, 1], and the gripper. With 10 they are absolute, as Diffusion Policy has them: the
+    gripper's position, metres, and rotation (:mod:`parapolicy.rotation`) in the world's frame, and the gripper.
 
     Args:
         spec: whose ``observation`` names robomimic's low-dimensional keys.
@@ -86,9 +89,15 @@ class Robomimic(gymnasium.Env):
             raise ValueError(f"task is {task!r}, expected one of {list(TASKS)}")
         name, robots, horizon = TASKS[task]
         self._max_steps = max_episode_steps or horizon
-        if spec.action_dim != ARM_DIM * robots:
-            raise ValueError(f"the policy's action_dim is {spec.action_dim}; {task} takes {ARM_DIM * robots}")
+        deltas, poses = ARM_DIM * robots, POSE_6D_DIM * robots
+        if spec.action_dim not in (deltas, poses):
+            raise ValueError(
+                f"the policy's action_dim is {spec.action_dim}; {task} takes {deltas} (deltas) or {poses} (absolute)"
+            )
+        self._absolute, self._action_dim = spec.action_dim == poses, spec.action_dim
         arguments = default_arguments(robots) if dataset is None else read_arguments(Path(dataset), name)
+        if self._absolute:
+            arguments = arguments | {"controller_configs": _absolute(arguments["controller_configs"])}
         self._simulator = _make(name, arguments, render_size)
         self._render_size = render_size
         self._keys = list(spec.observation)
@@ -100,8 +109,8 @@ class Robomimic(gymnasium.Env):
         self.observation_space = spaces.Dict(
             {key: spaces.Box(-np.inf, np.inf, given[key], np.float32) for key in self._keys}
         )
-        self._robots, self._steps, self._owed = robots, 0, 0.0
-        self._last = self._still(np.full(ARM_DIM * robots, -1.0))
+        self._steps, self._owed = 0, 0.0
+        self._last = self._rest()
 
     def reset(
         self, *, seed: int | None = None, options: dict[str, Any] | None = None
@@ -126,18 +135,21 @@ class Robomimic(gymnasium.Env):
                 raise ValueError(f"state has shape {state.shape}, expected {expected}, finite numbers")
             simulator.sim.set_state_from_flattened(state)
             simulator.sim.forward()
+            for robot in simulator.robots:  # the arms' posture at rest, which the reset has drawn, is that of the state
+                arm = robot.composite_controller.part_controllers["right"]
+                arm.update_initial_joints(simulator.sim.data.qpos[arm.qpos_index])
         # Poses relative to the gripper are made from those of the update before, which has to be of this state too.
         simulator._get_observations(force_update=True)
         raw = simulator._get_observations(force_update=True)
         self._steps, self._owed = 0, 0.0
-        self._last = self._still(np.full(ARM_DIM * self._robots, -1.0))  # grippers open
+        self._last = self._rest()
         return self._observe(raw), {"is_success": self._success()}
 
     def step(self, action: Any) -> Result:
         """One control step with ``action`` (Da,)."""
         given = np.asarray(action, dtype=np.float64)
-        if given.shape != (ARM_DIM * self._robots,) or not np.isfinite(given).all():
-            raise ValueError(f"action is {action!r}, expected {ARM_DIM * self._robots} finite numbers")
+        if given.shape != (self._action_dim,) or not np.isfinite(given).all():
+            raise ValueError(f"action is {action!r}, expected {self._action_dim} finite numbers")
         self._last = self._still(given)
         return self._run(given)
 
@@ -170,7 +182,7 @@ class Robomimic(gymnasium.Env):
         self._simulator.close()
 
     def _run(self, action: np.ndarray) -> Result:
-        raw, _, _, _ = self._simulator.step(np.clip(action, -1, 1))
+        raw, _, _, _ = self._simulator.step(to_axis_angle(action) if self._absolute else np.clip(action, -1, 1))
         self._steps += 1
         success = self._success()
         return self._observe(raw), float(success), success, self._steps >= self._max_steps, {"is_success": success}
@@ -178,11 +190,21 @@ class Robomimic(gymnasium.Env):
     def _success(self) -> bool:
         return bool(self._simulator._check_success())
 
-    def _still(self, deltas: np.ndarray) -> np.ndarray:
-        """No motion, the gripper as commanded."""
-        still = np.zeros_like(deltas)
-        still[ARM_DIM - 1 :: ARM_DIM] = deltas[ARM_DIM - 1 :: ARM_DIM]
+    def _still(self, action: np.ndarray) -> np.ndarray:
+        """The action that keeps the target: the same pose, or no motion; the gripper as commanded."""
+        still = action.copy()
+        if not self._absolute:
+            still.reshape(-1, ARM_DIM)[:, :-1] = 0
         return still
+
+    def _rest(self) -> np.ndarray:
+        """The action that stays where the arms are, grippers open."""
+        if not self._absolute:
+            return self._still(np.full(self._action_dim, -1.0))
+        data = self._simulator.sim.data
+        sites = [robot.eef_site_id["right"] for robot in self._simulator.robots]
+        rows = [[*data.site_xpos[site], *data.site_xmat[site].reshape(-1)[:6], -1.0] for site in sites]
+        return np.concatenate(rows)
 
     def _read(self, raw: Mapping[str, Any]) -> dict[str, np.ndarray]:
         """robosuite's observations under robomimic's names."""
@@ -221,6 +243,16 @@ def read_arguments(path: Path, name: str) -> dict[str, Any]:
     if found != name:
         raise DataError(f"{path} is of the task {found!r}, expected {name!r}")
     return arguments
+
+
+def _absolute(config: Any) -> Any:
+    """The configuration of controllers that take poses in the world's frame."""
+    if isinstance(config, list):
+        return [_absolute(part) for part in config]
+    if not isinstance(config, dict):
+        return config
+    changes = {"input_type": "absolute", "input_ref_frame": "world"} if config.get("type") == "OSC_POSE" else {}
+    return {key: _absolute(value) for key, value in config.items()} | changes
 
 
 def _make(name: str, arguments: dict[str, Any], render_size: int) -> Any:

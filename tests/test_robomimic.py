@@ -1,5 +1,6 @@
 """Robomimic: the reader on files of its layout, the environments on robosuite where it is installed."""
 
+import json
 import os
 from pathlib import Path
 
@@ -8,6 +9,7 @@ import numpy as np
 import pytest
 
 from envs import make_env
+from envs.absolute import convert
 from envs.charged import Charged
 from parapolicy.control import SimulatedClock
 from parapolicy.errors import DataError
@@ -82,6 +84,7 @@ def robosuite() -> None:
 
 
 LIFT_SPEC = small_spec(observation=LIFT, action_dim=7, control_hz=20)
+ABSOLUTE_SPEC = small_spec(observation=LIFT, action_dim=10, control_hz=20)
 
 
 @pytest.mark.usefixtures("robosuite")
@@ -103,6 +106,58 @@ def test_demonstrations_replayed_open_loop_succeed(demonstrations: Path) -> None
                     assert reward == float(terminated) == float(info["is_success"])
             successes += terminated
     assert successes >= 18
+
+
+@pytest.mark.usefixtures("robosuite")
+def test_absolute_actions_replayed_open_loop_succeed(demonstrations: Path, tmp_path: Path) -> None:
+    """Ten demonstrations, converted as a file, read as train.py reads it: 90 % or more."""
+    part = tmp_path / "part.hdf5"
+    with h5py.File(demonstrations, "r") as whole, h5py.File(part, "w") as few:
+        few.create_group("data").attrs["env_args"] = whole["data"].attrs["env_args"]
+        for number in range(10):
+            whole.copy(whole[f"data/demo_{number}"], few["data"])
+    assert convert(part, tmp_path / "absolute.hdf5") == 10
+    data = configured("train", "data=lift_absolute").data
+    read = read_hdf5(tmp_path / "absolute.hdf5", {"action": dict(data.action)})
+    assert tuple(read.arrays["action"].shape[1:]) == tuple(data.action.shape)
+    env = make_env("lift", ABSOLUTE_SPEC, dataset=str(part))
+    successes, start = 0, 0
+    with h5py.File(part, "r") as root:
+        for number, end in enumerate(read.episode_ends):
+            env.reset(options={"state": root[f"data/demo_{number}/states"][0]})
+            successes += any(env.step(action)[2] for action in read.arrays["action"][start:end].numpy())
+            start = end
+    assert successes >= 9
+    with pytest.raises(ValueError, match=r"absolute\.hdf5 exists"):
+        convert(part, tmp_path / "absolute.hdf5")
+    with h5py.File(part, "a") as root:
+        del root["data/demo_4/states"]
+    with pytest.raises(DataError, match="has no simulator states"):
+        convert(part, tmp_path / "other.hdf5")
+    with h5py.File(part, "a") as root:
+        del root["data/demo_4"]
+        root["data"].attrs["env_args"] = json.dumps({"env_name": "Door", "env_kwargs": {}})
+    with pytest.raises(DataError, match="of the task 'Door', expected one of"):
+        convert(part, tmp_path / "other.hdf5")
+    (tmp_path / "garbage.hdf5").write_bytes(b"not HDF5 at all")
+    with pytest.raises(DataError, match="no robomimic data set"):
+        convert(tmp_path / "garbage.hdf5", tmp_path / "other.hdf5")
+
+
+@pytest.mark.usefixtures("robosuite")
+def test_an_absolute_target_is_kept() -> None:
+    """The gripper stays after a reset, goes to a target 5 cm away while time passes, and takes no other width."""
+    env = make_env("lift", ABSOLUTE_SPEC)
+    begin = env.reset(seed=0)[0]["robot0_eef_pos"]
+    robomimic = env.unwrapped
+    np.testing.assert_allclose(robomimic.hold(0.5)[0]["robot0_eef_pos"], begin, atol=5e-3)
+    target = robomimic._rest() + np.array([0, 0.05, *[0] * 8])
+    near = env.step(target)[0]["robot0_eef_pos"]
+    there = robomimic.hold(1.0)[0]["robot0_eef_pos"]
+    assert np.linalg.norm(near - target[:3]) > 0.03
+    np.testing.assert_allclose(there, target[:3], atol=5e-3)
+    with pytest.raises(ValueError, match="expected 10 finite numbers"):
+        env.step(np.zeros(7))
 
 
 @pytest.mark.usefixtures("robosuite")
@@ -171,7 +226,7 @@ def test_the_other_single_arm_tasks(task: str, width: int) -> None:
 
 
 def test_actions_of_another_width_are_refused() -> None:
-    with pytest.raises(ValueError, match="action_dim is 2; lift takes 7"):
+    with pytest.raises(ValueError, match=r"action_dim is 2; lift takes 7 \(deltas\) or 10 \(absolute\)"):
         make_env("lift", small_spec(observation=LIFT))
     with pytest.raises(ValueError, match="env is 'door', expected one of"):
         make_env("door", small_spec())

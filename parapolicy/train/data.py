@@ -11,6 +11,7 @@ import zarr
 from torch import Tensor
 
 from parapolicy.errors import DataError
+from parapolicy.rotation import to_rotation_6d
 
 
 @dataclass(frozen=True)
@@ -84,7 +85,9 @@ def read_hdf5(path: str | Path, sources: Mapping[str, Any], mask: str | None = N
 
     Args:
         path: the file.
-        sources: as :func:`read_zarr` takes them; an array's name is ``actions`` or ``obs/<name>``.
+        sources: as :func:`read_zarr` takes them; an array's name is ``actions`` or ``obs/<name>``. With
+            ``"rotation_6d": True`` absolute actions with axis-angle, as robomimic keeps them, become those with six
+            numbers (:func:`parapolicy.rotation.to_rotation_6d`).
         mask: only the demonstrations that ``mask/<mask>`` lists, such as ``train``.
 
     Raises:
@@ -107,11 +110,12 @@ def read_hdf5(path: str | Path, sources: Mapping[str, Any], mask: str | None = N
                 demo = file[f"data/{name}"]
                 lengths.append(len(demo["actions"]))
                 for key, source in sources.items():
-                    array, columns = (
-                        (source, None) if isinstance(source, str) else (source["array"], source.get("columns"))
-                    )
+                    given: Mapping[str, Any] = {"array": source} if isinstance(source, str) else source
+                    array, columns = given["array"], given.get("columns")
                     values = np.asarray(demo[array][:], dtype=np.float32)
                     values = values if columns is None else _columns(values, columns, array, path)
+                    if given.get("rotation_6d"):
+                        values = to_rotation_6d(values).astype(np.float32)
                     if len(values) != lengths[-1] or not np.isfinite(values).all():
                         raise DataError(
                             f"{path}: {name}/{array} has {len(values)} steps for {lengths[-1]} actions, or a value "
