@@ -73,7 +73,7 @@ def act(controller: Controller, policy: Timed, count: int) -> list[np.ndarray]:
 
 
 def test_chunks_are_executed_one_after_the_other(policy: Timed) -> None:
-    controller = Controller(policy, clock=policy.clock, warm_start=False)
+    controller = Controller(policy, clock=policy.clock)
     controller.reset(seed=7)
     actions = act(controller, policy, 3 * EXECUTED)
     assert len(policy.calls) == 3
@@ -102,7 +102,7 @@ def test_the_same_seed_gives_the_same_actions(policy: Timed) -> None:
 
 
 def test_warm_starts_know_how_many_steps_were_executed(policy: Timed) -> None:
-    controller = Controller(policy, clock=policy.clock)
+    controller = Controller(policy, clock=policy.clock, warm_start=True)
     act(controller, policy, EXECUTED + 1)
     assert policy.calls[0]["warm"] is None
     assert policy.calls[1]["warm"] is not None
@@ -112,7 +112,9 @@ def test_warm_starts_know_how_many_steps_were_executed(policy: Timed) -> None:
 def start_async(policy: Timed, **options: Any) -> tuple[Controller, Later]:
     """A controller whose second chunk has just been asked for, at step 3."""
     executor = Later()
-    controller = Controller(policy, 10, asynchronous=True, clock=policy.clock, executor=executor, **options)
+    controller = Controller(
+        policy, 10, asynchronous=True, clock=policy.clock, executor=executor, warm_start=True, **options
+    )
     act(controller, policy, EXECUTED - 1)
     assert not executor.waiting
     act(controller, policy, 1)
@@ -211,7 +213,7 @@ def test_a_bad_observation_changes_nothing(policy: Timed) -> None:
 
 
 def test_blending_takes_over_in_equal_parts(policy: Timed) -> None:
-    controller = Controller(policy, clock=policy.clock, warm_start=False, blend_steps=3)
+    controller = Controller(policy, clock=policy.clock, blend_steps=3)
     actions = act(controller, policy, 2 * EXECUTED)
     first = policy.spec.n_obs_steps - 1
     old, new = (policy.policy.predict(**call).trajectory[first:] for call in policy.calls)
@@ -238,7 +240,7 @@ def test_every_action_says_where_it_came_from(policy: Timed) -> None:
     """From the log alone, with the observations, each chunk is computed again, and with it each action."""
     rows: list[Any] = []
     observations = [step(policy, k) for k in range(10)]
-    controller = Controller(policy, 10, clock=policy.clock, log=rows.append)
+    controller = Controller(policy, 10, clock=policy.clock, log=rows.append, warm_start=True)
     controller.reset(seed=5)
     taken = [controller.act(observation) for observation in observations]
     assert [row["step"] for row in rows] == list(range(10))
@@ -276,7 +278,7 @@ def test_histograms_give_percentiles_to_one_percent() -> None:
 
 def test_records_stay_small(policy: Timed) -> None:
     quick = policy.policy.with_schedule("ddim", 1).with_sampler("sequential")
-    controller = Controller(quick, clock=policy.clock, warm_start=False)
+    controller = Controller(quick, clock=policy.clock)
     observation = step(policy, 0)
     for _ in range(1100 * EXECUTED):
         controller.act(observation)

@@ -67,7 +67,8 @@ class Controller:
         asynchronous: see above.
         deadline_ms: time that a chunk may take; sampling ends after the round in which it has passed, with the best
             estimate. None: none.
-        warm_start: start each chunk from the one before; with shifted noise, so that the two agree where they overlap.
+        warm_start: start each chunk from the one before, with its noise shifted along, so that the two agree where they
+            overlap. It saves rounds where the window covers the whole schedule.
         blend_steps: control steps over which a new chunk's actions take over from the old chunk's for the same time,
             in equal parts.
         log: called with one mapping per action: where it came from, enough to replay the episode.
@@ -81,7 +82,7 @@ class Controller:
         control_hz: float | None = None,
         asynchronous: bool = False,
         deadline_ms: float | None = None,
-        warm_start: bool = True,
+        warm_start: bool = False,
         blend_steps: int = 0,
         log: Callable[[Mapping[str, Any]], Any] | None = None,
         clock: Callable[[], float] = time.monotonic,

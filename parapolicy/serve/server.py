@@ -48,7 +48,7 @@ class ServeConfig:
     sampler: str = "secant"
     device: str = "auto"
     engine: str = "eager"
-    warm_start: bool = True
+    warm_start: bool = False
     deadline_ms: float | None = None
     api_key: str | None = None
     max_batch: int = 16
