@@ -34,6 +34,22 @@ def test_a_run_is_kept_with_scene_chunk_and_costs(shipped: parapolicy.Policy, tm
         assert entity in data
 
 
+def test_every_chunk_is_shown_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Also those whose first actions were dropped because their time had passed."""
+    env = make_env("pusht", small_spec(observation={"state": (5,)}), render_size=96)
+    env.reset(seed=3)
+    view, shown = View(str(tmp_path / "run.rrd")), []
+    monkeypatch.setattr(view._rr, "log", lambda path, value: shown.append(path))
+    controller = parapolicy.Controller(small_policy())
+    controller.act({key: np.zeros(shape, np.float32) for key, shape in controller.policy.spec.observation.items()})
+    for _ in range(2):
+        view.begin("secant", 0)
+        for chunk, index in ((0, 0), (0, 1), (1, 2), (1, 3), (2, 2)):
+            row = {"chunk": chunk, "index": index, "action": [1.0, 2.0], "computed_seconds": 0.1, "rounds": 7}
+            view.step(env.unwrapped, controller, row, 0.5)
+    assert shown.count("latency/chunk") == shown.count("rounds/chunk") == 6
+
+
 def test_plans_are_shown_where_the_robot_will_be() -> None:
     env = make_env("pusht", small_spec(observation={"state": (5,)}), render_size=256)
     env.reset(seed=3)

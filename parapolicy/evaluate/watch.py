@@ -58,10 +58,12 @@ class View:
             rr.save(target, default_blueprint=layout)
         self._time = 0.0
         self._path: list[np.ndarray] = []
+        self._chunk = -1  # the last one that was shown
 
     def begin(self, label: str, seed: int) -> None:
         """A new episode, behind the one before on the time line."""
         self._path.clear()
+        self._chunk = -1
         self._rr.set_time("time", duration=self._time)
         self._rr.log("scene/title", self._rr.TextLog(f"{label}, seed {seed}"))
 
@@ -81,7 +83,8 @@ class View:
         rr.log("scene/executed", rr.LineStrips2D([self._path], colors=[90, 90, 90], radii=0.8))
         rr.log("scene/chunk", rr.LineStrips2D([planned], colors=[220, 60, 40], radii=1.2))
         rr.log("scene/action", rr.Points2D(planned[:1], colors=[220, 60, 40], radii=4))
-        if row["index"] == 0:
+        if row["chunk"] != self._chunk:
+            self._chunk = row["chunk"]
             rr.log("latency/chunk", rr.Scalars(1e3 * row["computed_seconds"]))
             rr.log("rounds/chunk", rr.Scalars(row["rounds"]))
         if reward is not None:
