@@ -70,7 +70,8 @@ class Robomimic(gymnasium.Env):
         render_size: width and height of :meth:`render`'s frames, pixels; 0: no renderer, and no GL library.
 
     Raises:
-        ValueError: an unknown task, an observation that it does not give, or an action that does not fit.
+        ValueError: an unknown task, an observation that it does not give, an action that does not fit, or frames are
+            asked for and no GL library is there.
         DataError: the data set is not robomimic's.
     """
 
@@ -273,7 +274,15 @@ def _make(name: str, arguments: dict[str, Any], render_size: int) -> Any:
         "reward_shaping": False,
         "ignore_done": True,
     }
-    return robosuite.make(name, **arguments | fixed)
+    try:
+        return robosuite.make(name, **arguments | fixed)
+    except Exception as error:  # PyOpenGL's are of many kinds
+        if not render_size:
+            raise
+        raise ValueError(
+            f"render_size is {render_size}, but {name} could not be made with a renderer ({type(error).__name__}: "
+            f"{error}); install EGL (packages libegl1 and libgl1-mesa-dri), or set render_size to 0"
+        ) from error
 
 
 def _samplers(sampler: Any) -> list[Any]:

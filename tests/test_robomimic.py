@@ -2,6 +2,7 @@
 
 import json
 import os
+import sys
 from pathlib import Path
 
 import h5py
@@ -223,6 +224,15 @@ def test_the_other_single_arm_tasks(task: str, width: int) -> None:
     np.testing.assert_array_equal(first, second)
     assert np.linalg.norm(first[:3]) > 0.1  # the object from the gripper: known from the first step on
     assert env.step(np.zeros(7))[1] == 0.0
+
+
+@pytest.mark.usefixtures("robosuite")
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")  # robosuite's half-made renderer
+def test_frames_without_a_gl_library_name_its_package(monkeypatch: pytest.MonkeyPatch) -> None:
+    for context in ("egl", "glfw", "osmesa"):
+        monkeypatch.setitem(sys.modules, f"robosuite.renderers.context.{context}_context", None)
+    with pytest.raises(ValueError, match=r"render_size is 96, but Lift could not .*packages libegl1 and"):
+        make_env("lift", LIFT_SPEC, render_size=96)
 
 
 def test_actions_of_another_width_are_refused() -> None:
