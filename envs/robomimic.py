@@ -175,7 +175,7 @@ class Robomimic(gymnasium.Env):
             RuntimeError: the environment was made without a renderer.
         """
         if not self._render_size:
-            raise RuntimeError("this environment has no renderer; set render_size (env.options.render_size=256), and have EGL installed")
+            raise RuntimeError("this environment has no renderer; set render_size (env.options.render_size=256)")
         frame = self._simulator.sim.render(camera_name="agentview", width=self._render_size, height=self._render_size)
         return np.asarray(frame[::-1])
 

@@ -14,6 +14,7 @@ from envs.absolute import convert
 from envs.charged import Charged
 from parapolicy.control import SimulatedClock
 from parapolicy.errors import DataError
+from parapolicy.evaluate.evaluation import evaluate
 from parapolicy.evaluate.rollout import rollout
 from parapolicy.train.data import read_hdf5
 from tests.conftest import ROOT
@@ -194,6 +195,14 @@ def test_a_policy_runs_in_closed_loop() -> None:
     episodes = list(rollout(policy, lambda: make_env("lift", policy.spec, max_episode_steps=10), [0, 1], num_envs=2))
     assert [len(episode.rewards) for episode in episodes] == [10, 10]
     assert {episode.max_reward for episode in episodes} == {0.0}
+
+
+@pytest.mark.usefixtures("robosuite")
+def test_the_shipped_policy_is_evaluated_without_gl(tmp_path: Path) -> None:
+    config = configured("eval", "env=lift", "episodes=1", "samplers=[secant]", "latency_chunks=1")
+    options = config.env.options
+    results = evaluate(config, tmp_path, lambda spec, clock: make_env("lift", spec, **options))
+    assert results["samplers"]["secant"]["success_rate"] == 1.0
 
 
 @pytest.mark.usefixtures("robosuite")
