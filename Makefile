@@ -27,8 +27,9 @@ $(CLIENT)/.done: tests/openpi-client.txt
 eval: setup
 	$(BIN)/python eval.py env=$(ENV) $(ARGS)
 
+# Tests run side by side with one thread each: torch's thread pool stalls where a core is busy.
 test: setup client
 	$(BIN)/ruff check
 	$(BIN)/ruff format --check
 	$(BIN)/mypy
-	PARAPOLICY_DEMONSTRATIONS=$(DEMONSTRATIONS) $(BIN)/python -m pytest $(ARGS)
+	OMP_NUM_THREADS=1 PARAPOLICY_DEMONSTRATIONS=$(DEMONSTRATIONS) $(BIN)/python -m pytest -n auto --maxprocesses 4 --dist loadfile $(ARGS)

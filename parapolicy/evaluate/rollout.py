@@ -1,6 +1,7 @@
 """Closed-loop episodes, many at a time: each environment gets the chunk it would get if it ran alone."""
 
 import dataclasses
+import gc
 from collections.abc import Callable, Container, Iterator, Sequence
 from dataclasses import dataclass, field
 from functools import partial
@@ -164,6 +165,8 @@ def rollout(
     finally:
         for seat in seats:
             seat.place.close()
+        seats.clear()
+        gc.collect()  # simulators lie in reference cycles that weigh little to Python, and much to the machine
 
 
 def _predict(policy: Policy, seats: Sequence[_Seat], noise_seed: int) -> dict[_Seat, np.ndarray]:
