@@ -6,13 +6,13 @@ BIN := $(VENV)/bin
 ENV ?= pusht
 DEMONSTRATIONS ?= ../shared/data
 
-.PHONY: setup client eval test
+.PHONY: setup client eval test test-distributed
 setup: $(VENV)/.done
 
 $(VENV)/.done: pyproject.toml constraints.txt
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10) and "Python 3.10 or newer is needed: make PYTHON=python3.11 $(MAKECMDGOALS)")'
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
-	$(BIN)/python -m pip install --disable-pip-version-check -c constraints.txt -e '.[eval,serve,watch,tasks,dev]'
+	$(BIN)/python -m pip install --disable-pip-version-check -c constraints.txt -e '.[eval,serve,watch,tasks,distributed,dev]'
 	$(BIN)/python -m pip install --disable-pip-version-check -c constraints.txt --no-deps robosuite
 	@touch $@
 
@@ -33,3 +33,7 @@ test: setup client
 	$(BIN)/ruff format --check
 	$(BIN)/mypy
 	OMP_NUM_THREADS=1 PARAPOLICY_DEMONSTRATIONS=$(DEMONSTRATIONS) $(BIN)/python -m pytest -n auto --maxprocesses 4 --dist loadfile $(ARGS)
+
+# Sweeps on a Ray cluster of this machine: a minute on an idle machine, and more processes than the other tests.
+test-distributed: setup
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m distributed $(ARGS)
