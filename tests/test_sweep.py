@@ -16,7 +16,7 @@ import pytest
 from parapolicy.cli import main
 from parapolicy.evaluate.folder import RunFolder
 from parapolicy.evaluate.gather import episode_table, gather_latencies, gather_runs
-from parapolicy.evaluate.page import pareto, recommend, summarize, write_report
+from parapolicy.evaluate.page import write_report
 from parapolicy.evaluate.rollout import Episode
 from parapolicy.evaluate.statistics import (
     episodes_needed,
@@ -25,6 +25,7 @@ from parapolicy.evaluate.statistics import (
     percentile_interval,
     pooled_interval,
 )
+from parapolicy.evaluate.summary import pareto, recommend, summarize
 from tests.conftest import ROOT
 
 BROWSER = next(

@@ -1,0 +1,102 @@
+"""What the report says: each sampler's scores and costs, and which of them to use."""
+
+from typing import Any
+
+import numpy as np
+import pandas as pd
+
+from parapolicy.evaluate.statistics import (
+    episodes_needed,
+    equivalence_p,
+    mean_interval,
+    percentile_interval,
+    proportion_interval,
+)
+
+
+def summarize(
+    episodes: pd.DataFrame, latencies: dict[tuple[str, str, str], dict[str, Any]], margin: float
+) -> pd.DataFrame:
+    """One row per env, checkpoint and sampler: scores, latencies and the comparison with the sequential sampler."""
+    rows = []
+    for (env, checkpoint), task in episodes.groupby(["env", "checkpoint"], sort=False):
+        baseline = _baseline(task)
+        reference = task[task["sampler"] == baseline].set_index("seed")["reward"]
+        for sampler, group in task.groupby("sampler", sort=False):
+            successes, count = int(group["success"].sum()), len(group)
+            low, high = mean_interval(group["reward"].tolist())
+            success_low, success_high = proportion_interval(successes, count)
+            row = {
+                "env": env,
+                "checkpoint": checkpoint,
+                "sampler": sampler,
+                "episodes": count,
+                "reward": group["reward"].mean(),
+                "reward_low": low,
+                "reward_high": high,
+                "success": successes / count,
+                "success_low": success_low,
+                "success_high": success_high,
+                "rounds": group["rounds"].mean(),
+                "evaluations": group["evaluations"].mean(),
+            }
+            timed = latencies.get((str(env), str(checkpoint), str(sampler)))
+            if timed is not None:
+                times = timed["chunk_ms"].get("each") or [timed["chunk_ms"]["p50"]]
+                for percent in (50, 99):
+                    low, high = percentile_interval(times, percent)
+                    value = timed["chunk_ms"][f"p{percent}"]
+                    row |= {f"p{percent}_ms": value, f"p{percent}_low": low, f"p{percent}_high": high}
+                row["chunk_error_p95"] = timed["chunk_error"]["p95"]
+            paired = group.set_index("seed")["reward"].sub(reference).dropna().tolist()
+            if baseline is not None and sampler != baseline and len(paired) > 1:
+                low, high = mean_interval(paired)
+                row |= {
+                    "difference": float(np.mean(paired)),
+                    "difference_low": low,
+                    "difference_high": high,
+                    "equivalence_p": equivalence_p(paired, margin),
+                    "episodes_needed": episodes_needed(paired, margin),
+                }
+            rows.append(row | {"baseline": sampler == baseline})
+    return pd.DataFrame(rows)
+
+
+def _baseline(task: pd.DataFrame) -> str | None:
+    """The sampler that others are compared with: sequential, with the most evaluations per chunk."""
+    sequential = task[task["sampler"].str.startswith("sequential")]
+    return None if sequential.empty else str(sequential.loc[sequential["evaluations"].idxmax(), "sampler"])
+
+
+def recommend(task: pd.DataFrame, margin: float) -> tuple[str | None, str]:
+    """The fastest sampler whose reward is shown to be that of the sequential one, and a sentence that says so."""
+    if "p50_ms" not in task or task["p50_ms"].isna().all():
+        return None, "No latency was measured, so that no sampler can be recommended."
+    base = task[task["baseline"]]
+    if base.empty or "equivalence_p" not in task:
+        return None, "There is no sequential sampler with other samplers beside it to compare with."
+    base = base.iloc[0]
+    equal = task[(task["equivalence_p"] < 0.05) & task["p50_ms"].notna()]
+    if equal.empty:
+        needed = int(task["episodes_needed"].min())
+        return None, (
+            f"No sampler is shown to keep the sequential sampler's reward within ±{margin}: it takes about {needed} "
+            f"episodes or more (there are {int(base['episodes'])})."
+        )
+    best = equal.loc[equal["p50_ms"].idxmin()]
+    faster = f", {base['p50_ms'] / best['p50_ms']:.1f} times as fast" if base["p50_ms"] > 0 else ""
+    return str(best["sampler"]), (
+        f"Use “{best['sampler']}”: {best['p50_ms']:.0f} ms per chunk against {base['p50_ms']:.0f}{faster}, and the "
+        f"same reward within ±{margin} (difference {best['difference']:+.3f}, p = {best['equivalence_p']:.2g} of TOST, "
+        f"{int(best['episodes'])} episodes)."
+    )
+
+
+def pareto(task: pd.DataFrame, score: str) -> list[str]:
+    """Samplers that none of the others beats both in p50 latency and in a score, fastest first."""
+    front, best = [], -np.inf
+    for _, row in task.dropna(subset=["p50_ms"]).sort_values("p50_ms").iterrows():
+        if row[score] > best:
+            best = row[score]
+            front.append(str(row["sampler"]))
+    return front
