@@ -6,6 +6,7 @@ import signal
 import subprocess
 import sys
 import time
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -143,18 +144,25 @@ def test_an_interrupted_run_ends_with_the_same_table(tmp_path: Path) -> None:
 def test_an_episode_comes_back_as_it_was(tmp_path: Path) -> None:
     kept = RunFolder(tmp_path, {"config": {"a": 1}})
     steps = [{"state": np.full((2, 5), k, np.float32)} for k in range(3)]
-    episode = Episode(7, [0.1, 0.5], True, [3, 4], [30, 40], steps)
+    episode = Episode(7, [0.1, 0.5], True, [3, 4], [30, 40], steps, seams=[2.5], motion=[1.0, 0.5])
     kept.save_episode("ours", episode, {"seed": 7, "success": True, "max_reward": 0.5}, observations=True)
     assert kept.load_episodes("theirs") == []
     ((back, row),) = kept.load_episodes("ours")
     assert (back.rewards, back.success, back.rounds, back.evaluations) == ([0.1, 0.5], True, [3, 4], [30, 40])
+    assert (back.seams, back.motion) == ([2.5], [1.0, 0.5])
     np.testing.assert_array_equal(back.observations[2]["state"], steps[2]["state"])
     assert row["max_reward"] == 0.5
     with pytest.raises(ValueError, match="holds a run with another a"):
         RunFolder(tmp_path, {"config": {"a": 2}})
 
 
-def made_up_run(folder: Path, rewards: dict[str, list[float]], p50: dict[str, float], env: str = "pusht") -> None:
+def made_up_run(
+    folder: Path,
+    rewards: dict[str, list[float]],
+    p50: dict[str, float],
+    env: str = "pusht",
+    seams: Mapping[str, float] = {"seam_mean": 12.5, "motion_mean": 3.25},
+) -> None:
     samplers: dict[str, Any] = {}
     for label, values in rewards.items():
         samplers[label] = {
@@ -166,6 +174,7 @@ def made_up_run(folder: Path, rewards: dict[str, list[float]], p50: dict[str, fl
                     "steps": 300,
                     "rounds_mean": 5.0,
                     "evaluations_mean": 100.0 if label == "sequential" else 50.0,
+                    **seams,
                 }
                 for seed, value in enumerate(values)
             ]
@@ -227,10 +236,13 @@ def test_no_recommendation_is_made_without_grounds(made_up: Path, tmp_path: Path
 
 
 def test_the_report_is_written(made_up: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    made_up_run(made_up / "b", {"sequential": [0.5] * 20, "ours": [0.6] * 20}, {}, env="lift")
+    made_up_run(made_up / "b", {"sequential": [0.5] * 20, "ours": [0.6] * 20}, {}, env="lift", seams={})
     main(["report", str(made_up), "--output", str(made_up / "out")])
     assert "report.html" in capsys.readouterr().out
     page = (made_up / "out" / "report.html").read_text()
+    assert "<th>jump at seams</th><th>motion inside</th>" in page
+    assert "<td>12.5</td><td>3.25</td>" in page  # of every row of the first run
+    assert "<td>–</td><td>–</td></tr>" in page  # the second has none, as older runs
     for text in ("hasty &lt;b&gt;", "All tasks together", "a made-up CPU", "torch 9", "times as fast"):
         assert text in page
     assert "hasty <b></td>" not in page

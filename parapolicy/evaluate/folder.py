@@ -10,6 +10,8 @@ import numpy as np
 
 from parapolicy.evaluate.rollout import Episode
 
+LISTS = ("rewards", "rounds", "evaluations", "seams", "motion")  # of an episode, in its line
+
 
 class RunFolder:
     """Results of one configuration, each episode on disk as soon as it has ended.
@@ -63,7 +65,7 @@ class RunFolder:
             stacked = {key: np.stack([step[key] for step in episode.observations]) for key in episode.observations[0]}
             with (place / f"{episode.seed}.npz").open("wb") as file:
                 np.savez_compressed(file, **stacked)  # type: ignore[arg-type]  # its own flag could be a key, not here
-        lists = {"rewards": episode.rewards, "rounds": episode.rounds, "evaluations": episode.evaluations}
+        lists = {name: getattr(episode, name) for name in LISTS}
         self.append("episodes.jsonl", {"sampler": label, **row, **lists})
 
     def load_episodes(self, label: str) -> list[tuple[Episode, dict[str, Any]]]:
@@ -79,7 +81,7 @@ class RunFolder:
             except ValueError:
                 continue
             if row["sampler"] == label:
-                lists = {name: row.pop(name) for name in ("rewards", "rounds", "evaluations")}
+                lists = {name: row.pop(name, []) for name in LISTS}  # older folders have no seams
                 episode = Episode(
                     row["seed"],
                     success=row["success"],

@@ -56,7 +56,8 @@ def gather_failures(folders: Sequence[Path]) -> dict[str, str]:
 
 
 def episode_table(runs: Sequence[Run]) -> pd.DataFrame:
-    """One row per episode: env, checkpoint, sampler, seed, reward, success, steps, rounds and evaluations per chunk.
+    """One row per episode: env, checkpoint, sampler, seed, reward, success, steps, rounds and evaluations per chunk,
+    and, where the run recorded them, the mean jump at the seams of chunks and the mean motion inside them.
 
     A sampler is named by its label, and where the runs charge latency, by that too. An episode that several runs hold
     is taken from the first.
@@ -78,6 +79,8 @@ def episode_table(runs: Sequence[Run]) -> pd.DataFrame:
                         "steps": episode["steps"],
                         "rounds": episode["rounds_mean"],
                         "evaluations": episode["evaluations_mean"],
+                        "seam": episode.get("seam_mean", float("nan")),
+                        "motion": episode.get("motion_mean", float("nan")),
                         "folder": str(run.folder),
                     }
                 )

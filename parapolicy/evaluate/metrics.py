@@ -55,6 +55,8 @@ def episode_row(index: int, episode: Episode) -> dict[str, Any]:
         "steps": len(episode.rewards),
         "rounds_mean": float(np.mean(episode.rounds or [0])),
         "evaluations_mean": float(np.mean(episode.evaluations or [0])),
+        **({"seam_mean": float(np.mean(episode.seams))} if episode.seams else {}),
+        **({"motion_mean": float(np.mean(episode.motion))} if episode.motion else {}),
         **({"error": episode.error} if episode.error else {}),
     }
 

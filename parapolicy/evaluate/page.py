@@ -50,6 +50,8 @@ def _table(task: pd.DataFrame, chosen: str | None) -> str:
         "rounds",
         "evaluations",
         "chunk error p95",
+        "jump at seams",
+        "motion inside",
     )
     lines = ["<tr>" + "".join(f"<th>{heading}</th>" for heading in headings) + "</tr>"]
     for _, row in task.iterrows():
@@ -70,6 +72,8 @@ def _table(task: pd.DataFrame, chosen: str | None) -> str:
             number("rounds", ".1f"),
             number("evaluations", ".0f"),
             number("chunk_error_p95", ".1e"),
+            number("seam", ".3g"),
+            number("motion", ".3g"),
         )
         mark = ' class="best"' if row["sampler"] == chosen else ""
         lines.append(f"<tr{mark}>" + "".join(f"<td>{cell}</td>" for cell in cells) + "</tr>")
@@ -132,7 +136,8 @@ def write_report(folders: Sequence[Path], output: Path, margin: float = 0.03) ->
     footer = (
         "Brackets: 95 % intervals (bootstrap for rewards and percentiles, Wilson for success). Difference: of reward "
         f"to the sequential sampler, by seed. Equivalent: two one-sided t-tests with margin ±{margin}. Latency at "
-        "batch 1."
+        "batch 1. Jump at seams: distance from the last action executed of one chunk to the first of the next; motion "
+        "inside: from action to action within a chunk; both in the actions' own units, over all their numbers."
     )
     script = go.Figure().to_html(full_html=False, include_plotlyjs=True)
     page = output / "report.html"

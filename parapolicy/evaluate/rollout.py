@@ -28,6 +28,8 @@ class Episode:
         rounds, evaluations: one per chunk.
         observations: the history each chunk was computed from.
         frames: rendered before the first and after every control step, where asked for.
+        seams: distance from the last action of a chunk to the first of the next, one per chunk but the first.
+        motion: mean distance between successive actions inside a chunk, one per chunk with two actions or more.
         error: why it was given up before its end; None: it was not.
     """
 
@@ -38,6 +40,8 @@ class Episode:
     evaluations: list[int] = field(default_factory=list)
     observations: list[dict[str, np.ndarray]] = field(default_factory=list)
     frames: list[np.ndarray] = field(default_factory=list)
+    seams: list[float] = field(default_factory=list)
+    motion: list[float] = field(default_factory=list)
     error: str | None = None
 
     @property
@@ -60,11 +64,13 @@ class _Seat:
     def begin(self, seed: int, record: bool) -> None:
         self.episode, self.record, self.begun = Episode(seed), record, False
         self.warm: WarmState | None = None
+        self.submitted = self.executed = np.empty((0, 0))  # actions: of this chunk, of the one before as far as it got
         self.history.reset()
         self.place.submit(reset, seed, record)
 
     def submit(self, actions: np.ndarray) -> None:
         """Have a chunk's actions (n, Da) executed."""
+        self.submitted = actions
         self.place.submit(execute, actions, self.record)
 
     def receive(self) -> bool:
@@ -77,8 +83,18 @@ class _Seat:
             if self.begun:
                 self.episode.rewards.append(transition.reward)
                 self.episode.success = self.episode.success or transition.success
+        if self.begun:
+            self._measure(self.submitted[: len(transitions)])
         self.begun = True
         return transitions[-1].over
+
+    def _measure(self, actions: np.ndarray) -> None:
+        """Note how far the actions that were executed (n, Da) lie apart, and from those before."""
+        if len(self.executed):
+            self.episode.seams.append(float(np.linalg.norm(actions[0] - self.executed[-1])))
+        if len(actions) > 1:
+            self.episode.motion.append(float(np.linalg.norm(np.diff(actions, axis=0), axis=1).mean()))
+        self.executed = actions
 
     def replace(self) -> None:
         """A new place for one that is gone."""

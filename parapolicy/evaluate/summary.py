@@ -39,6 +39,8 @@ def summarize(
                 "success_high": success_high,
                 "rounds": group["rounds"].mean(),
                 "evaluations": group["evaluations"].mean(),
+                "seam": group["seam"].mean(),
+                "motion": group["motion"].mean(),
             }
             timed = latencies.get((str(env), str(checkpoint), str(sampler)))
             if timed is not None:
