@@ -2,6 +2,7 @@
 
 import os
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -9,10 +10,12 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
+import torch.distributed as dist
 import torch.multiprocessing as mp
 
 import parapolicy
-from parapolicy.engine.sharded import WorkerLostError, start_workers
+from parapolicy.engine.sharded import Sharded, WorkerLostError, _connect, start_workers
 from tests.conftest import ROOT, SHIPPED
 
 
@@ -52,6 +55,31 @@ def test_a_lost_worker_is_an_error_within_the_timeout(how: int) -> None:
         with pytest.raises(WorkerLostError):  # and no silent wrong chunk afterwards
             policy.predict(observation(policy, 1))
     assert not mp.active_children()
+
+
+def never_listen(address: str) -> None:
+    """A worker that stands still before it waits for a header."""
+    _connect(address, 1, 2, torch.device("cpu"), 3.0)
+    time.sleep(1000)
+
+
+def test_a_worker_that_never_listens_is_an_error_within_the_timeout(shipped: parapolicy.Policy) -> None:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        address = f"tcp://127.0.0.1:{probe.getsockname()[1]}"
+    worker = mp.get_context("spawn").Process(target=never_listen, args=(address,), daemon=True)
+    worker.start()
+    try:
+        assert shipped.engine is not None
+        sharded = Sharded(shipped.engine, _connect(address, 0, 2, torch.device("cpu"), 3.0), 3.0)
+        begin = time.monotonic()
+        with pytest.raises(WorkerLostError, match="did not answer within 3 s"):
+            sharded.bind(torch.arange(3), torch.zeros(1, 40))
+        assert time.monotonic() - begin < 30
+    finally:
+        worker.kill()
+        worker.join()
+        dist.destroy_process_group()
 
 
 def test_torchrun_starts_it(tmp_path: Path, shipped: parapolicy.Policy) -> None:

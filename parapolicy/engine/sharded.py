@@ -34,7 +34,8 @@ class Groups(NamedTuple):
     """Process groups of all ranks.
 
     Attributes:
-        control: for headers; a robot may stand still for as long as it likes before the next one.
+        control: for headers; a robot may stand still for as long as it likes before the next one, so that workers wait
+            for it without end, but rank 0 no longer than the timeout for their taking it.
         data: for what follows a header at once, within the timeout.
     """
 
@@ -208,5 +209,6 @@ def _work(folder: str, engine: str, device: str, address: str, rank: int, proces
 def _connect(address: str, rank: int, processes: int, device: torch.device, timeout: float) -> Groups:
     """Meet the other processes; raises torch's ``DistStoreError`` where they do not come within ``START`` seconds."""
     dist.init_process_group("gloo", address, timedelta(seconds=START), processes, rank)
-    data = dist.new_group(backend="nccl" if device.type == "cuda" else "gloo", timeout=timedelta(seconds=timeout))
-    return Groups(dist.new_group(backend="gloo", timeout=timedelta(days=365)), data)
+    limit = timedelta(seconds=timeout)
+    data = dist.new_group(backend="nccl" if device.type == "cuda" else "gloo", timeout=limit)
+    return Groups(dist.new_group(backend="gloo", timeout=timedelta(days=365) if rank else limit), data)
