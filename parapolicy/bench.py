@@ -21,11 +21,10 @@ import torch
 from tqdm import tqdm
 
 from parapolicy.engine import Engine, make_engine
+from parapolicy.evaluate.upstream import upstream_chunk
 from parapolicy.networks import ConditionalUnet1D
-from parapolicy.observation import encode
 from parapolicy.planner import made_up_observations
 from parapolicy.policy import Policy, load_policy
-from parapolicy.schedule import SOLVERS
 
 BATCHES = (1, 8, 16, 32, 40, 100)
 ROBOTS = (1, 4, 16, 64)
@@ -70,22 +69,6 @@ def bench_network(
     return rows
 
 
-@torch.inference_mode()
-def upstream_chunk(policy: Policy, observation: Mapping[str, Any], solver: str, steps: int, seed: int) -> None:
-    """A chunk as the published code makes it: the eager network and diffusers' own scheduler, step by step."""
-    condition, _ = encode(policy.spec, policy.normalizer, observation)
-    config = {key: value for key, value in policy.spec.scheduler.items() if not key.startswith("_")}
-    scheduler: Any = SOLVERS[solver].from_config(config)
-    scheduler.set_timesteps(steps)
-    generator = torch.Generator(policy.device).manual_seed(seed)
-    shape = (1, policy.spec.horizon, policy.spec.action_dim)
-    x = torch.randn(shape, generator=generator, device=policy.device)
-    for timestep in scheduler.timesteps:
-        output = policy.network(x, timestep[None].to(policy.device), condition)
-        x = scheduler.step(output, timestep, x, generator=generator).prev_sample
-    policy.normalizer.unnormalize("action", x).cpu()
-
-
 def bench_chunks(policy: Policy, engines: Mapping[str, Engine], chunks: int) -> dict[str, dict[str, float]]:
     """Latency percentiles (ms) at batch 1 of upstream's way, of ours sequentially, and of ours in parallel."""
     observations = made_up_observations(policy, chunks)
@@ -97,9 +80,10 @@ def bench_chunks(policy: Policy, engines: Mapping[str, Engine], chunks: int) -> 
     def sample(policy: Policy) -> None:
         policy.predict(observation(), seed=current["i"])
 
+    short = policy.with_schedule("ddim", 10)
     variants: dict[str, Callable[[], Any]] = {
-        "upstream, DDPM-100": lambda: upstream_chunk(policy, observation(), "ddpm", len(policy.schedule), current["i"]),
-        "upstream, DDIM-10": lambda: upstream_chunk(policy, observation(), "ddim", 10, current["i"]),
+        "upstream, DDPM-100": lambda: upstream_chunk(policy, observation(), current["i"]),
+        "upstream, DDIM-10": lambda: upstream_chunk(short, observation(), current["i"]),
     }
     for name, engine in engines.items():
         base = dataclasses.replace(policy, engine=engine)

@@ -8,6 +8,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+import torch
 import zarr
 from hydra.errors import HydraException
 
@@ -16,9 +17,11 @@ import train
 from envs import make_env
 from parapolicy.evaluate import metrics
 from parapolicy.evaluate.evaluation import evaluate
-from parapolicy.evaluate.latency import measure_chunks
+from parapolicy.evaluate.latency import count_evaluations, measure_chunks
+from parapolicy.evaluate.metrics import summarize_chunks
 from parapolicy.evaluate.rollout import Episode, rollout
 from parapolicy.evaluate.statistics import mean_interval, proportion_interval
+from parapolicy.evaluate.upstream import upstream_chunk
 from parapolicy.evaluate.variants import build_variants, find_baseline
 from tests.conftest import ROOT
 from tests.helpers import configured, small_policy, some_observation
@@ -92,6 +95,34 @@ def test_chunks_are_measured_against_sequential_with_the_same_noise() -> None:
     assert min(measured["loose"].errors) > 1e-4
     assert find_baseline(policies) == "sequential"
     assert len(policies["short"].schedule) == 5
+
+
+@pytest.mark.parametrize(("solver", "steps"), [("ddpm", 20), ("ddim", 8)])
+def test_upstream_s_way_gives_the_sequential_chunk_and_is_timed_beside_it(solver: str, steps: int) -> None:
+    policy = small_policy().with_schedule(solver, steps).with_sampler("sequential")
+    observation = some_observation(policy.spec, seed=0)
+    generator = torch.Generator().manual_seed(7)  # as diffusers draws it, one step after the other
+    shape = (1, policy.spec.horizon, policy.spec.action_dim)
+    noise = torch.stack([torch.randn(shape, generator=generator) for _ in range(steps + 1)])
+    expected = policy.predict(observation, noise=noise).trajectory
+    np.testing.assert_allclose(upstream_chunk(policy, observation, 7), expected, rtol=0, atol=1e-3)
+    measured = measure_chunks({"ours": policy}, [observation] * 3, upstream={"upstream": policy})
+    assert len(measured["upstream"].seconds) == len(measured["ours"].seconds) == 3
+    assert measured["upstream"].errors == []
+    assert "chunk_error" not in summarize_chunks(measured["upstream"])
+
+
+def test_evaluations_are_counted_by_diffusion_step() -> None:
+    policy = small_policy()
+    observations = [some_observation(policy.spec, seed=i) for i in range(2)]
+    timesteps, counts = count_evaluations(policy.with_sampler("sequential"), observations)
+    assert timesteps == list(range(19, -1, -1))
+    assert counts == [1.0] * 20
+    parallel = policy.with_sampler("paradigms", window=8)
+    _, counts = count_evaluations(parallel, observations)
+    spent = [parallel.predict(observation, seed=i).stats.evaluations for i, observation in enumerate(observations)]
+    assert min(counts) >= 1
+    assert sum(counts) == pytest.approx(np.mean(spent))
 
 
 @pytest.mark.parametrize(

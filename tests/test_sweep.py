@@ -59,6 +59,7 @@ def sweep(tmp_path_factory: pytest.TempPathFactory) -> Path:
             f"samplers=[{{name: sequential, solver: ddim, steps: 10}}],{ddim},[fast]",
             f"hydra.sweep.dir={folder}",
             "hydra.callbacks.report.latency_chunks=3",
+            "hydra.callbacks.report.engine=eager",
         )
     )
     assert (folder / "report" / "report.html").is_file(), output
@@ -75,7 +76,8 @@ def test_a_failed_job_costs_only_itself_and_is_reported(sweep: Path) -> None:
 
 def test_a_sweep_times_its_samplers_side_by_side(sweep: Path) -> None:
     rows = json.loads((sweep / "latency.json").read_text())
-    assert [row["sampler"] for row in rows] == ["sequential", "ddim"]
+    assert [row["sampler"] for row in rows] == ["sequential", "ddim", "upstream sequential"]
+    assert [row["engine"] for row in rows] == ["eager", "eager", "upstream"]
     assert all(row["chunk_ms"]["chunks"] == len(row["chunk_ms"]["each"]) == 3 for row in rows)
     for job in range(2):  # and not in the jobs themselves
         (row,) = json.loads((sweep / str(job) / "results.json").read_text())["samplers"].values()
@@ -96,6 +98,7 @@ def test_a_sweep_that_is_run_again_does_nothing_twice(sweep: Path) -> None:
             f"samplers=[{{name: sequential, solver: ddim, steps: 10}}],{ddim},[fast]",
             f"hydra.sweep.dir={sweep}",
             "hydra.callbacks.report.latency_chunks=3",
+            "hydra.callbacks.report.engine=eager",
         ],
         capture_output=True,
         text=True,
@@ -221,6 +224,24 @@ def test_the_report_recommends_the_fastest_that_is_equivalent(made_up: Path) -> 
     assert rows.loc["hasty <b>", "difference_high"] < -0.15
     assert pareto(summary, "reward")[0] == "hasty <b>"
     assert pareto(summary, "reward")[-1] in ("ours", "sequential")
+
+
+def test_upstream_has_a_row_with_the_scores_of_the_sampler_whose_chunks_it_computes(made_up: Path) -> None:
+    times = {"p50": 700.0, "p99": 800.0, "each": [700.0] * 5}
+    place = {"env": "pusht", "checkpoint": "made/up", "sampler": "upstream sequential"}
+    row = {**place, "same_as": "sequential", "engine": "upstream", "chunk_ms": times}
+    (made_up / "latency.json").write_text(json.dumps([row]))
+    runs = gather_runs([made_up])
+    summary = summarize(episode_table(runs), gather_latencies(runs, [made_up]), 0.03)
+    rows = summary.set_index("sampler")
+    assert rows.loc["upstream sequential", ["reward", "success"]].tolist() == (
+        rows.loc["sequential", ["reward", "success"]].tolist()
+    )
+    assert rows["upstream"].tolist() == [False, False, False, True]
+    assert np.isnan(rows.loc["upstream sequential", "equivalence_p"])
+    chosen, sentence = recommend(summary, 0.03)
+    assert chosen == "ours"
+    assert "150 ms per chunk against 600 (the published code: 700), 4.0 times" in sentence
 
 
 def test_no_recommendation_is_made_without_grounds(made_up: Path, tmp_path: Path) -> None:

@@ -1,5 +1,7 @@
 """The report's figures: for the page by plotly, and the Pareto picture as a PNG, too."""
 
+from collections.abc import Mapping, Sequence
+from itertools import cycle
 from pathlib import Path
 
 import matplotlib
@@ -9,17 +11,31 @@ import matplotlib.pyplot as plt
 import numpy as np
 import pandas as pd
 import plotly.graph_objects as go
+from matplotlib.ticker import LogLocator, NullFormatter, ScalarFormatter
+from plotly.colors import qualitative
 from plotly.subplots import make_subplots
 
 from parapolicy.evaluate.summary import pareto
+
+COLORS = [color for color in qualitative.D3 + qualitative.T10 if color not in ("#2CA02C", "#54A24B")]
+CHOSEN = "#1b8a5a"  # the only green
+
+
+def _styles(task: pd.DataFrame, chosen: str | None) -> list[tuple[pd.Series, str, str]]:
+    """(row, color, legend text) of each sampler that was timed, fastest first; the chosen one stands out in green."""
+    timed = task.dropna(subset=["p50_ms"]).sort_values("p50_ms")
+    styles, colors = [], cycle(COLORS)
+    for _, row in timed.iterrows():
+        color = CHOSEN if row["sampler"] == chosen else "#222" if row["baseline"] else next(colors)
+        styles.append((row, color, f"{row['sampler']}: {row['p50_ms']:.0f} ms"))
+    return styles
 
 
 def pareto_figure(task: pd.DataFrame, chosen: str | None) -> go.Figure:
     """Reward and success against chunk latency, with what nothing else beats."""
     figure = make_subplots(rows=1, cols=2, subplot_titles=("mean maximum reward", "success rate"))
-    timed = task.dropna(subset=["p50_ms"])
     for column, score in enumerate(("reward", "success"), 1):
-        front = timed.set_index("sampler").loc[pareto(timed, score)]
+        front = task.set_index("sampler").loc[pareto(task, score)]
         figure.add_scatter(
             x=front["p50_ms"],
             y=front[score],
@@ -30,16 +46,23 @@ def pareto_figure(task: pd.DataFrame, chosen: str | None) -> go.Figure:
             showlegend=False,
             hoverinfo="skip",
         )
-        for _, row in timed.iterrows():
-            color = "#2a7" if row["sampler"] == chosen else "#444" if row["baseline"] else "#47a"
+        for row, color, text in _styles(task, chosen):
+            best = row["sampler"] == chosen
             figure.add_scatter(
                 x=[row["p50_ms"]],
                 y=[row[score]],
                 mode="markers+text",
-                text=[row["sampler"]],
-                textposition="top center",
-                marker={"size": 11, "color": color},
-                textfont={"color": color, "size": 11},
+                text=[row["sampler"] if best or row["baseline"] else ""],
+                textposition="bottom center",
+                textfont={"color": color},
+                name=f"<b>{text}</b>" if best else text,
+                legendgroup=row["sampler"],
+                showlegend=column == 1,
+                marker={
+                    "size": 16 if best else 10,
+                    "color": color,
+                    "symbol": "star" if best else "x" if row["upstream"] else "circle",
+                },
                 error_x={
                     "type": "data",
                     "symmetric": False,
@@ -60,21 +83,33 @@ def pareto_figure(task: pd.DataFrame, chosen: str | None) -> go.Figure:
                 f"%{{y:.3f}} [{row[f'{score}_low']:.3f}, {row[f'{score}_high']:.3f}]<extra></extra>",
                 row=1,
                 col=column,
-                showlegend=False,
             )
     figure.update_xaxes(type="log", title="chunk latency, ms (dot: p50, whisker: to p99)", dtick="D2")
-    return figure.update_layout(height=460, template="simple_white", margin={"t": 40, "l": 50, "r": 20})
+    return figure.update_layout(height=480, template="simple_white", margin={"t": 40, "l": 50, "r": 20})
 
 
-def cost_figure(chunks: pd.DataFrame) -> go.Figure:
-    """Rounds per chunk, and along the episode."""
-    figure = make_subplots(rows=1, cols=2, subplot_titles=("rounds per chunk", "mean rounds along the episode"))
-    for sampler, group in chunks.groupby("sampler", sort=False):
-        figure.add_box(y=group["rounds"], name=str(sampler), showlegend=False, boxpoints=False, row=1, col=1)
+def cost_figure(chunks: pd.DataFrame, evaluated: Mapping[str, tuple[Sequence[int], Sequence[float]]]) -> go.Figure:
+    """Rounds per chunk, rounds along the episode, and evaluations along diffusion time.
+
+    Args:
+        chunks: a row per chunk.
+        evaluated: sampler -> timesteps, and a chunk's mean number of evaluations at each.
+    """
+    titles = ("rounds per chunk", "mean rounds along the episode", "mean evaluations of each diffusion step")
+    figure = make_subplots(rows=1, cols=3, subplot_titles=titles)
+    for color, (sampler, group) in zip(cycle(COLORS), chunks.groupby("sampler", sort=False), strict=False):
+        name, same = str(sampler), {"legendgroup": str(sampler), "marker_color": color}
+        figure.add_box(y=group["rounds"], name=name, showlegend=False, boxpoints=False, row=1, col=1, **same)
         phase = group.groupby("chunk")["rounds"].mean()
-        figure.add_scatter(x=phase.index, y=phase, name=str(sampler), mode="lines", row=1, col=2)
-    figure.update_yaxes(type="log")
+        figure.add_scatter(x=phase.index, y=phase, name=name, mode="lines", row=1, col=2, **same)
+        if name in evaluated:
+            timesteps, counts = evaluated[name]
+            mode = "lines" if len(timesteps) > 20 else "markers"
+            figure.add_scatter(x=timesteps, y=counts, name=name, mode=mode, showlegend=False, row=1, col=3, **same)
+    figure.update_yaxes(type="log", row=1, col=1)
+    figure.update_yaxes(type="log", row=1, col=2)
     figure.update_xaxes(title="chunk", row=1, col=2)
+    figure.update_xaxes(title="timestep (sampling goes from left to right)", autorange="reversed", row=1, col=3)
     return figure.update_layout(height=420, template="simple_white", margin={"t": 40, "l": 50, "r": 20})
 
 
@@ -98,34 +133,35 @@ def embed(figure: go.Figure) -> str:
 
 def plot_pareto(task: pd.DataFrame, chosen: str | None, title: str, path: Path) -> None:
     """The Pareto picture as a PNG."""
-    timed = task.dropna(subset=["p50_ms"])
-    figure, panels = plt.subplots(1, 2, figsize=(11, 4.2), layout="constrained")
+    figure, panels = plt.subplots(1, 2, figsize=(12, 4.4), layout="constrained")
     for axes, score in zip(panels, ("reward", "success"), strict=True):
-        front = timed.set_index("sampler").loc[pareto(timed, score)]
+        front = task.set_index("sampler").loc[pareto(task, score)]
         axes.plot(front["p50_ms"], front[score], color="#bbb", linestyle=":", drawstyle="steps-post")
-        for _, row in timed.iterrows():
-            color = "#2a7" if row["sampler"] == chosen else "#444" if row["baseline"] else "#47a"
+        for row, color, text in _styles(task, chosen):
+            best = row["sampler"] == chosen
             axes.errorbar(
                 row["p50_ms"],
                 row[score],
                 xerr=[[0.0], [max(0.0, row["p99_ms"] - row["p50_ms"])]],
                 yerr=[[max(0.0, row[score] - row[f"{score}_low"])], [max(0.0, row[f"{score}_high"] - row[score])]],
-                fmt="o",
+                fmt="*" if best else "X" if row["upstream"] else "o",
+                markersize=15 if best else 7,
+                zorder=3 if best else 2,
                 color=color,
                 capsize=2,
                 linewidth=1,
-            )
-            axes.annotate(
-                row["sampler"],
-                (row["p50_ms"], row[score]),
-                xytext=(5, 5),
-                textcoords="offset points",
-                color=color,
-                fontsize=9,
+                label=text,
             )
         axes.set(xscale="log", xlabel="chunk latency, ms (p50, whisker to p99)", ylabel=f"{score} (95 % interval)")
-        axes.grid(alpha=0.3, which="both")
-        axes.margins(x=0.15)
+        axes.xaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+        axes.xaxis.set_major_formatter(ScalarFormatter())
+        axes.xaxis.set_minor_formatter(NullFormatter())
+        axes.grid(alpha=0.3)
+    handles, labels = panels[0].get_legend_handles_labels()
+    legend = figure.legend(handles, labels, loc="outside right center", frameon=False)
+    for line in legend.get_texts():
+        if line.get_text().startswith(f"{chosen}: "):
+            line.set(fontweight="bold", color=CHOSEN)
     figure.suptitle(title)
     figure.savefig(path, dpi=130)
     plt.close(figure)

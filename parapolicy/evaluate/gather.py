@@ -1,7 +1,7 @@
 """Result folders, any number of them, as one tidy table."""
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -11,10 +11,12 @@ import pandas as pd
 from tqdm import tqdm
 
 from parapolicy.evaluate import report
-from parapolicy.evaluate.latency import measure_chunks
+from parapolicy.evaluate.latency import count_evaluations, measure_chunks
 from parapolicy.evaluate.metrics import summarize_chunks
 from parapolicy.evaluate.variants import build_variants
 from parapolicy.policy import load_policy
+
+COUNTED = 20  # chunks of each sampler whose evaluations are counted by diffusion time
 
 
 @dataclass
@@ -111,7 +113,7 @@ def chunk_table(runs: Sequence[Run]) -> pd.DataFrame:
 
 
 def gather_latencies(runs: Sequence[Run], folders: Sequence[Path]) -> dict[tuple[str, str, str], dict[str, Any]]:
-    """(env, checkpoint, sampler) -> chunk_ms and chunk_error; a sweep's own measurement before its runs'."""
+    """(env, checkpoint, sampler) -> its measurements, such as chunk_ms; a sweep's own come before its runs'."""
     found: dict[tuple[str, str, str], dict[str, Any]] = {}
     for path in sorted({path for folder in folders for path in folder.rglob("latency.json")}):
         for row in json.loads(path.read_text()):
@@ -123,13 +125,19 @@ def gather_latencies(runs: Sequence[Run], folders: Sequence[Path]) -> dict[tuple
     return found
 
 
-def measure_latencies(runs: Sequence[Run], path: Path, chunks: int) -> None:
+def measure_latencies(
+    runs: Sequence[Run], path: Path, chunks: int, engine: str | None = None, upstream: Collection[str] = ()
+) -> None:
     """Time every sampler of the runs side by side, per environment and checkpoint; what was timed is not timed again.
+
 
     Args:
         runs: with ``run.json`` and the observations of their episodes.
         path: of the result, a list of rows.
         chunks: per sampler.
+        engine: that computes; None: the runs' own.
+        upstream: sequential samplers, by label, beside which stands what the published code takes for the same steps;
+            see :func:`parapolicy.evaluate.upstream.upstream_chunk`.
     """
     done = json.loads(path.read_text()) if path.is_file() else []
     groups: dict[tuple[str, str], list[Run]] = {}
@@ -146,20 +154,27 @@ def measure_latencies(runs: Sequence[Run], path: Path, chunks: int) -> None:
         if not entries.keys() - timed:
             continue
         config = members[0].about["config"] if members[0].about else {}
-        policy = load_policy(checkpoint, device=config["device"], engine=config["engine"])
+        engine = engine or config["engine"]
+        policy = load_policy(checkpoint, device=config["device"], engine=engine)
         policies = {label: variant.policy for label, variant in build_variants(policy, list(entries.values())).items()}
         pairs = [pair for run in members for pair in _observed_pairs(run.folder)]
         if not pairs:
             continue
         chosen = pairs[:: max(1, len(pairs) // chunks)][:chunks]
-        with tqdm(total=len(chosen) * len(policies), desc=f"latency, {env}", unit="chunk") as bar:
-            previous, current = zip(*chosen, strict=True)
-            measured = measure_chunks(policies, current, 0, previous, bar.update)
+        previous, current = zip(*chosen, strict=True)
+        ways = {f"upstream {label}": policies[label] for label in upstream if label in policies}
+        with tqdm(total=len(chosen) * len(policies | ways), desc=f"latency, {env}", unit="chunk") as bar:
+            measured = measure_chunks(policies, current, 0, previous, bar.update, ways)
         machine = report.describe_machine(policy.device)
         done = [row for row in done if (row["env"], row["checkpoint"]) != (env, checkpoint)]
         for label, result in measured.items():
-            place = {"env": env, "checkpoint": checkpoint, "sampler": label, "machine": machine}
-            done.append({**place, **summarize_chunks(result)})
+            row: dict[str, Any] = {"env": env, "checkpoint": checkpoint, "sampler": label, "machine": machine}
+            if label in ways:
+                row |= {"engine": "upstream", "same_as": label.removeprefix("upstream ")}
+            else:
+                row["engine"] = engine
+                row["evaluated"] = count_evaluations(policies[label], current[:COUNTED])
+            done.append(row | summarize_chunks(result))
         path.write_text(json.dumps(done, indent=2) + "\n")
 
 

@@ -64,7 +64,7 @@ def episode_row(index: int, episode: Episode) -> dict[str, Any]:
 def summarize_chunks(measured: ChunkMeasurements) -> dict[str, Any]:
     """Latency percentiles (ms, batch 1) and distance from the sequential chunk."""
     p50, p95, p99 = np.percentile(np.asarray(measured.seconds) * 1e3, [50, 95, 99])
-    return {
+    summary: dict[str, Any] = {
         "chunk_ms": {
             "p50": float(p50),
             "p95": float(p95),
@@ -73,13 +73,15 @@ def summarize_chunks(measured: ChunkMeasurements) -> dict[str, Any]:
             "batch": 1,
             "chunks": len(measured.seconds),
             "each": [1e3 * seconds for seconds in measured.seconds],
-        },
-        "chunk_error": {
+        }
+    }
+    if measured.errors:
+        summary["chunk_error"] = {
             "median": float(np.median(measured.errors)),
             "p95": float(np.percentile(measured.errors, 95)),
             "max": max(measured.errors),
-        },
-    }
+        }
+    return summary
 
 
 COUNTS = ("steps", "misses", "failures", "late", "stale", "continued", "held")

@@ -111,7 +111,8 @@ def write_report(folders: Sequence[Path], output: Path, margin: float = 0.03) ->
     """
     runs = gather_runs(folders)
     episodes, chunks = episode_table(runs), chunk_table(runs)
-    summary = summarize(episodes, gather_latencies(runs, folders), margin)
+    latencies = gather_latencies(runs, folders)
+    summary = summarize(episodes, latencies, margin)
     output.mkdir(parents=True, exist_ok=True)
     episodes.to_csv(output / "episodes.csv", index=False)
     episodes.to_parquet(output / "episodes.parquet", index=False)
@@ -127,17 +128,23 @@ def write_report(folders: Sequence[Path], output: Path, margin: float = 0.03) ->
         parts.append(_table(task, chosen))
         if not chunks.empty:
             own = chunks[(chunks["env"] == env) & (chunks["checkpoint"] == checkpoint)]
-            parts.append(embed(cost_figure(own)))
+            measured = {sampler: row for (*place, sampler), row in latencies.items() if place == [env, checkpoint]}
+            evaluated = {sampler: row["evaluated"] for sampler, row in measured.items() if "evaluated" in row}
+            parts.append(embed(cost_figure(own, evaluated)))
     parts.append(_pooled(episodes))
     if failures := gather_failures(folders):
         items = "".join(f"<li>{html.escape(where)}: {html.escape(why)}</li>" for where, why in failures.items())
         parts.append(f"<h2 class='failed'>Jobs that failed</h2><ul>{items}</ul>")
     machines = "<br>".join(map(html.escape, describe_machines(runs)))
+    engines = sorted({row.get("engine", "") for row in latencies.values()} - {"", "upstream"})
     footer = (
         "Brackets: 95 % intervals (bootstrap for rewards and percentiles, Wilson for success). Difference: of reward "
         f"to the sequential sampler, by seed. Equivalent: two one-sided t-tests with margin ±{margin}. Latency at "
-        "batch 1. Jump at seams: distance from the last action executed of one chunk to the first of the next; motion "
-        "inside: from action to action within a chunk; both in the actions' own units, over all their numbers."
+        f"batch 1{', engine ' + ', '.join(engines) if engines else ''}; "
+        "“upstream”: the eager network and diffusers' scheduler step by step, whose chunks, and so rewards, "
+        "are those of the sampler named. Jump at seams: distance from the last action executed of one chunk to the "
+        "first of the next; motion inside: from action to action within a chunk; both in the actions' own units, over "
+        "all their numbers."
     )
     script = go.Figure().to_html(full_html=False, include_plotlyjs=True)
     page = output / "report.html"

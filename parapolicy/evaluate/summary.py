@@ -17,10 +17,17 @@ from parapolicy.evaluate.statistics import (
 def summarize(
     episodes: pd.DataFrame, latencies: dict[tuple[str, str, str], dict[str, Any]], margin: float
 ) -> pd.DataFrame:
-    """One row per env, checkpoint and sampler: scores, latencies and the comparison with the sequential sampler."""
+    """One row per env, checkpoint and sampler: scores, latencies and the comparison with the sequential sampler.
+
+    A latency with ``same_as`` makes a row of its own, whose scores are that sampler's, whose chunks it computes.
+    """
     rows = []
     for (env, checkpoint), task in episodes.groupby(["env", "checkpoint"], sort=False):
         baseline = _baseline(task)
+        own = {sampler: row for (*place, sampler), row in latencies.items() if place == [env, checkpoint]}
+        upstream = {sampler: row["same_as"] for sampler, row in own.items() if "same_as" in row}
+        copies = [task[task["sampler"] == same].assign(sampler=sampler) for sampler, same in upstream.items()]
+        task = pd.concat([task, *copies])
         reference = task[task["sampler"] == baseline].set_index("seed")["reward"]
         for sampler, group in task.groupby("sampler", sort=False):
             successes, count = int(group["success"].sum()), len(group)
@@ -42,16 +49,17 @@ def summarize(
                 "seam": group["seam"].mean(),
                 "motion": group["motion"].mean(),
             }
-            timed = latencies.get((str(env), str(checkpoint), str(sampler)))
+            timed = own.get(str(sampler))
             if timed is not None:
                 times = timed["chunk_ms"].get("each") or [timed["chunk_ms"]["p50"]]
                 for percent in (50, 99):
                     low, high = percentile_interval(times, percent)
                     value = timed["chunk_ms"][f"p{percent}"]
                     row |= {f"p{percent}_ms": value, f"p{percent}_low": low, f"p{percent}_high": high}
-                row["chunk_error_p95"] = timed["chunk_error"]["p95"]
+                if "chunk_error" in timed:
+                    row["chunk_error_p95"] = timed["chunk_error"]["p95"]
             paired = group.set_index("seed")["reward"].sub(reference).dropna().tolist()
-            if baseline is not None and sampler != baseline and len(paired) > 1:
+            if baseline not in (None, sampler, upstream.get(str(sampler))) and len(paired) > 1:
                 low, high = mean_interval(paired)
                 row |= {
                     "difference": float(np.mean(paired)),
@@ -60,7 +68,7 @@ def summarize(
                     "equivalence_p": equivalence_p(paired, margin),
                     "episodes_needed": episodes_needed(paired, margin),
                 }
-            rows.append(row | {"baseline": sampler == baseline})
+            rows.append(row | {"baseline": sampler == baseline, "upstream": sampler in upstream})
     return pd.DataFrame(rows)
 
 
@@ -78,7 +86,7 @@ def recommend(task: pd.DataFrame, margin: float) -> tuple[str | None, str]:
     if base.empty or "equivalence_p" not in task:
         return None, "There is no sequential sampler with other samplers beside it to compare with."
     base = base.iloc[0]
-    equal = task[(task["equivalence_p"] < 0.05) & task["p50_ms"].notna()]
+    equal = task[(task["equivalence_p"] < 0.05) & task["p50_ms"].notna() & ~task["upstream"]]
     if equal.empty:
         needed = int(task["episodes_needed"].min())
         return None, (
@@ -87,10 +95,12 @@ def recommend(task: pd.DataFrame, margin: float) -> tuple[str | None, str]:
         )
     best = equal.loc[equal["p50_ms"].idxmin()]
     faster = f", {base['p50_ms'] / best['p50_ms']:.1f} times as fast" if base["p50_ms"] > 0 else ""
+    upstream = task.loc[task["sampler"] == f"upstream {base['sampler']}", "p50_ms"]
+    published = f" (the published code: {upstream.iloc[0]:.0f})" if len(upstream) else ""
     return str(best["sampler"]), (
-        f"Use “{best['sampler']}”: {best['p50_ms']:.0f} ms per chunk against {base['p50_ms']:.0f}{faster}, and the "
-        f"same reward within ±{margin} (difference {best['difference']:+.3f}, p = {best['equivalence_p']:.2g} of TOST, "
-        f"{int(best['episodes'])} episodes)."
+        f"Use “{best['sampler']}”: {best['p50_ms']:.0f} ms per chunk against {base['p50_ms']:.0f}{published}{faster}, "
+        f"and the same reward within ±{margin} (difference {best['difference']:+.3f}, p = "
+        f"{best['equivalence_p']:.2g} of TOST, {int(best['episodes'])} episodes)."
     )
 
 

@@ -1,7 +1,7 @@
 """Many evaluations by one hydra command: failures that cost one job, and a report when all have ended."""
 
 import traceback
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from pathlib import Path
 from typing import Any
 
@@ -31,14 +31,16 @@ class SweepReport(Callback):
 
     Args:
         latency_chunks: chunks per sampler that are timed.
+        engine: that computes them; None: the jobs' own.
+        upstream: labels of sequential samplers beside which the published code is timed, where the sweep has them.
     """
 
-    def __init__(self, latency_chunks: int = 100) -> None:
-        self.latency_chunks = latency_chunks
+    def __init__(self, latency_chunks: int = 100, engine: str | None = None, upstream: Collection[str] = ()) -> None:
+        self.latency_chunks, self.engine, self.upstream = latency_chunks, engine, upstream
 
     def on_multirun_end(self, config: DictConfig, **kwargs: Any) -> None:
         """Called by hydra."""
         folder = Path(config.hydra.sweep.dir)
         runs = gather_runs([folder])
-        measure_latencies(runs, folder / "latency.json", self.latency_chunks)
+        measure_latencies(runs, folder / "latency.json", self.latency_chunks, self.engine, self.upstream)
         write_report([folder], folder / "report")
