@@ -38,6 +38,19 @@ def test_the_shipped_network_is_rewritten_faithfully(shipped: parapolicy.Policy)
     torch.testing.assert_close(rewritten(x, film), shipped.network(x, timesteps, condition), rtol=0, atol=5e-6)
 
 
+def test_bfloat16_products_round_and_nothing_else(shipped: parapolicy.Policy) -> None:
+    rounded, exact = GemmUnet1D(shipped.network, torch.bfloat16), GemmUnet1D(shipped.network)
+    x, film = torch.randn(6, 16, 2), torch.randn(6, exact.film_bias.shape[0]) / 4
+    expected, found = exact(x, film), rounded(x, film)
+    assert found.dtype == torch.float32
+    error = (found - expected).abs().max()
+    assert 1e-5 < error < 0.1  # bfloat16 has 8 bits
+    kept = {name: value for name, value in rounded.state_dict().items() if value.dtype == torch.bfloat16}
+    assert kept
+    for name, value in rounded.state_dict().items():
+        torch.testing.assert_close(value, exact.state_dict()[name].to(value.dtype), rtol=0, atol=0)
+
+
 @pytest.mark.skipif(shutil.which("c++") is None and shutil.which("g++") is None, reason="no C++ compiler here")
 def test_a_compiled_policy_gives_the_same_chunks(recwarn: pytest.WarningsRecorder) -> None:
     # One level: compiling takes longer than everything else here.
@@ -69,7 +82,7 @@ def test_without_a_compiler_it_warns_once_and_goes_on(monkeypatch: pytest.Monkey
 
 def test_engines_are_chosen_by_name() -> None:
     network = small_policy().network
-    for name in ("eager", "compiled"):
+    for name in ("eager", "compiled", "compiled_bfloat16"):
         assert name in ENGINES
         make_engine(name, network)
     with pytest.raises(ValueError, match="torchrun"):

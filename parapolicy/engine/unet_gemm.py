@@ -22,12 +22,13 @@ class GemmUnet1D(nn.Module):
 
     Args:
         network: whose weights are taken, as they are now.
+        products: what the matrix products' factors are rounded to; all else stays in the weights' own precision.
     """
 
     film_weight: Tensor
     film_bias: Tensor
 
-    def __init__(self, network: ConditionalUnet1D) -> None:
+    def __init__(self, network: ConditionalUnet1D, products: torch.dtype = torch.float32) -> None:
         super().__init__()
         encoder: Any = network.diffusion_step_encoder
         self.step_dim = encoder[-1].out_features
@@ -51,6 +52,9 @@ class GemmUnet1D(nn.Module):
         self.parts = nn.ModuleList([*itertools.chain(*self.down, *self.up), *self.mid])  # what ``to`` moves
         final: Any = network.final_conv
         self.final, self.last = _Block(final[0]), _Window(final[1])
+        for module in self.modules():
+            if isinstance(module, (_Window, _Doubling)):
+                module.weight = module.weight.to(products)
 
     def step_film(self, timesteps: Tensor) -> Tensor:
         """The timesteps' part of the FiLM values, bias included: (T,) -> (T, F)."""
@@ -74,6 +78,13 @@ class GemmUnet1D(nn.Module):
         return self.last(self.final(x))
 
 
+def _affine(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
+    """x W + b in b's precision, multiplied in W's."""
+    if weight.dtype == bias.dtype:
+        return torch.addmm(bias, x, weight)
+    return torch.mm(x.to(weight.dtype), weight).to(bias.dtype) + bias
+
+
 class _Window(nn.Module):
     """Conv1d over (N, H, C) as one product with the windows' weights (k C, C')."""
 
@@ -94,7 +105,7 @@ class _Window(nn.Module):
             stop = self.stride * (count - 1) + 1
             x = torch.cat([x[:, k : k + stop : self.stride] for k in range(self.kernel)], -1)
         shape = (len(x), count, self.weight.shape[1])
-        return torch.addmm(self.bias, x.reshape(len(x) * count, -1), self.weight).view(shape)
+        return _affine(x.reshape(len(x) * count, -1), self.weight, self.bias).view(shape)
 
 
 class _Doubling(nn.Module):
@@ -119,7 +130,7 @@ class _Doubling(nn.Module):
         batch, length, _ = x.shape
         x = functional.pad(x, (0, 0, 1, 1))
         windows = torch.cat((x[:, :-2], x[:, 1:-1], x[:, 2:]), -1).reshape(batch * length, -1)
-        return torch.addmm(self.bias, windows, self.weight).view(batch, 2 * length, -1)
+        return _affine(windows, self.weight, self.bias).view(batch, 2 * length, -1)
 
 
 class _Block(nn.Module):
