@@ -100,7 +100,9 @@ def recommend(task: pd.DataFrame, margin: float) -> tuple[str | None, str]:
     return str(best["sampler"]), (
         f"Use “{best['sampler']}”: {best['p50_ms']:.0f} ms per chunk against {base['p50_ms']:.0f}{published}{faster}, "
         f"and the same reward within ±{margin} (difference {best['difference']:+.3f}, p = "
-        f"{best['equivalence_p']:.2g} of TOST, {int(best['episodes'])} episodes)."
+        f"{best['equivalence_p']:.2g} of TOST, {int(best['episodes'])} episodes). Success: {best['success']:.2f} "
+        f"[{best['success_low']:.2f}, {best['success_high']:.2f}] against {base['success']:.2f} "
+        f"[{base['success_low']:.2f}, {base['success_high']:.2f}]."
     )
 
 
