@@ -18,7 +18,6 @@ from envs import make_env
 from parapolicy.evaluate import metrics
 from parapolicy.evaluate.evaluation import evaluate
 from parapolicy.evaluate.latency import count_evaluations, measure_chunks
-from parapolicy.evaluate.metrics import summarize_chunks
 from parapolicy.evaluate.rollout import Episode, rollout
 from parapolicy.evaluate.statistics import mean_interval, proportion_interval
 from parapolicy.evaluate.upstream import upstream_chunk
@@ -109,7 +108,7 @@ def test_upstream_s_way_gives_the_sequential_chunk_and_is_timed_beside_it(solver
     measured = measure_chunks({"ours": policy}, [observation] * 3, upstream={"upstream": policy})
     assert len(measured["upstream"].seconds) == len(measured["ours"].seconds) == 3
     assert measured["upstream"].errors == []
-    assert "chunk_error" not in summarize_chunks(measured["upstream"])
+    assert "chunk_error" not in metrics.summarize_chunks(measured["upstream"])
 
 
 def test_evaluations_are_counted_by_diffusion_step() -> None:

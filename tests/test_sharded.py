@@ -2,7 +2,6 @@
 
 import os
 import signal
-import socket
 import subprocess
 import sys
 import time
@@ -15,7 +14,7 @@ import torch.distributed as dist
 import torch.multiprocessing as mp
 
 import parapolicy
-from parapolicy.engine.sharded import Sharded, WorkerLostError, _connect, start_workers
+from parapolicy.engine.sharded import Sharded, WorkerLostError, _connect, free_address, start_workers
 from tests.conftest import ROOT, SHIPPED
 
 
@@ -64,9 +63,7 @@ def never_listen(address: str) -> None:
 
 
 def test_a_worker_that_never_listens_is_an_error_within_the_timeout(shipped: parapolicy.Policy) -> None:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        address = f"tcp://127.0.0.1:{probe.getsockname()[1]}"
+    address = free_address()
     worker = mp.get_context("spawn").Process(target=never_listen, args=(address,), daemon=True)
     worker.start()
     try:

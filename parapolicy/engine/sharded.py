@@ -150,6 +150,13 @@ def join(engine: "Engine", device: torch.device, timeout: float = 10.0) -> Shard
     return sharded
 
 
+def free_address() -> str:
+    """Where processes of this machine can meet: the loopback address with a port that nobody uses."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return f"tcp://127.0.0.1:{probe.getsockname()[1]}"
+
+
 @contextlib.contextmanager
 def start_workers(
     folder: str | os.PathLike[str],
@@ -168,9 +175,7 @@ def start_workers(
     """
     from parapolicy.policy import load_policy
 
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        address = f"tcp://127.0.0.1:{probe.getsockname()[1]}"
+    address = free_address()
     context = mp.get_context("spawn")
     names = [f"cuda:{rank}" if device == "cuda" else device for rank in range(processes)]
     workers = [

@@ -125,6 +125,13 @@ def gather_latencies(runs: Sequence[Run], folders: Sequence[Path]) -> dict[tuple
     return found
 
 
+def select_latencies(
+    latencies: Mapping[tuple[str, str, str], dict[str, Any]], env: str, checkpoint: str
+) -> dict[str, dict[str, Any]]:
+    """Sampler -> what :func:`gather_latencies` found of it, for one task."""
+    return {sampler: row for (*task, sampler), row in latencies.items() if task == [env, checkpoint]}
+
+
 def measure_latencies(
     runs: Sequence[Run], path: Path, chunks: int, engine: str | None = None, upstream: Collection[str] = ()
 ) -> None:
@@ -154,8 +161,8 @@ def measure_latencies(
         if not entries.keys() - timed:
             continue
         config = members[0].about["config"] if members[0].about else {}
-        engine = engine or config["engine"]
-        policy = load_policy(checkpoint, device=config["device"], engine=engine)
+        name = engine or config["engine"]
+        policy = load_policy(checkpoint, device=config["device"], engine=name)
         policies = {label: variant.policy for label, variant in build_variants(policy, list(entries.values())).items()}
         pairs = [pair for run in members for pair in _observed_pairs(run.folder)]
         if not pairs:
@@ -172,7 +179,7 @@ def measure_latencies(
             if label in ways:
                 row |= {"engine": "upstream", "same_as": label.removeprefix("upstream ")}
             else:
-                row["engine"] = engine
+                row["engine"] = name
                 row["evaluated"] = count_evaluations(policies[label], current[:COUNTED])
             done.append(row | summarize_chunks(result))
         path.write_text(json.dumps(done, indent=2) + "\n")

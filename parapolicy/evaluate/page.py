@@ -20,6 +20,7 @@ from parapolicy.evaluate.gather import (
     gather_failures,
     gather_latencies,
     gather_runs,
+    select_latencies,
 )
 from parapolicy.evaluate.statistics import pooled_interval
 from parapolicy.evaluate.summary import recommend, summarize
@@ -128,7 +129,7 @@ def write_report(folders: Sequence[Path], output: Path, margin: float = 0.03) ->
         parts.append(_table(task, chosen))
         if not chunks.empty:
             own = chunks[(chunks["env"] == env) & (chunks["checkpoint"] == checkpoint)]
-            measured = {sampler: row for (*place, sampler), row in latencies.items() if place == [env, checkpoint]}
+            measured = select_latencies(latencies, str(env), str(checkpoint))
             evaluated = {sampler: row["evaluated"] for sampler, row in measured.items() if "evaluated" in row}
             parts.append(embed(cost_figure(own, evaluated)))
     parts.append(_pooled(episodes))

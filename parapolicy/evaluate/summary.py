@@ -5,6 +5,7 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
+from parapolicy.evaluate.gather import select_latencies
 from parapolicy.evaluate.statistics import (
     episodes_needed,
     equivalence_p,
@@ -24,7 +25,7 @@ def summarize(
     rows = []
     for (env, checkpoint), task in episodes.groupby(["env", "checkpoint"], sort=False):
         baseline = _baseline(task)
-        own = {sampler: row for (*place, sampler), row in latencies.items() if place == [env, checkpoint]}
+        own = select_latencies(latencies, str(env), str(checkpoint))
         upstream = {sampler: row["same_as"] for sampler, row in own.items() if "same_as" in row}
         copies = [task[task["sampler"] == same].assign(sampler=sampler) for sampler, same in upstream.items()]
         task = pd.concat([task, *copies])
