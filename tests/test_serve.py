@@ -1,88 +1,33 @@
 """The policy server: real websocket connections, well-behaved and otherwise."""
 
-import asyncio
 import contextlib
-import dataclasses
-import json
 import os
 import random
 import re
-import signal
 import socket
-import subprocess
-import sys
 import threading
 import time
 import urllib.error
 import urllib.request
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 from websockets.exceptions import ConnectionClosed, ConnectionClosedError, InvalidStatus
-from websockets.sync.client import ClientConnection, connect
 
-from parapolicy.cli import main
-from parapolicy.noise import mix_seeds
-from parapolicy.policy import Chunk, Policy, save_policy
+from parapolicy.policy import Chunk, Policy
 from parapolicy.serve.server import PolicyServer, ServeConfig
 from parapolicy.serve.session import Request, Session
 from parapolicy.serve.wire import WireError, pack, unpack
-from tests.conftest import ROOT
 from tests.helpers import small_policy, some_observation
-
-CLIENT_PYTHON = Path(os.environ.get("PARAPOLICY_CLIENT_PYTHON", ROOT / ".venv-client" / "bin" / "python"))
-
-
-class Running:
-    """A server on a thread of its own."""
-
-    def __init__(self, policy: Policy, **settings: Any) -> None:
-        self.server = PolicyServer(policy, ServeConfig(port=0, **settings))
-        self._ready = threading.Event()
-        self._thread = threading.Thread(target=lambda: asyncio.run(self._run()))
-        self._thread.start()
-        assert self._ready.wait(30)
-
-    async def _run(self) -> None:
-        self._stop, self._loop = asyncio.Event(), asyncio.get_running_loop()
-        async with self.server.running() as listening:
-            self.port = listening.sockets[0].getsockname()[1]
-            self._ready.set()
-            await self._stop.wait()
-
-    def stop(self) -> None:
-        self._loop.call_soon_threadsafe(self._stop.set)
-        self._thread.join(30)
-        assert not self._thread.is_alive()
-
-    def connect(self, **options: Any) -> ClientConnection:
-        return connect(f"ws://127.0.0.1:{self.port}", compression=None, max_size=None, **options)
-
-    def get(self, path: str) -> str:
-        with urllib.request.urlopen(f"http://127.0.0.1:{self.port}{path}", timeout=10) as response:
-            assert response.status == 200
-            return str(response.read().decode())
-
-    def metric(self, name: str) -> float:
-        return sum(float(line.split()[-1]) for line in self.get("/metrics").splitlines() if line.startswith(name))
-
-
-@contextlib.contextmanager
-def running(policy: Policy, **settings: Any) -> Iterator[Running]:
-    server = Running(policy, **settings)
-    try:
-        yield server
-    finally:
-        server.stop()
+from tests.serving import Running, expected_episode, infer, running, served_policy
 
 
 @pytest.fixture(scope="module")
 def policy() -> Policy:
-    return dataclasses.replace(small_policy("semi_implicit"), reproducible=True)
+    return served_policy()
 
 
 @pytest.fixture(scope="module")
@@ -91,28 +36,8 @@ def server(policy: Policy) -> Iterator[Running]:
         yield server
 
 
-def infer(client: ClientConnection, message: Any) -> dict[str, Any]:
-    client.send(pack(message))
-    reply = client.recv(timeout=60)
-    assert isinstance(reply, bytes), reply
-    answer: dict[str, Any] = unpack(reply)
-    return answer
-
-
 def one_step(policy: Policy, seed: int) -> dict[str, np.ndarray]:
     return {key: value[-1] for key, value in some_observation(policy.spec, seed=seed).items()}
-
-
-def expected_episode(
-    policy: Policy, messages: list[dict[str, Any]], seed: int = 0, warm_start: bool = True
-) -> list[np.ndarray]:
-    """What a client should be answered that sends whole histories, one after the other."""
-    actions, warm = [], None
-    for k, message in enumerate(messages):
-        chunk = policy.predict(message, seed=mix_seeds(seed, k), warm=warm)
-        warm = chunk.warm_state if warm_start else None
-        actions.append(chunk.trajectory[policy.spec.n_obs_steps - 1 :])
-    return actions
 
 
 def test_an_episode_is_answered_as_the_policy_would(server: Running, policy: Policy) -> None:
@@ -375,95 +300,6 @@ def test_a_fuzzer_leaves_the_server_alive_and_correct(server: Running, policy: P
         client.recv()
         actions = infer(client, history)["actions"]
     np.testing.assert_allclose(actions, expected_episode(policy, [history])[0], rtol=1e-5, atol=1e-4)
-
-
-def start_command(*settings: str) -> subprocess.Popen[str]:
-    command = [sys.executable, "-m", "parapolicy.cli", "serve", *settings]
-    return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, cwd=ROOT)
-
-
-@pytest.fixture
-def command(policy: Policy, tmp_path: Path) -> Iterator[Callable[..., tuple[subprocess.Popen[str], int]]]:
-    save_policy(policy, tmp_path / "policy")
-    started = []
-
-    def start(*settings: str) -> tuple[subprocess.Popen[str], int]:
-        process = start_command(f"checkpoint={tmp_path / 'policy'}", "port=0", "sampler=semi_implicit", *settings)
-        started.append(process)
-        assert process.stdout is not None
-        for line in process.stdout:
-            if line.startswith("serving on"):
-                return process, int(line.split(";")[0].rsplit(":", 1)[1])
-        raise AssertionError("the server has not started")
-
-    yield start
-    for process in started:
-        process.kill()
-
-
-def test_the_published_client(command: Callable, policy: Policy) -> None:
-    """openpi-client as it is published, in a process and an environment of its own."""
-    if not CLIENT_PYTHON.is_file() or subprocess.run([CLIENT_PYTHON, "-c", "import openpi_client"]).returncode:
-        pytest.skip(f"no openpi-client at {CLIENT_PYTHON}; make test installs it where its own pins can be had")
-    process, port = command("api_key=k3y")
-    histories = [some_observation(policy.spec, seed=i) for i in range(3)]
-    script = (
-        "import json, sys, numpy as np\n"
-        "from openpi_client.websocket_client_policy import WebsocketClientPolicy\n"
-        "client = WebsocketClientPolicy('127.0.0.1', int(sys.argv[1]), api_key='k3y')\n"
-        "assert client.get_server_metadata()['policy'] == 'parapolicy'\n"
-        "for line in sys.stdin:\n"
-        "    message = {k: np.asarray(v, np.float32) for k, v in json.loads(line).items()}\n"
-        "    print(json.dumps(client.infer(message)['actions'].tolist()))\n"
-        "try:\n"
-        "    client.infer({'nothing': 1})\n"
-        "except RuntimeError as error:\n"
-        "    print(json.dumps(str(error)))\n"
-    )
-    lines = "\n".join(json.dumps({k: v.tolist() for k, v in history.items()}) for history in histories)
-    done = subprocess.run(
-        [CLIENT_PYTHON, "-c", script, str(port)], input=lines, capture_output=True, text=True, timeout=120
-    )
-    assert done.returncode == 0, done.stderr
-    *answers, error = map(json.loads, done.stdout.splitlines())
-    for actions, expected in zip(answers, expected_episode(policy, histories, warm_start=False), strict=True):
-        np.testing.assert_allclose(actions, expected, rtol=1e-5, atol=1e-4)
-    assert "lacks ['position', 'points']" in error
-    process.send_signal(signal.SIGTERM)
-    assert process.wait(30) == 0
-
-
-def test_closing_finishes_what_was_asked(command: Callable, policy: Policy) -> None:
-    process, port = command()
-    with connect(f"ws://127.0.0.1:{port}", compression=None) as client:
-        client.recv()
-        infer(client, some_observation(policy.spec))
-        process.send_signal(signal.SIGINT)
-        with pytest.raises(ConnectionClosed) as closed:
-            client.recv(timeout=30)
-        assert closed.value.rcvd is not None
-        assert closed.value.rcvd.code == 1001
-    assert process.wait(30) == 0
-
-
-@pytest.mark.parametrize(
-    ("settings", "message"),
-    [
-        (["prot=1"], "Key 'prot'"),
-        (["port=high"], "high"),
-        (["checkpoint=nowhere"], "no checkpoint at 'nowhere'"),
-        (["sampler=fast"], "sampler is 'fast'"),
-    ],
-)
-def test_the_command_names_bad_settings(settings: list[str], message: str, capsys: pytest.CaptureFixture[str]) -> None:
-    with pytest.raises(SystemExit, match=message):
-        main(["serve", *settings])
-
-
-def test_a_taken_port_is_named(server: Running, policy: Policy, tmp_path: Path) -> None:
-    save_policy(policy, tmp_path / "policy")
-    with pytest.raises(SystemExit, match=r"error: .*address already in use"):
-        main(["serve", f"checkpoint={tmp_path / 'policy'}", f"port={server.port}"])
 
 
 def test_wire_round_trip() -> None:

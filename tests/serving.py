@@ -1,0 +1,85 @@
+"""A policy server on a thread, and what its clients should be told: for the tests of the server."""
+
+import asyncio
+import contextlib
+import dataclasses
+import threading
+import urllib.request
+from collections.abc import Iterator
+from typing import Any
+
+import numpy as np
+from websockets.sync.client import ClientConnection, connect
+
+from parapolicy.noise import mix_seeds
+from parapolicy.policy import Policy
+from parapolicy.serve.server import PolicyServer, ServeConfig
+from parapolicy.serve.wire import pack, unpack
+from tests.helpers import small_policy
+
+
+class Running:
+    """A server on a thread of its own."""
+
+    def __init__(self, policy: Policy, **settings: Any) -> None:
+        self.server = PolicyServer(policy, ServeConfig(port=0, **settings))
+        self._ready = threading.Event()
+        self._thread = threading.Thread(target=lambda: asyncio.run(self._run()))
+        self._thread.start()
+        assert self._ready.wait(30)
+
+    async def _run(self) -> None:
+        self._stop, self._loop = asyncio.Event(), asyncio.get_running_loop()
+        async with self.server.running() as listening:
+            self.port = listening.sockets[0].getsockname()[1]
+            self._ready.set()
+            await self._stop.wait()
+
+    def stop(self) -> None:
+        self._loop.call_soon_threadsafe(self._stop.set)
+        self._thread.join(30)
+        assert not self._thread.is_alive()
+
+    def connect(self, **options: Any) -> ClientConnection:
+        return connect(f"ws://127.0.0.1:{self.port}", compression=None, max_size=None, **options)
+
+    def get(self, path: str) -> str:
+        with urllib.request.urlopen(f"http://127.0.0.1:{self.port}{path}", timeout=10) as response:
+            assert response.status == 200
+            return str(response.read().decode())
+
+    def metric(self, name: str) -> float:
+        return sum(float(line.split()[-1]) for line in self.get("/metrics").splitlines() if line.startswith(name))
+
+
+@contextlib.contextmanager
+def running(policy: Policy, **settings: Any) -> Iterator[Running]:
+    server = Running(policy, **settings)
+    try:
+        yield server
+    finally:
+        server.stop()
+
+
+def served_policy() -> Policy:
+    return dataclasses.replace(small_policy("semi_implicit"), reproducible=True)
+
+
+def infer(client: ClientConnection, message: Any) -> dict[str, Any]:
+    client.send(pack(message))
+    reply = client.recv(timeout=60)
+    assert isinstance(reply, bytes), reply
+    answer: dict[str, Any] = unpack(reply)
+    return answer
+
+
+def expected_episode(
+    policy: Policy, messages: list[dict[str, Any]], seed: int = 0, warm_start: bool = True
+) -> list[np.ndarray]:
+    """What a client should be answered that sends whole histories, one after the other."""
+    actions, warm = [], None
+    for k, message in enumerate(messages):
+        chunk = policy.predict(message, seed=mix_seeds(seed, k), warm=warm)
+        warm = chunk.warm_state if warm_start else None
+        actions.append(chunk.trajectory[policy.spec.n_obs_steps - 1 :])
+    return actions
