@@ -153,3 +153,19 @@ def test_bad_train_settings_are_named() -> None:
         TrainConfig(precision="half")
     with pytest.raises(ValueError, match="steps is 0"):
         TrainConfig(steps=0)
+
+
+def test_a_run_goes_on_from_a_trained_policy(buffer: Path, tmp_path: Path) -> None:
+    data, cpu, first = read_zarr(buffer, SOURCES), torch.device("cpu"), tmp_path / "first"
+    train(small_spec(), data, CONFIG, first, cpu)
+    shifted = Demonstrations({key: value + 1 for key, value in data.arrays.items()}, data.episode_ends)
+    still = dataclasses.replace(CONFIG, steps=2, learning_rate=0.0, init=str(first))
+    train(small_spec(), shifted, still, tmp_path / "second", cpu)
+    before, after = (parapolicy.load_policy(tmp_path / name, device="cpu") for name in ("first", "second"))
+    assert all(
+        torch.equal(value, after.network.state_dict()[name]) for name, value in before.network.state_dict().items()
+    )
+    assert torch.equal(before.normalizer.maps["action"].offset, after.normalizer.maps["action"].offset)
+
+    with pytest.raises(ValueError, match="has the horizon"):
+        train(small_spec(horizon=32), data, still, tmp_path / "third", cpu)

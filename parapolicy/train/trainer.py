@@ -18,7 +18,7 @@ from torch import Tensor
 from torch.nn import functional
 from tqdm import tqdm
 
-from parapolicy.checkpoint.native import write_checkpoint
+from parapolicy.checkpoint.native import read_checkpoint, write_checkpoint
 from parapolicy.checkpoint.spec import PolicySpec
 from parapolicy.errors import DataError
 from parapolicy.networks import ConditionalUnet1D
@@ -43,6 +43,7 @@ class TrainConfig:
         compile: run the network through ``torch.compile``.
         checkpoint_every: steps between savings of the run's whole state.
         seed: of weights, batches, noise and timesteps.
+        init: folder of a trained policy, whose weights and normalizer the run begins with; None: anew.
     """
 
     steps: int = 10_000
@@ -56,6 +57,7 @@ class TrainConfig:
     compile: bool = False
     checkpoint_every: int = 500
     seed: int = 0
+    init: str | None = None
 
     def __post_init__(self) -> None:
         if self.precision not in ("auto", "float32", "bfloat16"):
@@ -82,18 +84,21 @@ def train(
     resumes from it. Ctrl-C saves the state before it ends the run.
 
     Raises:
-        ValueError: the saved state belongs to a run with other settings.
+        ValueError: the saved state belongs to a run with other settings, or ``config.init`` to another kind of policy.
+        CheckpointError: ``config.init`` cannot be read.
         FloatingPointError: the loss is no longer finite.
     """
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
     torch.manual_seed(config.seed)
     network = spec.build_network().to(device)
+    normalizer = Normalizer.fit(data.arrays)
+    if config.init is not None:
+        normalizer = _take_over(config.init, spec, network)
     average = [parameter.detach().clone() for parameter in network.parameters()]
     optimizer = torch.optim.AdamW(
         network.parameters(), lr=config.learning_rate, betas=(0.95, 0.999), weight_decay=config.weight_decay, fused=True
     )
-    normalizer = Normalizer.fit(data.arrays)
     loss_of = _Loss(spec, data, normalizer, config, network, device)
     run = {"spec": _json_like(spec.to_dict()), "config": dataclasses.asdict(config)}
     step, seconds, smooth = 0, 0.0, math.nan
@@ -157,6 +162,17 @@ def train(
     write_checkpoint(folder, spec, dict(zip(names, average, strict=True)), normalizer)
     (folder / STATE).unlink(missing_ok=True)
     return TrainResult(smooth, seconds + time.perf_counter() - begin)
+
+
+def _take_over(folder: str, spec: PolicySpec, network: ConditionalUnet1D) -> Normalizer:
+    """Copy a trained policy's weights into ``network``; its normalizer belongs to them."""
+    other, trained, normalizer = read_checkpoint(folder)
+    for name in ("observation", "action_dim", "n_obs_steps", "horizon", "network", "scheduler"):
+        here, there = getattr(spec, name), getattr(other, name)
+        if here != there:
+            raise ValueError(f"the policy at {folder!r} has the {name} {there}, this run {here}; set them alike")
+    network.load_state_dict(trained.state_dict())
+    return normalizer
 
 
 class _Loss:
