@@ -107,8 +107,8 @@ class Schedule:
         Returns:
             (k, x, u, previous_u), the last three (A, H, D), -> the state after the k-th step; to the bit as ``step``.
         """
-        a, b, c, s = (table[step][..., None, None].unbind(1) for table in (self.A, self.B, self.C, self.S))
-        kick = [deviation * noise for deviation, noise in zip(s, z.unbind(1), strict=True)]
+        a, b, c = (table[step][..., None, None].unbind(1) for table in (self.A, self.B, self.C))
+        kick = (self.S[step][..., None, None] * z).unbind(1)
 
         def move(k: int, x: Tensor, u: Tensor, previous_u: Tensor) -> Tensor:
             drive = b[k] * u + kick[k]

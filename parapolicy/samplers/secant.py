@@ -74,25 +74,22 @@ class Secant:
         while (entries := windows.next_round()) is not None:
             row, step, valid = entries
             windows.extrapolate(row, step[:, -1] + 1)
-            source = row.expand_as(step)[valid], step[valid]
-            states = x[source]
+            element, source, before = row[:, 0], (row.expand_as(step)[valid], step[valid]), x[row, step]
+            states = before[valid]
             estimates = denoiser(states, source[1], source[0])
             model.record(source, states, estimates)
             u[source[0], source[1] + 1] = estimates
 
-            element, before, linear = row[:, 0], x[row, step], model.fit(row, step)
-            move, evaluated, old = (
-                schedule.transitions(step, z[row, step]),
-                u[row, step + 1].unbind(1),
-                before.unbind(1),
-            )
-            state, previous_u, after = old[0], u[element, step[:, 0]], []
+            predict = model.fit(row, step, before, u[row, step + 1])
+            move = schedule.transitions(step, _columns(z[row, step]))
+            state, previous_u = _columns(before)[:, 0], _columns(u[row, step[:, :1]])[:, 0]
+            after = []
             for k in range(step.shape[1]):
-                estimate = (evaluated[k] + linear(k, state - old[k])).clamp(-bound, bound)
+                estimate = predict(k, state).clamp(-bound, bound)
                 state = move(k, state, estimate, previous_u)
                 after.append(state)
                 previous_u = estimate
-            new = torch.stack(after, 1)  # (A, W, H, D)
+            new = torch.stack(after, 1).view_as(before)
             # Root mean square changes, in deviations.
             moved = (new - x[row, step + 1]).square().mean((2, 3)).sqrt() / deviation[step]
             final = x[element, -1]
@@ -130,40 +127,40 @@ class SecantModel:
 
     def __init__(self, x: Tensor, history: int) -> None:
         batch, states, *shape = x.shape
-        self.last_x, self.last_u = (x.new_zeros(batch, states - 1, *shape) for _ in range(2))
-        # Differences of state and estimate, newest first; zero where a step has not been evaluated often enough.
-        self.dx, self.du = (x.new_zeros(history, batch, states - 1, *shape) for _ in range(2))
+        # Pairs of state and estimate, newest first; all alike at a step that has been evaluated once.
+        self.pairs = x.new_zeros(2, history + 1, batch, states - 1, *shape)
         self.seen = torch.zeros(batch, states - 1, dtype=torch.bool, device=x.device)
+        self.neighbours = torch.tensor([0, -1, 1], device=x.device)
 
     def record(self, source: tuple[Tensor, Tensor], states: Tensor, estimates: Tensor) -> None:
         """Take N evaluations: ``states`` and ``estimates`` (N, H, D) at batch elements and steps ``source``."""
         row, step = source
-        seen = self.seen[source][:, None, None]
-        for history, last, value in ((self.dx, self.last_x, states), (self.du, self.last_u, estimates)):
-            if len(history):
-                difference = torch.where(seen, value - last[source], 0.0)
-                history[:, row, step] = torch.cat((difference[None], history[:-1, row, step]))
-            last[source] = value
+        newest = torch.stack((states, estimates))[:, None]
+        past = torch.where(self.seen[source][:, None, None], self.pairs[:, :-1, row, step], newest)
+        self.pairs[:, :, row, step] = torch.cat((newest, past), 1)
         self.seen[source] = True
 
-    def fit(self, row: Tensor, step: Tensor) -> Callable[[int, Tensor], Tensor]:
-        """J of each entry (A, W), as a function of the entry's index k and a difference of states (A, H, D)."""
-        if not len(self.dx):
-            return lambda k, difference: torch.zeros_like(difference)
-        steps = [(step + neighbour).clamp(0, self.dx.shape[2] - 1) for neighbour in (0, -1, 1)]
-        dx, du = (
-            torch.cat([differences[:, row, j] for j in steps]).permute(1, 2, 0, 3, 4).flatten(3)  # (A, W, m, H D)
-            for differences in (self.dx, self.du)
-        )
-        normal = dx @ dx.transpose(-1, -2)  # (A, W, m, m)
+    def fit(self, row: Tensor, step: Tensor, x: Tensor, u: Tensor) -> Callable[[int, Tensor], Tensor]:
+        """The model u + J (x_new - x) at each entry (A, W), around x and u (A, W, H, D).
+
+        Returns:
+            (k, x_new as columns (A, H D, 1)) -> the k-th entry's estimate, likewise.
+        """
+        old, seen = _columns(x).unbind(1), _columns(u).unbind(1)
+        if self.pairs.shape[1] == 1:
+            return lambda k, new: seen[k]
+        steps = (step[..., None] + self.neighbours).clamp(0, self.pairs.shape[3] - 1)  # (A, W, 3)
+        pairs = self.pairs[:, :, row[..., None], steps]
+        differences = (pairs[:, :-1] - pairs[:, 1:]).permute(0, 2, 3, 4, 1, 5, 6)  # (2, A, W, 3, history, H, D)
+        dx, du = differences.flatten(5).flatten(3, 4)  # (A, W, m, H D)
+        normal = dx @ dx.mT  # (A, W, m, m)
         damping = REGULARIZATION * normal.diagonal(dim1=-2, dim2=-1).sum(-1) + 1e-12
         normal.diagonal(dim1=-2, dim2=-1).add_(damping[..., None])
-        weights = torch.linalg.solve(normal, dx).unbind(1)  # W times (A, m, H D)
-        outputs = du.unbind(1)
+        weights = torch.cholesky_solve(dx, torch.linalg.cholesky_ex(normal)[0]).unbind(1)  # W times (A, m, H D)
+        outputs = du.mT.unbind(1)  # W times (A, H D, m)
+        return lambda k, new: torch.baddbmm(seen[k], outputs[k], torch.bmm(weights[k], new - old[k]))
 
-        def linear(k: int, difference: Tensor) -> Tensor:
-            # Sums of products: at this size a matrix product's call costs more than its work.
-            coefficients = (weights[k] * difference.flatten(1)[:, None]).sum(-1, keepdim=True)  # (A, m, 1)
-            return (outputs[k] * coefficients).sum(1).view_as(difference)
 
-        return linear
+def _columns(values: Tensor) -> Tensor:
+    """(A, W, H, D) -> (A, W, H D, 1)."""
+    return values.flatten(2)[..., None]
