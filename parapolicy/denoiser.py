@@ -1,5 +1,8 @@
 """The one function that samplers see: state and step in, estimate of the clean sample out."""
 
+from collections.abc import Callable
+from typing import Any
+
 import torch
 from torch import Tensor
 from torch.nn import functional
@@ -34,6 +37,14 @@ class Denoiser:
         self.schedule = schedule
         self.reproducible = reproducible
         self.max_batch = max_batch
+
+    @property
+    def keep(self) -> Callable[..., Any] | None:
+        """(key, make, *arguments) -> ``make(*arguments)``, the same object for the same key, on an engine that captures
+        rounds; None on others. See :class:`parapolicy.engine.CudaGraph`.
+        """
+        keep = getattr(self.evaluate, "keep", None)
+        return keep and (lambda key, *call: keep((self.reproducible, self.max_batch, key), *call))
 
     def __call__(self, x: Tensor, step: Tensor, element: Tensor) -> Tensor:
         """u_j at N states, in one network call or as few as ``max_batch`` allows.

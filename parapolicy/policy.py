@@ -221,7 +221,8 @@ def load_policy(
             :func:`parapolicy.make_plan` finds fastest here, at the ``tolerance`` given.
         engine: one of :data:`parapolicy.engine.ENGINES`. ``compiled`` compiles at the first call, for about a minute
             where torch's cache on disk does not know the network yet. ``compiled_bfloat16`` rounds the factors of its
-            matrix products to bfloat16: faster on CPUs with instructions for it.
+            matrix products to bfloat16: faster on CPUs with instructions for it. ``cuda_graph`` captures whole rounds
+            of the default sampler.
         device: ``auto`` (a GPU where there is one), ``cpu``, ``cuda``, ``cuda:1``, …
 
     Raises:

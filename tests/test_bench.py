@@ -7,51 +7,96 @@ from pathlib import Path
 import pytest
 import torch
 
-from parapolicy import bench
-from parapolicy.engine import make_engine
+import parapolicy
+from parapolicy.bench import __main__ as command
+from parapolicy.bench import machine, measure
+from parapolicy.bench.widen import widen
+from parapolicy.networks import ConditionalUnet1D
 from tests.conftest import SHIPPED
 from tests.helpers import small_policy
 
 
 def test_the_floor_counts_the_network_s_work() -> None:
     policy = small_policy()
-    x = torch.randn(3, policy.spec.horizon, 2)
-    inputs = (x, torch.zeros(3, dtype=torch.int64), torch.randn(3, policy.spec.condition_dim))
-    weights = sum(parameter.numel() for parameter in policy.network.parameters())
+    flops, weights = measure.work(policy)
+    assert weights == 4 * sum(parameter.numel() for parameter in policy.network.parameters())
+    assert flops > 2 * weights / 12  # most weights are used at several positions, some at one
     slow_memory = {"flops_per_second": 1e30, "bytes_per_second": 4.0}
-    assert bench.network_floor(policy.network, inputs, slow_memory) == weights
+    assert machine.floor(2, 30, flops, weights, slow_memory) == 2 * weights / 4
     slow_arithmetic = {"flops_per_second": 1.0, "bytes_per_second": 1e30}
-    one = bench.network_floor(policy.network, tuple(value[:1] for value in inputs), slow_arithmetic)
-    assert bench.network_floor(policy.network, inputs, slow_arithmetic) == 3 * one
-    assert one > 2 * weights / 3  # most weights are used at several positions, some at one
+    assert machine.floor(2, 30, flops, weights, slow_arithmetic) == 30 * flops
+
+
+def test_a_row_s_flops_are_those_of_a_hand_count() -> None:
+    network = ConditionalUnet1D(2, 3, 8, (4,), 3, 2)
+    step_encoder = 2 * (8 * 32 + 32 * 8)
+    positions = 5
+    down = 3 * (2 * 4 + 4 * 4) + 2 * 4 + 3 * (4 * 4 + 4 * 4)  # with a residual projection in the first
+    middle = 2 * 3 * (4 * 4 + 4 * 4)
+    end = 3 * 4 * 4 + 4 * 2
+    film = 4 * (8 + 3) * 8
+    expected = step_encoder + 2 * positions * (down + middle + end) + 2 * film
+    assert machine.row_flops(network, positions, 2, 3) == expected
+
+
+@pytest.mark.parametrize(("down_dims", "scale"), [((8, 16), True), ((8, 16, 16), False)])
+def test_a_widened_network_is_the_same_function(down_dims: tuple[int, ...], scale: bool) -> None:
+    network = ConditionalUnet1D(2, 5, 16, down_dims, 5, 4, scale).requires_grad_(False)
+    wide = widen(network, 3)
+    x, timestep, condition = torch.randn(6, 8, 2), torch.arange(6), torch.randn(6, 5)
+    torch.testing.assert_close(wide(x, timestep, condition), network(x, timestep, condition), rtol=0, atol=1e-5)
+    assert wide.mid_modules[0].blocks[0].block[0].out_channels == 3 * down_dims[-1]
+
+
+def test_widened_fourfold_the_shipped_policy_has_the_published_size(shipped: parapolicy.Policy) -> None:
+    parameters = sum(parameter.numel() for parameter in widen(shipped.network, 4).parameters())
+    assert 60e6 < parameters < 70e6
 
 
 def test_every_call_is_timed_once_per_repeat_in_rotating_order() -> None:
     order: list[str] = []
     calls = {name: lambda name=name: order.append(name) for name in "abc"}
-    seconds = bench.alternate(calls, 3)
+    seconds = measure.alternate(calls, 3, torch.device("cpu"))
     assert "".join(order) == "abc" + "abc" + "bca" + "cab"
     assert {name: len(values) for name, values in seconds.items()} == {"a": 3, "b": 3, "c": 3}
 
 
-def test_chunks_of_every_kind_are_measured() -> None:
-    policy = small_policy()
-    rows = bench.bench_chunks(policy, {"eager": make_engine("eager", policy.network)}, 2)
-    assert {"upstream, DDPM-100", "upstream, DDIM-10", "sequential, eager", "secant, eager"} <= set(rows)
-    assert all(0 < row["p50"] <= row["max"] for row in rows.values())
+def test_more_steps_are_the_same_noise_levels_more_finely_divided(shipped: parapolicy.Policy) -> None:
+    finer = measure._with_steps(shipped, 400)
+    assert len(finer.schedule) == 400
+    trained = dict(zip(shipped.schedule.timesteps.tolist(), shipped.schedule.alpha.tolist(), strict=True))
+    found = dict(zip(finer.schedule.timesteps.tolist(), finer.schedule.alpha.tolist(), strict=True))
+    for timestep in (0, 50, 98):
+        assert found[timestep] == pytest.approx(trained[timestep], abs=1e-3)
 
 
 def test_the_command_writes_its_results(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    monkeypatch.setattr(bench, "BATCHES", (1, 4))
-    monkeypatch.setattr(bench, "ROBOTS", (1, 2))
-    options = ["--engines", "eager", "--chunks", "1", "--device", "cpu", "--output", str(tmp_path)]
+    for name, value in {"BATCHES": (1, 4), "ROBOTS": (1, 2), "WINDOWS": (20,), "STEPS": (5,), "HORIZONS": (8,)}.items():
+        monkeypatch.setattr(measure, name, value)
+    options = ["--engines", "eager", "--chunks", "1", "--device", "cpu", "--scaling", "--output", str(tmp_path)]
     monkeypatch.setattr(sys, "argv", ["bench", str(SHIPPED), *options])
-    bench.main()
+    command.main()
     results = json.loads((tmp_path / "bench.json").read_text())
     assert [row["batch"] for row in results["network"]] == [1, 4]
     assert all(row["eager"] > 0 and row["floor"] > 0 for row in results["network"])
+    chunks = {row["chunk"]: row for row in results["chunks"]}
+    assert {"upstream, DDPM-100", "upstream, DDIM-10", "sequential, eager", "secant (default), eager"} <= set(chunks)
+    assert all(0 < row["p50"] <= row["max"] for row in chunks.values())
+    assert 0 < chunks["secant (default), eager"]["error_p95"] < 0.1
+    assert chunks["sequential, eager"]["rounds"] == 100
     assert (tmp_path / "bench.png").stat().st_size > 1000
     assert [row["robots"] for row in results["robots"]] == [1, 2]
-    assert "upstream / p50" in capsys.readouterr().out
+    assert [row["T"] for row in results["scaling"]["steps"]] == [5]
+    assert results["peak_memory"]["process"] > 50
+    assert "peak memory" in capsys.readouterr().out
+
+
+def test_numbers_that_make_no_sense_are_refused(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(sys, "argv", ["bench", "--widen", "0"])
+    with pytest.raises(SystemExit):
+        command.main()
+    assert "--widen is 0, expected at least 1" in capsys.readouterr().err

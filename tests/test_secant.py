@@ -8,11 +8,13 @@ import numpy as np
 import pytest
 import torch
 from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
 
 import parapolicy
 from parapolicy.evaluate.errors import measure_errors
 from parapolicy.evaluate.metrics import summarize_errors
 from parapolicy.samplers import Secant, SemiImplicit, Sequential
+from parapolicy.samplers.secant import SecantRounds
 from parapolicy.schedule import Schedule, make_schedule
 from tests.helpers import DDPM_CONFIG, small_policy, some_observation
 
@@ -102,3 +104,46 @@ def test_errors_are_measured_along_episodes() -> None:
     assert summary["action_error"]["max"] > summary["error"]["max"]
     with pytest.raises(ValueError, match="two chunks"):
         measure_errors({"exact": policy}, [episodes[0][:1]], 5)
+
+
+class Waits(TorchDispatchMode):
+    """Fails where a value of a tensor decides what happens next: the host would wait for it, and a capture fail."""
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        name = func.name()
+        waits = ("aten::_local_scalar_dense", "aten::nonzero", "aten::masked_select", "aten::_linalg_check_errors")
+        indices = args[1] if name.startswith("aten::index") and isinstance(args[1], list | tuple) else ()
+        waiting = name in waits or any(isinstance(i, Tensor) and i.dtype == torch.bool for i in indices)
+        assert not waiting, f"{name} waits for a value"
+        return func(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize("solver", ["ddpm", "ddim", "dpmsolver++"])
+@pytest.mark.parametrize("window", [6, 40])
+def test_a_round_of_fixed_shape_waits_for_nothing(solver: str, window: int) -> None:
+    """Rounds as a CUDA graph captures them: on the same memory, chunk after chunk, no value looked at."""
+    schedule = make_schedule({**DDPM_CONFIG, "num_train_timesteps": 20, "prediction_type": "sample"}, solver)
+    denoiser, sampler = twelve_modes(schedule), Secant(window)
+    kept = SecantRounds(sampler, schedule, torch.zeros(21, 3, 16, 2))
+    kept.sparse = False
+    guess = None
+    for seed in range(3):
+        noise = torch.randn(21, 3, 16, 2, generator=torch.Generator().manual_seed(seed))
+        expected = sampler.sample(denoiser, schedule, noise, guess=guess)
+        kept.begin(noise, guess)
+        while not kept.done:
+            with Waits():
+                kept.advance(denoiser)
+        found = kept.result()
+        for name in ("x", "u", "error", "residual"):
+            torch.testing.assert_close(getattr(found, name), getattr(expected, name), rtol=1e-3, atol=1e-4)
+        assert found.rounds.tolist() == expected.rounds.tolist()
+        assert found.evaluations.tolist() == expected.evaluations.tolist()
+        guess = expected.u.roll(1, 2)
+
+
+def test_waiting_is_seen() -> None:
+    values = torch.arange(3)
+    for wait in (lambda: values[values > 1], lambda: values.sum().item(), lambda: bool(values[0])):
+        with pytest.raises(AssertionError, match="waits for a value"), Waits():
+            wait()

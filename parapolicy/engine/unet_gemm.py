@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
+from parapolicy.engine.product import Product
 from parapolicy.networks import ConditionalUnet1D
 from parapolicy.networks.unet1d import ConditionalResidualBlock1D
 
@@ -41,20 +42,19 @@ class GemmUnet1D(nn.Module):
         place = {block: slice(a, b) for block, a, b in zip(blocks, starts[:-1], starts[1:], strict=True)}
 
         def residual(block: Any) -> _Residual:
-            return _Residual(block, place[block])
+            return _Residual(block, place[block], products)
+
+        def level(first: Any, second: Any, sample: Any) -> tuple[nn.Module, nn.Module, nn.Module]:
+            return residual(first), residual(second), _resampling(sample, products)
 
         def levels(modules: Any) -> list[tuple[nn.Module, nn.Module, nn.Module]]:
-            parts = [list(level.children()) for level in modules]
-            return [(residual(first), residual(second), _resampling(sample)) for first, second, sample in parts]
+            return [level(*part.children()) for part in modules]
 
         self.down, self.up = levels(network.down_modules), levels(network.up_modules)
         self.mid = [residual(block) for block in network.mid_modules]
         self.parts = nn.ModuleList([*itertools.chain(*self.down, *self.up), *self.mid])  # what ``to`` moves
         final: Any = network.final_conv
-        self.final, self.last = _Block(final[0]), _Window(final[1])
-        for module in self.modules():
-            if isinstance(module, (_Window, _Doubling)):
-                module.weight = module.weight.to(products)
+        self.final, self.last = _Block(final[0], products), _Window(final[1], products)
 
     def step_film(self, timesteps: Tensor) -> Tensor:
         """The timesteps' part of the FiLM values, bias included: (T,) -> (T, F)."""
@@ -78,13 +78,6 @@ class GemmUnet1D(nn.Module):
         return self.last(self.final(x))
 
 
-def _affine(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
-    """x W + b in b's precision, multiplied in W's."""
-    if weight.dtype == bias.dtype:
-        return torch.addmm(bias, x, weight)
-    return torch.mm(x.to(weight.dtype), weight).to(bias.dtype) + bias
-
-
 def _mish(x: Tensor) -> Tensor:
     """x tanh(log(1 + exp x)) with one exponential: tanh(log(1 + e)) = e (e + 2) / (e (e + 2) + 2)."""
     e = torch.exp(x.clamp(max=20.0))  # beyond, the quotient is 1
@@ -95,15 +88,12 @@ def _mish(x: Tensor) -> Tensor:
 class _Window(nn.Module):
     """Conv1d over (N, H, C) as one product with the windows' weights (k C, C')."""
 
-    weight: Tensor
-    bias: Tensor
-
-    def __init__(self, conv: nn.Conv1d) -> None:
+    def __init__(self, conv: nn.Conv1d, products: torch.dtype) -> None:
         super().__init__()
         self.kernel, self.stride, self.padding = conv.kernel_size[0], conv.stride[0], int(conv.padding[0])
-        self.register_buffer("weight", conv.weight.detach().permute(2, 1, 0).flatten(0, 1).contiguous())
-        bias = torch.zeros_like(self.weight[0]) if conv.bias is None else conv.bias.detach().clone()
-        self.register_buffer("bias", bias)
+        weight = conv.weight.detach().permute(2, 1, 0).flatten(0, 1).contiguous()
+        bias = torch.zeros_like(weight[0]) if conv.bias is None else conv.bias.detach().clone()
+        self.product = Product(weight, bias, products)
 
     def forward(self, x: Tensor) -> Tensor:
         count = (x.shape[1] + 2 * self.padding - self.kernel) // self.stride + 1
@@ -111,8 +101,7 @@ class _Window(nn.Module):
             x = functional.pad(x, (0, 0, self.padding, self.padding))
             stop = self.stride * (count - 1) + 1
             x = torch.cat([x[:, k : k + stop : self.stride] for k in range(self.kernel)], -1)
-        shape = (len(x), count, self.weight.shape[1])
-        return _affine(x.reshape(len(x) * count, -1), self.weight, self.bias).view(shape)
+        return self.product(x.reshape(len(x) * count, -1)).unflatten(0, (len(x), count))
 
 
 class _Doubling(nn.Module):
@@ -121,23 +110,19 @@ class _Doubling(nn.Module):
     Output 2 i sees x_i by tap 1 and x_{i-1} by tap 3, output 2 i + 1 sees x_i by tap 2 and x_{i+1} by tap 0.
     """
 
-    weight: Tensor
-    bias: Tensor
-
-    def __init__(self, conv: nn.ConvTranspose1d) -> None:
+    def __init__(self, conv: nn.ConvTranspose1d, products: torch.dtype) -> None:
         super().__init__()
         taps = conv.weight.detach().permute(2, 0, 1)  # (4, C, C')
         none = torch.zeros_like(taps[0])
         even, odd = torch.cat((taps[3], taps[1], none)), torch.cat((none, taps[2], taps[0]))
-        self.register_buffer("weight", torch.cat((even, odd), 1).contiguous())  # (3 C, 2 C')
         bias = torch.zeros_like(taps[0, 0]) if conv.bias is None else conv.bias.detach()
-        self.register_buffer("bias", torch.cat((bias, bias)))
+        self.product = Product(torch.cat((even, odd), 1), torch.cat((bias, bias)), products)  # (3 C, 2 C')
 
     def forward(self, x: Tensor) -> Tensor:
         batch, length, _ = x.shape
         x = functional.pad(x, (0, 0, 1, 1))
         windows = torch.cat((x[:, :-2], x[:, 1:-1], x[:, 2:]), -1).reshape(batch * length, -1)
-        return _affine(windows, self.weight, self.bias).view(batch, 2 * length, -1)
+        return self.product(windows).view(batch, 2 * length, -1)
 
 
 class _Block(nn.Module):
@@ -146,10 +131,10 @@ class _Block(nn.Module):
     weight: Tensor
     bias: Tensor
 
-    def __init__(self, block: Any) -> None:
+    def __init__(self, block: Any, products: torch.dtype) -> None:
         super().__init__()
         conv, norm, _ = block.block
-        self.conv = _Window(conv)
+        self.conv = _Window(conv, products)
         self.groups, self.eps = norm.num_groups, norm.eps
         self.register_buffer("weight", norm.weight.detach().clone())
         self.register_buffer("bias", norm.bias.detach().clone())
@@ -166,13 +151,13 @@ class _Block(nn.Module):
 class _Residual(nn.Module):
     """Two blocks with FiLM between them, and a residual path."""
 
-    def __init__(self, block: ConditionalResidualBlock1D, place: slice) -> None:
+    def __init__(self, block: ConditionalResidualBlock1D, place: slice, products: torch.dtype) -> None:
         super().__init__()
         first, second = block.blocks
-        self.first, self.second = _Block(first), _Block(second)
+        self.first, self.second = _Block(first, products), _Block(second, products)
         self.film_scale, self.place = block.film_scale, place
         shortcut = block.residual_conv
-        self.shortcut = _Window(shortcut) if isinstance(shortcut, nn.Conv1d) else nn.Identity()
+        self.shortcut = _Window(shortcut, products) if isinstance(shortcut, nn.Conv1d) else nn.Identity()
 
     def forward(self, x: Tensor, film: Tensor) -> Tensor:
         hidden, values = self.first(x), film[:, None, self.place]
@@ -184,7 +169,7 @@ class _Residual(nn.Module):
         return self.second(hidden) + self.shortcut(x)
 
 
-def _resampling(module: Any) -> nn.Module:
+def _resampling(module: Any, products: torch.dtype) -> nn.Module:
     if isinstance(module, nn.Identity):
         return nn.Identity()
-    return _Window(module.conv) if isinstance(module.conv, nn.Conv1d) else _Doubling(module.conv)
+    return (_Window if isinstance(module.conv, nn.Conv1d) else _Doubling)(module.conv, products)

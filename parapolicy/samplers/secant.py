@@ -5,16 +5,16 @@ Here the same differences of past rounds are used *inside* the recurrence, as a 
 al., ICLR 2024, with Broyden's multisecant approximation for the Jacobian).
 """
 
-import dataclasses
 from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
+from torch.nn import functional
 
 from parapolicy.samplers.base import DenoiserLike, Sample, never
 from parapolicy.samplers.semi_implicit import settling_variance
-from parapolicy.samplers.window import SlidingWindows, check_window
+from parapolicy.samplers.window import check_window
 from parapolicy.schedule import Schedule
 
 REGULARIZATION = 1e-3  # of the least-squares fit, as a part of the trace of its normal matrix
@@ -64,51 +64,14 @@ class Secant:
         stop: Callable[[], bool] = never,
         guess: Tensor | None = None,
     ) -> Sample:
-        windows = SlidingWindows(schedule, noise, self.window, guess)
-        x, u, z = windows.x, windows.u, windows.z
-        deviation = settling_variance(schedule).sqrt()  # (T,)
-        model = SecantModel(x, self.history)
-        bound = float("inf") if schedule.clip is None or schedule.overshoot.any() else schedule.clip
-        error, last_change = (torch.full_like(windows.residual, value) for value in (torch.inf, torch.nan))
-
-        while (entries := windows.next_round()) is not None:
-            row, step, valid = entries
-            windows.extrapolate(row, step[:, -1] + 1)
-            element, source, before = row[:, 0], (row.expand_as(step)[valid], step[valid]), x[row, step]
-            states = before[valid]
-            estimates = denoiser(states, source[1], source[0])
-            model.record(source, states, estimates)
-            u[source[0], source[1] + 1] = estimates
-
-            predict = model.fit(row, step, before, u[row, step + 1])
-            move = schedule.transitions(step, _columns(z[row, step]))
-            state, previous_u = _columns(before)[:, 0], _columns(u[row, step[:, :1]])[:, 0]
-            after = []
-            for k in range(step.shape[1]):
-                estimate = predict(k, state).clamp(-bound, bound)
-                state = move(k, state, estimate, previous_u)
-                after.append(state)
-                previous_u = estimate
-            new = torch.stack(after, 1).view_as(before)
-            # Root mean square changes, in deviations.
-            moved = (new - x[row, step + 1]).square().mean((2, 3)).sqrt() / deviation[step]
-            final = x[element, -1]
-            x[source[0], source[1] + 1] = new[valid]
-
-            reaches_end = step[:, -1] + 1 >= len(schedule)
-            change = (x[element, -1] - final).abs().amax((1, 2))
-            estimated = change * _remaining(change / last_change[element])
-            error[element] = torch.where(reaches_end, estimated, error[element])
-            last_change[element] = torch.where(reaches_end, change, last_change[element])
-            allowed = self.tolerance * torch.where(reaches_end, FINAL, SETTLED)
-            windows.advance(entries, moved <= allowed[:, None])
-            still = (moved <= MOVING * self.tolerance).masked_fill(~valid, True).all(1)
-            windows.start[element[reaches_end & still & (error[element] <= self.tolerance)]] = len(schedule)
-            if stop():
-                break
-        if self.tolerance == 0:
-            error[windows.start >= len(schedule)] = 0.0
-        return dataclasses.replace(windows.result(), error=error)
+        keep = getattr(denoiser, "keep", None)  # an engine's way to run the same rounds on the same memory again
+        key = (self, noise.shape[1:])
+        rounds = SecantRounds(self, schedule, noise) if keep is None else keep(key, SecantRounds, self, schedule, noise)
+        rounds.begin(noise, guess)
+        while True:
+            rounds.advance(denoiser)
+            if stop() or rounds.done.item():
+                return rounds.result()
 
 
 def _remaining(ratio: Tensor) -> Tensor:
@@ -117,50 +80,213 @@ def _remaining(ratio: Tensor) -> Tensor:
     return torch.where(ratio.isnan(), 1.0, remaining)
 
 
+class SecantRounds:
+    """Rounds of :class:`Secant` on memory of fixed shapes, so that a round is the same work every time.
+
+    All arrays reach one window past the last step. What stands there never comes back: a window that passes the end,
+    or that of an element which is done, works on it and changes nothing else. Nothing in :meth:`advance` waits for a
+    value, which is what CUDA graphs ask for.
+
+    Args:
+        sampler, schedule: whose rounds.
+        noise: (T + 1, B, H, D), for its shape and device.
+
+    Attributes:
+        done: () bool, whether every element is.
+        sparse: leave rows past the end out of the network's calls, which on a GPU cost less than asking their number.
+    """
+
+    def __init__(self, sampler: Secant, schedule: Schedule, noise: Tensor) -> None:
+        self.sampler, self.schedule, self.steps = sampler, schedule, len(schedule)
+        self.shape = noise.shape[2:]
+        batch, size, device = noise.shape[1], self.shape.numel(), noise.device
+        window = min(sampler.window, self.steps)
+        self.offsets = torch.arange(window, device=device)
+        self.row = torch.arange(batch, device=device)[:, None]
+        # x_j, z_j and u_{j-1} at index j: the estimate before the first is 0.
+        self.x, self.u, self.z, self.guess = (noise.new_zeros(batch, self.steps + window + 1, size) for _ in range(4))
+        beyond = (0, window + 1)
+        self.tables = torch.stack([functional.pad(t, beyond) for t in (schedule.A, schedule.B, schedule.C, schedule.S)])
+        self.deviation = functional.pad(settling_variance(schedule).sqrt(), beyond, value=1.0)
+        self.model = SecantModel(self.x, self.steps, sampler.history)
+        self.start, self.end, self.rounds, self.evaluations = (torch.zeros_like(self.row[:, 0]) for _ in range(4))
+        self.error, self.last_change, self.residual = (noise.new_zeros(batch) for _ in range(3))
+        self.done = torch.zeros((), dtype=torch.bool, device=device)
+        self.sparse = not noise.is_cuda
+        self.bound = torch.inf if schedule.clip is None or schedule.overshoot.any() else schedule.clip
+
+    def begin(self, noise: Tensor, guess: Tensor | None) -> None:
+        """Start a batch of samples; see :meth:`parapolicy.samplers.base.Sampler.sample`."""
+        for value in (self.x, self.u, self.z, self.guess, self.start, self.end, self.rounds, self.evaluations):
+            value.zero_()
+        self.done.fill_(False)
+        self.x[:, 0] = noise[0].flatten(1)
+        self.z[:, : self.steps] = noise[1:].flatten(2).transpose(0, 1)
+        if guess is not None:
+            self.guess[:, 1 : self.steps + 1] = guess.flatten(2)
+        self.error.fill_(torch.inf)
+        self.last_change.fill_(torch.nan)
+        self.residual.zero_()
+        self.model.forget()
+
+    def advance(self, denoiser: DenoiserLike) -> None:
+        """One round of every element that is not done."""
+        x, u, row, tolerance = self.x, self.u, self.row, self.sampler.tolerance
+        active = self.start < self.steps
+        step = self.start[:, None] + self.offsets  # (B, W)
+        valid = step < self.steps
+        self._extrapolate()
+        before, newest_u = x[row, step], u[row[:, 0], self.end]
+        estimates = self._evaluate(denoiser, before, step, valid)
+        self.model.record(row, step, before, estimates)
+        u[row, step + 1] = estimates
+
+        predict = self.model.fit(row, step, before, estimates)
+        new = self._recurrence(
+            step,
+            before[:, 0],
+            u[row[:, 0], self.start],
+            lambda k, state: predict(k, state).clamp(-self.bound, self.bound),
+        )
+        # Root mean square changes, in deviations.
+        moved = (new - x[row, step + 1]).square().mean(2).sqrt() / self.deviation[step]
+        final = x[:, self.steps].clone()
+        x[row, step + 1] = new
+
+        reached = self.start + len(self.offsets) >= self.steps
+        reaches_end = active & reached
+        change = (x[:, self.steps] - final).abs().amax(1)
+        estimated = change * _remaining(change / self.last_change)
+        self.error.copy_(torch.where(reaches_end, estimated, self.error))
+        self.last_change.copy_(torch.where(reaches_end, change, self.last_change))
+        # Past every leading settled state and the one after it, which depends on settled values only.
+        allowed = tolerance * torch.where(reached, FINAL, SETTLED)
+        leading = ((moved <= allowed[:, None]) & valid).long().cumprod(1).sum(1)
+        passed = self.start + (leading + 1).clamp(max=len(self.offsets))
+        still = ((moved <= MOVING * tolerance) | ~valid).all(1)
+        passed = torch.where(reached & still & (self.error <= tolerance), self.steps, passed)
+        self.end.copy_(torch.where(active, self.start + len(self.offsets), self.end).clamp(max=self.steps))
+        change_u = (u[row[:, 0], self.end] - newest_u).square().mean(1).sqrt()
+        self.residual.copy_(torch.where(active, change_u, self.residual))
+        self.rounds += active
+        self.evaluations += valid.sum(1)
+        self.start.copy_(torch.where(active, passed, self.start).clamp(max=self.steps))
+        self.done.copy_((self.start >= self.steps).all())
+
+    def result(self) -> Sample:
+        """The last states, extrapolated where sampling was stopped early; the caller's own memory."""
+        complete = self.start >= self.steps
+        while not bool((self.end >= self.steps).all()):
+            self._extrapolate()
+            self.end.copy_((self.end + len(self.offsets)).clamp(max=self.steps))
+        x, u = self.x[:, self.steps].unflatten(1, self.shape), self.u[:, 1 : self.steps + 1].unflatten(2, self.shape)
+        error = torch.where(complete & (self.sampler.tolerance == 0), 0.0, self.error)
+        costs = (self.rounds.clone(), self.evaluations.clone(), self.residual.clone())
+        return Sample(x.clone(), u.clone(), *costs, complete, error)
+
+    def _evaluate(self, denoiser: DenoiserLike, states: Tensor, step: Tensor, valid: Tensor) -> Tensor:
+        """The estimates (B, W, H D) at states likewise."""
+        inputs = states.flatten(0, 1).unflatten(1, self.shape), step.flatten(), self.row.expand_as(step).flatten()
+        if not self.sparse:
+            x, steps, element = inputs
+            return denoiser(x, steps.clamp(max=self.steps - 1), element).flatten(1).view_as(states)
+        inside = valid.flatten()
+        estimates = torch.zeros_like(states)
+        estimates[valid] = denoiser(*(value[inside] for value in inputs)).flatten(1)
+        return estimates
+
+    def _extrapolate(self) -> None:
+        """Fill a window's states and estimates after ``end``: the guess, moved by what the last one differs from it."""
+        first = self.end[:, None]
+        step = first + self.offsets
+        correction = self.u[self.row, first] - self.guess[self.row, first]
+        self.u[self.row, step + 1] = self.guess[self.row, step + 1] + correction
+        estimates = self.u[self.row, step + 1].unbind(1)
+        state, previous_u = self.x[self.row[:, 0], self.end], self.u[self.row[:, 0], self.end]
+        self.x[self.row, step + 1] = self._recurrence(step, state, previous_u, lambda k, state: estimates[k])
+
+    def _recurrence(
+        self, step: Tensor, state: Tensor, previous_u: Tensor, predict: Callable[[int, Tensor], Tensor]
+    ) -> Tensor:
+        """The W states (B, W, H D) after ``state`` (B, H D), with the estimates that ``predict`` gives."""
+        a, b, c, s = self.tables[:, step][..., None]  # (B, W, 1) each
+        kick = (s * self.z[self.row, step]).unbind(1)
+        gains = zip(a.unbind(1), b.unbind(1), c.unbind(1), strict=True)
+        states = []
+        for k, (carry, gain, previous_gain) in enumerate(gains):
+            estimate = predict(k, state)
+            drive = gain * estimate + kick[k]
+            if self.schedule.solver == "dpmsolver++":
+                drive = drive + previous_gain * previous_u
+            state = carry * state + drive
+            states.append(state)
+            previous_u = estimate
+        return torch.stack(states, 1)
+
+
 class SecantModel:
     """The last evaluations at every step, and the linear map that fits their differences.
 
     Args:
-        x: (B, T + 1, H, D), for its shape.
+        x: (B, N, H D), for its shape; N is larger than ``steps``.
+        steps: T.
         history: differences to keep.
     """
 
-    def __init__(self, x: Tensor, history: int) -> None:
-        batch, states, *shape = x.shape
+    def __init__(self, x: Tensor, steps: int, history: int) -> None:
         # Pairs of state and estimate, newest first; all alike at a step that has been evaluated once.
-        self.pairs = x.new_zeros(2, history + 1, batch, states - 1, *shape)
-        self.seen = torch.zeros(batch, states - 1, dtype=torch.bool, device=x.device)
+        self.pairs = x.new_zeros(2, history + 1, *x.shape)
+        self.seen = torch.zeros(x.shape[:2], dtype=torch.bool, device=x.device)
         self.neighbours = torch.tensor([0, -1, 1], device=x.device)
+        self.last = steps - 1
 
-    def record(self, source: tuple[Tensor, Tensor], states: Tensor, estimates: Tensor) -> None:
-        """Take N evaluations: ``states`` and ``estimates`` (N, H, D) at batch elements and steps ``source``."""
-        row, step = source
+    def forget(self) -> None:
+        """As if nothing had been evaluated."""
+        self.seen.zero_()
+        self.pairs.zero_()
+
+    def record(self, row: Tensor, step: Tensor, states: Tensor, estimates: Tensor) -> None:
+        """Take evaluations at batch elements ``row`` (B, 1) and ``step`` (B, W): states and estimates (B, W, H D)."""
         newest = torch.stack((states, estimates))[:, None]
-        past = torch.where(self.seen[source][:, None, None], self.pairs[:, :-1, row, step], newest)
+        past = torch.where(self.seen[row, step][..., None], self.pairs[:, :-1, row, step], newest)
         self.pairs[:, :, row, step] = torch.cat((newest, past), 1)
-        self.seen[source] = True
+        self.seen[row, step] = True
 
     def fit(self, row: Tensor, step: Tensor, x: Tensor, u: Tensor) -> Callable[[int, Tensor], Tensor]:
-        """The model u + J (x_new - x) at each entry (A, W), around x and u (A, W, H, D).
+        """The model u + J (x_new - x) at each entry (B, W), around x and u (B, W, H D).
 
         Returns:
-            (k, x_new as columns (A, H D, 1)) -> the k-th entry's estimate, likewise.
+            (k, x_new (B, H D)) -> the k-th entry's estimate, likewise.
         """
-        old, seen = _columns(x).unbind(1), _columns(u).unbind(1)
+        old, seen = x.unbind(1), u.unbind(1)
         if self.pairs.shape[1] == 1:
             return lambda k, new: seen[k]
-        steps = (step[..., None] + self.neighbours).clamp(0, self.pairs.shape[3] - 1)  # (A, W, 3)
+        steps = (step[..., None] + self.neighbours).clamp(0, self.last)  # (B, W, 3)
         pairs = self.pairs[:, :, row[..., None], steps]
-        differences = (pairs[:, :-1] - pairs[:, 1:]).permute(0, 2, 3, 4, 1, 5, 6)  # (2, A, W, 3, history, H, D)
-        dx, du = differences.flatten(5).flatten(3, 4)  # (A, W, m, H D)
-        normal = dx @ dx.mT  # (A, W, m, m)
+        differences = (pairs[:, :-1] - pairs[:, 1:]).permute(0, 2, 3, 4, 1, 5)  # (2, B, W, 3, history, H D)
+        dx, du = differences.flatten(3, 4)  # (B, W, m, H D)
+        normal = dx @ dx.mT  # (B, W, m, m)
         damping = REGULARIZATION * normal.diagonal(dim1=-2, dim2=-1).sum(-1) + 1e-12
         normal.diagonal(dim1=-2, dim2=-1).add_(damping[..., None])
-        weights = torch.cholesky_solve(dx, torch.linalg.cholesky_ex(normal)[0]).unbind(1)  # W times (A, m, H D)
-        outputs = du.mT.unbind(1)  # W times (A, H D, m)
-        return lambda k, new: torch.baddbmm(seen[k], outputs[k], torch.bmm(weights[k], new - old[k]))
+        weights = solve(normal, dx).unbind(1)  # W times (B, m, H D)
+        outputs = du.mT.unbind(1)  # W times (B, H D, m)
+
+        def predict(k: int, new: Tensor) -> Tensor:
+            moved = (new - old[k])[..., None]
+            return torch.baddbmm(seen[k][..., None], outputs[k], torch.bmm(weights[k], moved))[..., 0]
+
+        return predict
 
 
-def _columns(values: Tensor) -> Tensor:
-    """(A, W, H, D) -> (A, W, H D, 1)."""
-    return values.flatten(2)[..., None]
+def solve(matrix: Tensor, right: Tensor) -> Tensor:
+    """M^-1 R for small positive definite M (..., m, m) and R (..., m, n).
+
+    By elimination without pivots, which M's diagonal makes stable: LAPACK's counterparts for GPUs wait for the host.
+    """
+    count = matrix.shape[-1]
+    system = torch.cat((matrix, right), -1)
+    for i in range(count):
+        pivot = system[..., i : i + 1, :] / system[..., i : i + 1, i : i + 1]
+        system = system - system[..., i : i + 1] * pivot
+        system[..., i : i + 1, :] = pivot
+    return system[..., count:]

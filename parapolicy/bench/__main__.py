@@ -1,0 +1,65 @@
+"""Measure what a network call and a chunk cost on this machine, beside the floor.
+
+    python -m parapolicy.bench [CHECKPOINT] [--engines eager compiled] [--chunks 20] [--widen 4] [--scaling]
+
+Writes bench.json and bench.png, and prints the tables. Orders alternate, percentiles are over ``--chunks`` chunks. The
+observations are made up; rounds differ a little from those of a closed loop. ``--widen 4`` gives the network four times
+the channels and the same function: the shipped policies then have the published low-dimensional size, with 8 the
+image one.
+"""
+
+import argparse
+import dataclasses
+import json
+from pathlib import Path
+from typing import Any
+
+from parapolicy.bench.machine import measure_machine
+from parapolicy.bench.measure import bench_chunks, bench_network, bench_robots, bench_scaling, peak_memory
+from parapolicy.bench.present import plot, print_tables
+from parapolicy.bench.widen import widen
+from parapolicy.engine import make_engine
+from parapolicy.policy import load_policy
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("checkpoint", nargs="?", default="checkpoints/pusht_lowdim")
+    parser.add_argument("--engines", nargs="+", default=["eager", "compiled"])
+    parser.add_argument("--chunks", type=int, default=20)
+    parser.add_argument("--widen", type=int, default=1, help="times the channels, for the same function")
+    parser.add_argument("--scaling", action="store_true", help="by robots, window, steps and horizon too")
+    parser.add_argument("--device", default="auto")
+    parser.add_argument("--output", type=Path, default=Path("outputs/bench"))
+    arguments = parser.parse_args()
+    for name in ("chunks", "widen"):
+        if getattr(arguments, name) < 1:
+            parser.error(f"--{name} is {getattr(arguments, name)}, expected at least 1")
+    try:
+        policy = load_policy(arguments.checkpoint, device=arguments.device)
+        if arguments.widen > 1:
+            policy = dataclasses.replace(policy, network=widen(policy.network, arguments.widen), engine=None)
+        engines = {name: make_engine(name, policy.network) for name in arguments.engines}
+    except (ValueError, OSError) as error:
+        raise SystemExit(f"error: {error}") from error
+    from parapolicy.evaluate.report import describe_machine, describe_versions
+
+    machine = measure_machine(policy.network) | describe_machine(policy.device)
+    results: dict[str, Any] = {"machine": machine, "versions": describe_versions(), "checkpoint": arguments.checkpoint}
+    results["parameters"] = sum(parameter.numel() for parameter in policy.network.parameters())
+    results["network"] = bench_network(policy, engines, machine, 2 * arguments.chunks)
+    results["chunks"] = bench_chunks(policy, engines, machine, arguments.chunks)
+    if arguments.scaling:
+        results["robots"] = bench_robots(policy, engines, max(1, arguments.chunks // 5))
+        best = dataclasses.replace(policy, engine=engines[arguments.engines[-1]])
+        results["scaling"] = bench_scaling(best, max(1, arguments.chunks // 2))
+    results["peak_memory"] = peak_memory(policy.device)
+    arguments.output.mkdir(parents=True, exist_ok=True)
+    (arguments.output / "bench.json").write_text(json.dumps(results, indent=2) + "\n")
+    plot(results, arguments.engines, arguments.output / "bench.png")
+    print_tables(results, arguments.engines)
+    print(f"wrote {arguments.output}")
+
+
+if __name__ == "__main__":
+    main()

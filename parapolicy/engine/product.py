@@ -1,0 +1,49 @@
+"""A matrix product with constant weights, which oneDNN packs once for the CPU at hand.
+
+torch's own products call MKL, which keeps to AVX2 on processors of other makers than its own; oneDNN takes whatever
+instructions there are. Inductor finds the same kernel by itself when it freezes a graph's weights, but then compiles
+anew in every process, for such graphs are not kept in its cache on disk. As an operator of its own, it is.
+"""
+
+import torch
+from torch import Tensor, nn
+
+_library = torch.library.Library("parapolicy", "DEF")
+_library.define("product(Tensor x, Tensor weight, Tensor bias) -> Tensor")
+_library.impl(
+    "product",
+    lambda x, weight, bias: torch.ops.mkldnn._linear_pointwise(x, weight, bias, "none", [], ""),
+    "CompositeExplicitAutograd",
+)
+# Not len(), which would make a graph for every number of rows.
+torch.library.register_fake("parapolicy::product", lambda x, w, b: x.new_empty(x.shape[0], b.shape[0]), lib=_library)
+
+
+class Product(nn.Module):
+    """x (M, K) -> x W + b (M, N), in b's precision.
+
+    Args:
+        weight, bias: (K, N) and (N,).
+        factors: what x and W are rounded to before they are multiplied.
+    """
+
+    weight: Tensor
+    bias: Tensor
+
+    def __init__(self, weight: Tensor, bias: Tensor, factors: torch.dtype) -> None:
+        super().__init__()
+        self.factors = factors
+        self.packed = weight.device.type == "cpu" and torch.backends.mkldnn.is_available()
+        weight = weight.to(factors)
+        if self.packed:
+            weight = torch.ops.mkldnn._reorder_linear_weight(weight.t().contiguous(), None)
+        self.register_buffer("weight", weight)
+        self.register_buffer("bias", bias)
+
+    def forward(self, x: Tensor) -> Tensor:
+        if self.packed:
+            product = torch.ops.parapolicy.product(x.to(self.factors), self.weight, self.bias.to(self.factors))
+            return product.to(self.bias.dtype)
+        if self.factors == self.bias.dtype:
+            return torch.addmm(self.bias, x, self.weight)
+        return torch.mm(x.to(self.factors), self.weight).to(self.bias.dtype) + self.bias
