@@ -9,7 +9,7 @@ import torch
 
 import parapolicy
 from parapolicy.bench import __main__ as command
-from parapolicy.bench import machine, measure
+from parapolicy.bench import machine, measure, soak
 from parapolicy.bench.widen import widen
 from parapolicy.networks import ConditionalUnet1D
 from tests.conftest import SHIPPED
@@ -100,3 +100,12 @@ def test_numbers_that_make_no_sense_are_refused(
     with pytest.raises(SystemExit):
         command.main()
     assert "--widen is 0, expected at least 1" in capsys.readouterr().err
+
+
+def test_a_soak_reports_every_tenth(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    options = ["--chunks", "20", "--engine", "eager", "--device", "cpu"]
+    monkeypatch.setattr(sys, "argv", ["soak", str(SHIPPED), *options])
+    soak.main()
+    printed = capsys.readouterr().out
+    assert printed.count(" to ") == 10
+    assert "18 to 20" in printed

@@ -10,6 +10,8 @@ from parapolicy.engine.base import Evaluate
 from parapolicy.engine.unet_gemm import GemmUnet1D
 from parapolicy.networks import ConditionalUnet1D
 
+ROWS = 4  # numbers of rows from here on are rounded up to its multiples
+
 
 class Compiled:
     """The network as matrix products, compiled by torch for any number of rows; see :class:`GemmUnet1D`.
@@ -37,8 +39,11 @@ class Compiled:
 
     def run(self, x: Tensor, film: Tensor) -> Tensor:
         """The network's output at x (N, H, D) with FiLM values (N, F)."""
-        if len(x) == 1:  # torch would compile anew for a single row, and for a stride of 0
-            return self.run(x.repeat(2, 1, 1), film.repeat(2, 1))[:1]
+        # Filled up with copies: torch compiles anew for a single row, and oneDNN prepares for every number of them.
+        fill = 1 if len(x) == 1 else -len(x) % ROWS if len(x) > 2 else 0
+        if fill:
+            filled = (torch.cat((value, value[:1].expand(fill, *value.shape[1:]))) for value in (x, film))
+            return self.run(*filled)[:-fill]
         if not self._called:  # one graph for every number of rows, and only that varies
             self._called = True
             torch._dynamo.mark_dynamic(x, 0)

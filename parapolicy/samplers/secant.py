@@ -113,6 +113,7 @@ class SecantRounds:
         self.error, self.last_change, self.residual = (noise.new_zeros(batch) for _ in range(3))
         self.done = torch.zeros((), dtype=torch.bool, device=device)
         self.sparse = not noise.is_cuda
+        self.second_order = schedule.solver == "dpmsolver++"
         self.bound = torch.inf if schedule.clip is None or schedule.overshoot.any() else schedule.clip
 
     def begin(self, noise: Tensor, guess: Tensor | None) -> None:
@@ -141,13 +142,7 @@ class SecantRounds:
         self.model.record(row, step, before, estimates)
         u[row, step + 1] = estimates
 
-        predict = self.model.fit(row, step, before, estimates)
-        new = self._recurrence(
-            step,
-            before[:, 0],
-            u[row[:, 0], self.start],
-            lambda k, state: predict(k, state).clamp(-self.bound, self.bound),
-        )
+        new = self._recurrence(step, before, estimates)
         # Root mean square changes, in deviations.
         moved = (new - x[row, step + 1]).square().mean(2).sqrt() / self.deviation[step]
         final = x[:, self.steps].clone()
@@ -200,28 +195,34 @@ class SecantRounds:
         first = self.end[:, None]
         step = first + self.offsets
         correction = self.u[self.row, first] - self.guess[self.row, first]
-        self.u[self.row, step + 1] = self.guess[self.row, step + 1] + correction
-        estimates = self.u[self.row, step + 1].unbind(1)
-        state, previous_u = self.x[self.row[:, 0], self.end], self.u[self.row[:, 0], self.end]
-        self.x[self.row, step + 1] = self._recurrence(step, state, previous_u, lambda k, state: estimates[k])
-
-    def _recurrence(
-        self, step: Tensor, state: Tensor, previous_u: Tensor, predict: Callable[[int, Tensor], Tensor]
-    ) -> Tensor:
-        """The W states (B, W, H D) after ``state`` (B, H D), with the estimates that ``predict`` gives."""
+        estimates = self.guess[self.row, step + 1] + correction
+        self.u[self.row, step + 1] = estimates
         a, b, c, s = self.tables[:, step][..., None]  # (B, W, 1) each
-        kick = (s * self.z[self.row, step]).unbind(1)
-        gains = zip(a.unbind(1), b.unbind(1), c.unbind(1), strict=True)
+        drive = b * estimates + s * self.z[self.row, step]
+        if self.second_order:
+            drive = drive + c * self.u[self.row, step]
+        state, states = self.x[self.row[:, 0], self.end], []
+        for carry, addend in zip(a.unbind(1), drive.unbind(1), strict=True):
+            state = torch.addcmul(addend, carry, state)
+            states.append(state)
+        self.x[self.row, step + 1] = torch.stack(states, 1)
+
+    def _recurrence(self, step: Tensor, before: Tensor, estimates: Tensor) -> Tensor:
+        """The W states (B, W, H D) after the window's first, with the model's estimates along the way."""
+        a, b, c, s = self.tables[:, step][..., None, None]  # (B, W, 1, 1) each
+        kick = (s * self.z[self.row, step][..., None]).unbind(1)
+        gains = zip(a.unbind(1), b.unbind(1), c.unbind(1), kick, strict=True)
+        predict = self.model.fit(self.row, step, before, estimates)
+        state, previous_u = before[:, 0, :, None], self.u[self.row[:, 0], self.start][..., None]
         states = []
-        for k, (carry, gain, previous_gain) in enumerate(gains):
-            estimate = predict(k, state)
-            drive = gain * estimate + kick[k]
-            if self.schedule.solver == "dpmsolver++":
-                drive = drive + previous_gain * previous_u
-            state = carry * state + drive
+        for k, (carry, gain, previous_gain, addend) in enumerate(gains):  # few calls: they cost more than their work
+            estimate = predict(k, state).clamp_(-self.bound, self.bound)
+            if self.second_order:
+                addend = torch.addcmul(addend, previous_gain, previous_u)
+            state = torch.addcmul(torch.addcmul(addend, gain, estimate), carry, state)
             states.append(state)
             previous_u = estimate
-        return torch.stack(states, 1)
+        return torch.cat(states, 2).mT
 
 
 class SecantModel:
@@ -256,11 +257,11 @@ class SecantModel:
         """The model u + J (x_new - x) at each entry (B, W), around x and u (B, W, H D).
 
         Returns:
-            (k, x_new (B, H D)) -> the k-th entry's estimate, likewise.
+            (k, x_new as columns (B, H D, 1)) -> the k-th entry's estimate, likewise, in memory of its own.
         """
-        old, seen = x.unbind(1), u.unbind(1)
+        old, seen = x[..., None].unbind(1), u[..., None].unbind(1)
         if self.pairs.shape[1] == 1:
-            return lambda k, new: seen[k]
+            return lambda k, new: seen[k].clone()
         steps = (step[..., None] + self.neighbours).clamp(0, self.last)  # (B, W, 3)
         pairs = self.pairs[:, :, row[..., None], steps]
         differences = (pairs[:, :-1] - pairs[:, 1:]).permute(0, 2, 3, 4, 1, 5)  # (2, B, W, 3, history, H D)
@@ -270,12 +271,7 @@ class SecantModel:
         normal.diagonal(dim1=-2, dim2=-1).add_(damping[..., None])
         weights = solve(normal, dx).unbind(1)  # W times (B, m, H D)
         outputs = du.mT.unbind(1)  # W times (B, H D, m)
-
-        def predict(k: int, new: Tensor) -> Tensor:
-            moved = (new - old[k])[..., None]
-            return torch.baddbmm(seen[k][..., None], outputs[k], torch.bmm(weights[k], moved))[..., 0]
-
-        return predict
+        return lambda k, new: torch.baddbmm(seen[k], outputs[k], torch.bmm(weights[k], new - old[k]))
 
 
 def solve(matrix: Tensor, right: Tensor) -> Tensor:

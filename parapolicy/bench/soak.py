@@ -1,0 +1,60 @@
+"""Many chunks in a row: does latency drift, does memory grow?
+
+    python -m parapolicy.bench.soak [CHECKPOINT] [--chunks 20000] [--engine compiled]
+
+Prints latency percentiles and resident memory for every tenth of the run.
+"""
+
+import argparse
+import gc
+from pathlib import Path
+
+import numpy as np
+from tqdm import tqdm
+
+from parapolicy.planner import made_up_observations
+from parapolicy.policy import load_policy
+
+PERCENTILES = (50, 95, 99, 99.9, 100)
+
+
+def resident_mib() -> float:
+    """Memory that this process holds now (Linux)."""
+    pages = int(Path("/proc/self/statm").read_text().split()[1])
+    return pages * 4096 / 2**20
+
+
+def main() -> None:
+    from rich.console import Console
+    from rich.table import Table
+
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("checkpoint", nargs="?", default="checkpoints/pusht_lowdim")
+    parser.add_argument("--chunks", type=int, default=20_000)
+    parser.add_argument("--engine", default="compiled")
+    parser.add_argument("--device", default="auto")
+    arguments = parser.parse_args()
+    if arguments.chunks < 10:
+        parser.error(f"--chunks is {arguments.chunks}, expected at least 10")
+    try:
+        policy = load_policy(arguments.checkpoint, device=arguments.device, engine=arguments.engine)
+    except (ValueError, OSError) as error:
+        raise SystemExit(f"error: {error}") from error
+    observations = made_up_observations(policy, 100)
+    for seed in range(5):
+        policy.predict(observations[0], seed=seed)
+    gc.freeze()  # as a control loop would
+    seconds = np.empty(arguments.chunks)
+    table = Table("chunks", *(f"p{p:g} ms" for p in PERCENTILES), "resident MiB")
+    done = 0
+    for end in tqdm(np.linspace(0, arguments.chunks, 11, dtype=int)[1:].tolist(), unit="tenth", leave=False):
+        for i in range(done, end):
+            seconds[i] = policy.predict(observations[i % 100], seed=i).stats.seconds
+        values = np.percentile(1e3 * seconds[done:end], PERCENTILES)
+        table.add_row(f"{done} to {end}", *(f"{value:.1f}" for value in values), f"{resident_mib():.0f}")
+        done = end
+    Console(width=100).print(table)
+
+
+if __name__ == "__main__":
+    main()
