@@ -1,10 +1,10 @@
 """A 100 Hz robot loop around a policy: the loop's thread never waits for the network.
 
-    python examples/control_loop.py [checkpoint=checkpoints/pusht_lowdim] [seconds=10] [control_hz=10] [ddim_steps=0]
+    python examples/control_loop.py [checkpoint=checkpoints/pusht_lowdim] [seconds=10] [control_hz=10] [engine=eager]
 
 The "robot" here is a point that follows its target; put your drivers in place of ``Robot``. The policy speaks at its
 own 10 Hz; between two of its control steps the fast loop sends the robot towards the last action. For a soak test:
-``seconds=1800 control_hz=50 ddim_steps=10``, where a chunk of 8 actions lasts 160 ms only.
+``seconds=1800 control_hz=50 engine=auto``, where a chunk of 8 actions lasts 160 ms only.
 """
 
 import gc
@@ -37,12 +37,10 @@ class Robot:
 
 
 def main(
-    checkpoint: str = "checkpoints/pusht_lowdim", seconds: str = "10", control_hz: str = "10", ddim_steps: str = "0"
+    checkpoint: str = "checkpoints/pusht_lowdim", seconds: str = "10", control_hz: str = "10", engine: str = "eager"
 ) -> None:
     torch.set_num_threads(max(1, torch.get_num_threads() - 1))  # a core for this loop
-    policy = parapolicy.load_policy(checkpoint)
-    if int(ddim_steps):
-        policy = policy.with_schedule("ddim", int(ddim_steps)).with_sampler("sequential")
+    policy = parapolicy.load_policy(checkpoint, engine=engine)
     robot = Robot(policy.spec)
     every = round(FAST_HZ / float(control_hz))
     with parapolicy.Controller(policy, float(control_hz), asynchronous=True, deadline_ms=500) as controller:

@@ -92,9 +92,13 @@ def test_engines_are_chosen_by_name() -> None:
         parapolicy.load_policy(SHIPPED, engine="tensorrt", device="cpu")
 
 
-def test_auto_compiles() -> None:
+@pytest.mark.parametrize("bfloat16", [False, True])
+def test_auto_compiles(bfloat16: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cpu, "_is_avx512_bf16_supported", lambda: bfloat16)
     network = small_policy().network
-    assert type(make_engine("auto", network)) is Compiled
+    engine = make_engine("auto", network)
+    assert type(engine) is Compiled
+    assert engine.network.last.product.factors == (torch.bfloat16 if bfloat16 else torch.float32)
     with pytest.raises(ValueError, match="engine is 'fast', expected one of"):
         make_engine("fast", network)
 

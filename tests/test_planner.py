@@ -15,7 +15,7 @@ from tests.helpers import small_policy
 def test_every_candidate_is_measured_and_the_fastest_is_taken() -> None:
     policy = small_policy()
     plan = planner._measure(policy, planner.made_up_observations(policy, 2), tolerance=0.05)
-    assert list(plan.milliseconds) == ["sequential", "window 10", "window 20"]  # the schedule has 20 steps
+    assert list(plan.milliseconds) == ["sequential", "window 16", "window 20"]  # the schedule has 20 steps
     assert plan.rounds["sequential"] == 20
     assert plan.rounds["window 20"] < 20
     assert min(plan.milliseconds.values()) == plan.milliseconds[plan.choice] > 0

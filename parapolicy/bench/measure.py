@@ -15,7 +15,7 @@ from tqdm import tqdm
 from parapolicy.bench import machine as machines
 from parapolicy.engine import Engine
 from parapolicy.evaluate.upstream import upstream_chunk
-from parapolicy.planner import made_up_observations
+from parapolicy.planner import made_up_observations, make_plan
 from parapolicy.policy import Chunk, Policy
 from parapolicy.schedule import make_schedule
 from parapolicy.warm import WarmState
@@ -87,7 +87,7 @@ def bench_chunks(policy: Policy, engines: Mapping[str, Engine], machine: Mapping
             "semi_implicit": base.with_sampler("semi_implicit"),
             "speculative": base.with_sampler("speculative"),
             "secant (default)": base.with_sampler("secant"),
-            "secant, window 20": base.with_sampler("secant", window=20),
+            "auto": make_plan(base).apply(base),
             "secant, window 100, warm": base.with_sampler("secant", window=100),
         }
         for way, candidate in ways.items():
@@ -106,7 +106,7 @@ def bench_chunks(policy: Policy, engines: Mapping[str, Engine], machine: Mapping
             evaluations = statistics.fmean(float(chunk.stats.evaluations) for chunk in kept)
             row |= {"rounds": rounds, "evaluations": evaluations}
             row["floor"] = 1e3 * machines.floor(rounds, evaluations, flops, weights, machine)
-            if label.startswith(("secant (", "secant, window 20", "semi", "paradigms")):
+            if label.startswith(("secant (", "auto", "semi", "paradigms")):
                 exact = made["sequential, " + label.rpartition(", ")[2]][1:]
                 pairs = zip(kept, exact, strict=True)
                 row["error_p95"] = float(np.quantile([_error(policy, a, b) for a, b in pairs], 0.95))

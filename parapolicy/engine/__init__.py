@@ -15,7 +15,10 @@ ENGINES = ("auto", "eager", "compiled", "compiled_bfloat16", "cuda_graph", "shar
 
 
 def make_engine(name: str, network: ConditionalUnet1D) -> Engine:
-    """An engine by name; ``auto``: sharded under ``torchrun`` with several processes, else compiled.
+    """An engine by name.
+
+    ``auto`` is ``sharded`` under ``torchrun`` with several processes, ``compiled_bfloat16`` on a CPU with instructions
+    for it, and else ``compiled``.
 
     Raises:
         ValueError: an unknown name, ``sharded`` outside of ``torchrun``, or ``cuda_graph`` without a CUDA device.
@@ -23,7 +26,9 @@ def make_engine(name: str, network: ConditionalUnet1D) -> Engine:
     if name not in ENGINES:
         raise ValueError(f"engine is {name!r}, expected one of {list(ENGINES)}")
     if name == "auto":
-        name = "sharded" if int(os.environ.get("WORLD_SIZE", 1)) > 1 else "compiled"
+        on_cpu = next(network.parameters()).device.type == "cpu"
+        alone = "compiled_bfloat16" if on_cpu and torch.cpu._is_avx512_bf16_supported() else "compiled"
+        name = "sharded" if int(os.environ.get("WORLD_SIZE", 1)) > 1 else alone
     if name == "sharded":
         from parapolicy.engine.sharded import join
 

@@ -12,7 +12,13 @@ Evaluate = Callable[[Tensor, Tensor, Tensor], Tensor]
 
 
 class Engine(Protocol):
-    """A network made ready for a device."""
+    """A network made ready for a device.
+
+    Attributes:
+        name: what it is called, for what is remembered about it.
+    """
+
+    name: str
 
     def bind(self, timesteps: Tensor, condition: Tensor) -> Evaluate:
         """The network at a schedule's timesteps (T,) and a batch's conditions (B, C); called once per chunk."""
@@ -21,6 +27,8 @@ class Engine(Protocol):
 
 class Eager:
     """The network as it was trained: the reference."""
+
+    name = "eager"
 
     def __init__(self, network: ConditionalUnet1D) -> None:
         self.network = network

@@ -25,6 +25,7 @@ class Compiled:
     """
 
     def __init__(self, network: ConditionalUnet1D, products: torch.dtype = torch.float32) -> None:
+        self.name = "compiled_bfloat16" if products == torch.bfloat16 else "compiled"
         self.network = GemmUnet1D(network, products).requires_grad_(False)
         self._forward: Callable[[Tensor, Tensor], Tensor] = torch.compile(self.network)
         self._called = False

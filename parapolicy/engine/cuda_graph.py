@@ -35,6 +35,8 @@ class CudaGraph:
         ValueError: the network is not on a CUDA device.
     """
 
+    name = "cuda_graph"
+
     def __init__(self, network: ConditionalUnet1D) -> None:
         device = next(network.parameters()).device
         if device.type != "cuda":

@@ -55,6 +55,7 @@ class Sharded:
     def __init__(self, engine: "Engine", groups: Groups, timeout: float) -> None:
         self.engine, self.groups, self.timeout = engine, groups, timeout
         self.ranks = dist.get_world_size()
+        self.name = f"{self.ranks} times {engine.name}"
         self.lost: str | None = None
 
     def bind(self, timesteps: Tensor, condition: Tensor) -> "Evaluate":

@@ -97,7 +97,7 @@ class CountingEngine:
     """
 
     def __init__(self, engine: Engine, steps: int) -> None:
-        self.engine, self.counts = engine, np.zeros(steps, dtype=np.int64)
+        self.engine, self.name, self.counts = engine, engine.name, np.zeros(steps, dtype=np.int64)
 
     def bind(self, timesteps: Tensor, condition: Tensor) -> Evaluate:
         """As :meth:`parapolicy.engine.Engine.bind`."""
