@@ -29,7 +29,8 @@ class CudaGraph:
     """The compiled network; samplers that work on fixed memory have their rounds captured and replayed.
 
     The first chunk of a batch size runs as it is, which also warms up what a capture must not do; the second one
-    captures. Between rounds the host reads one flag.
+    captures. Between rounds the host reads one flag. Graphs work on memory of their own: one chunk at a time, so that a
+    policy with this engine belongs to one thread.
 
     Raises:
         ValueError: the network is not on a CUDA device.
