@@ -218,7 +218,7 @@ def load_policy(
     Args:
         folder: the policy folder.
         sampler: one of :func:`parapolicy.list_samplers`; ``parameters`` are its own. ``auto``: the one that
-            :func:`parapolicy.make_plan` finds fastest here, at the ``tolerance`` given.
+            :func:`parapolicy.make_plan` finds fastest here, at the ``tolerance`` given (or the plan's own default).
         engine: one of :data:`parapolicy.engine.ENGINES`. ``compiled`` compiles at the first call, for about a minute
             where torch's cache on disk does not know the network yet. ``compiled_bfloat16`` rounds the factors of its
             matrix products to bfloat16: faster on CPUs with instructions for it. ``cuda_graph`` captures whole rounds
