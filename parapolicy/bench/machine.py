@@ -18,15 +18,12 @@ def measure_machine(network: ConditionalUnet1D) -> dict[str, float]:
     Best of several. Weights that fit into a cache are read from there, call after call.
     """
     device = next(network.parameters()).device
-    a, product = torch.randn(2048, 2048, device=device), Product(*_zeros(device), torch.float32)
+    a = torch.randn(2048, 2048, device=device)
+    product = Product(torch.zeros_like(a), torch.zeros_like(a[0]), torch.float32)
     weights = torch.zeros(weight_bytes(network) // 4, device=device)
     rate = 2 * 2048**3 / min(seconds(lambda: product(a), device) for _ in range(10))
     bandwidth = 4 * weights.numel() / min(seconds(weights.sum, device) for _ in range(20))
     return {"flops_per_second": rate, "bytes_per_second": bandwidth}
-
-
-def _zeros(device: torch.device) -> tuple[torch.Tensor, torch.Tensor]:
-    return torch.zeros(2048, 2048, device=device), torch.zeros(2048, device=device)
 
 
 def weight_bytes(network: ConditionalUnet1D) -> int:

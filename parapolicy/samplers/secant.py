@@ -277,7 +277,7 @@ class SecantModel:
 def solve(matrix: Tensor, right: Tensor) -> Tensor:
     """M^-1 R for small positive definite M (..., m, m) and R (..., m, n).
 
-    By elimination without pivots, which M's diagonal makes stable: LAPACK's counterparts for GPUs wait for the host.
+    By elimination without pivots, which M's diagonal makes stable: LAPACK's like may wait for the host on a GPU.
     """
     count = matrix.shape[-1]
     system = torch.cat((matrix, right), -1)
