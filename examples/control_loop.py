@@ -8,6 +8,7 @@ own 10 Hz; between two of its control steps the fast loop sends the robot toward
 """
 
 import gc
+import os
 import resource
 import sys
 
@@ -48,6 +49,7 @@ def main(
         target = controller.act(robot.observe())  # the first chunk is waited for, with the robot at rest
         gc.collect()
         gc.freeze()  # what is loaded stays: a full collection would stop every thread for some 60 ms
+        real_time()
         pacer = parapolicy.Pacer(FAST_HZ)
         for tick in range(round(float(seconds) * FAST_HZ)):
             pacer.wait()
@@ -61,6 +63,15 @@ def main(
         print({name: latency[name] for name in ("steps", "misses", "failures", "late", "stale", "continued", "held")})
         for stage in ("act", "chunk", "jitter"):
             print(stage, {name: round(value, 3) for name, value in latency["times"][stage].items()})
+
+
+def real_time() -> None:
+    """Let this thread, not the policy's, go before every ordinary one, where the system allows it (Linux: as root, or
+    with ``rtprio`` in limits.conf)."""
+    try:
+        os.sched_setscheduler(0, os.SCHED_FIFO, os.sched_param(20))
+    except (AttributeError, PermissionError) as error:
+        print(f"no real-time priority ({error}): other programs can make this loop late")
 
 
 def memory() -> float:

@@ -12,6 +12,7 @@ the tables repeat its float32 arithmetic, so that a step here equals its ``step`
 import dataclasses
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any
 
 import torch
@@ -100,6 +101,20 @@ class Schedule:
         drive = self.B[step][..., None, None] * u + self.S[step][..., None, None] * z
         # Solvers of first order are the common case: spare them the multiplication by zero.
         return drive + self.C[step][..., None, None] * previous_u if self.solver == "dpmsolver++" else drive
+
+    @cached_property
+    def propagators(self) -> Tensor:
+        """(2, T, T): what a unit of step i's drive, and of its estimate u_i, adds to the state after step k, [·, k, i].
+
+        The states after W steps from step s on are therefore two products with blocks [s : s + W, s : s + W].
+        """
+        rows = self.A.new_zeros(len(self), len(self), dtype=torch.float64)
+        for k, a in enumerate(self.A.tolist()):
+            rows[k] = a * rows[k - 1]
+            rows[k, k] = 1.0
+        gain = rows * self.B
+        gain[:, :-1] += rows[:, 1:] * self.C[1:]
+        return torch.stack((rows, gain)).to(self.A)
 
     def transitions(self, step: Tensor, z: Tensor) -> Callable[[int, Tensor, Tensor, Tensor], Tensor]:
         """:meth:`step` along W steps (A, W) with noise (A, W, H, D), for loops: coefficients are looked up once.

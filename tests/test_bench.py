@@ -89,6 +89,7 @@ def test_the_command_writes_its_results(
     assert (tmp_path / "bench.png").stat().st_size > 1000
     assert [row["robots"] for row in results["robots"]] == [1, 2]
     assert [row["T"] for row in results["scaling"]["steps"]] == [5]
+    assert [row["devices"] for row in results["scaling"]["devices"]] == [1, 2]
     assert results["peak_memory"]["process"] > 50
     assert "peak memory" in capsys.readouterr().out
 

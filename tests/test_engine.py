@@ -25,23 +25,29 @@ def test_matrix_products_are_the_convolutions(
     network = ConditionalUnet1D(3, 7, 16, down_dims, kernel_size, 4, film_scale).requires_grad_(False)
     x, timestep, condition = torch.randn(5, horizon, 3), torch.arange(5), torch.randn(5, 7)
     rewritten = GemmUnet1D(network)
-    film = rewritten.step_film(timestep) + rewritten.condition_film(condition)
-    torch.testing.assert_close(rewritten(x, film), network(x, timestep, condition), rtol=0, atol=2e-6)
+    table, film, rows = (
+        rewritten.step_film(timestep),
+        rewritten.condition_film(condition),
+        torch.tensor([3, 0, 0, 4, 1]),
+    )
+    found = rewritten(x, table, rows, film, rows.flip(0))
+    torch.testing.assert_close(found, network(x, timestep[rows], condition[rows.flip(0)]), rtol=0, atol=2e-6)
 
 
 def test_the_shipped_network_is_rewritten_faithfully(shipped: parapolicy.Policy) -> None:
     rewritten = GemmUnet1D(shipped.network)
     x, step = torch.randn(6, 16, 2), torch.tensor([0, 20, 40, 60, 80, 99])
     condition = torch.rand(6, shipped.spec.condition_dim)
-    timesteps = shipped.schedule.timesteps[step]
-    film = rewritten.step_film(timesteps) + rewritten.condition_film(condition)
-    torch.testing.assert_close(rewritten(x, film), shipped.network(x, timesteps, condition), rtol=0, atol=5e-6)
+    timesteps = shipped.schedule.timesteps
+    table, film = rewritten.step_film(timesteps), rewritten.condition_film(condition)
+    found = rewritten(x, table, step, film, torch.arange(6))
+    torch.testing.assert_close(found, shipped.network(x, timesteps[step], condition), rtol=0, atol=5e-6)
 
 
 def test_bfloat16_products_round_and_nothing_else(shipped: parapolicy.Policy) -> None:
     rounded, exact = GemmUnet1D(shipped.network, torch.bfloat16), GemmUnet1D(shipped.network)
-    x, film = torch.randn(6, 16, 2), torch.randn(6, exact.film_bias.shape[0]) / 4
-    expected, found = exact(x, film), rounded(x, film)
+    x, film, row = torch.randn(6, 16, 2), torch.randn(6, exact.film_bias.shape[0]) / 8, torch.arange(6)
+    expected, found = exact(x, film, row, film, row), rounded(x, film, row, film, row)
     assert found.dtype == torch.float32
     error = (found - expected).abs().max()
     assert 1e-5 < error < 0.1  # bfloat16 has 8 bits

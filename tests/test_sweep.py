@@ -10,14 +10,18 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+import hydra
 import numpy as np
 import pandas as pd
 import pytest
+from omegaconf import DictConfig
 
 from parapolicy.cli import main
+from parapolicy.evaluate.figures import CHOSEN, sampler_colors
 from parapolicy.evaluate.folder import RunFolder
 from parapolicy.evaluate.gather import episode_table, gather_latencies, gather_runs
 from parapolicy.evaluate.page import write_report
+from parapolicy.evaluate.progress import SweepBar, job_cost, list_jobs, sweep_cost
 from parapolicy.evaluate.rollout import Episode
 from parapolicy.evaluate.statistics import (
     episodes_needed,
@@ -63,6 +67,7 @@ def sweep(tmp_path_factory: pytest.TempPathFactory) -> Path:
         )
     )
     assert (folder / "report" / "report.html").is_file(), output
+    assert "all 3 jobs:" in output
     return folder
 
 
@@ -142,6 +147,38 @@ def test_an_interrupted_run_ends_with_the_same_table(tmp_path: Path) -> None:
     assert tables[0] == tables[1]
     other = start(*settings[:-1], "videos=1", f"hydra.run.dir={tmp_path / 'cut'}")
     assert "holds a run with another videos" in finish(other)
+
+
+def sweep_config(*words: str) -> DictConfig:
+    with hydra.initialize_config_dir(str(ROOT / "conf"), version_base="1.3"):
+        config = hydra.compose("eval", ["+experiment=pareto_pusht", *words], return_hydra_config=True)
+    config.hydra.overrides.task = ["+experiment=pareto_pusht", *words]
+    return config
+
+
+def test_a_sweeps_jobs_are_known_before_they_begin() -> None:
+    jobs = list(list_jobs(sweep_config()))
+    assert len(jobs) == 8
+    assert [job_cost(job) for job in jobs[::3]] == [100 * 100, 4 * 100 * 100, 10 * 100]
+    with_blocks = sweep_config()
+    with_blocks.hydra.overrides.task += ["episodes=10,20", "samplers=[secant],[sequential,paradigms]"]
+    assert [job_cost(job) for job in list_jobs(with_blocks)] == [2000, 4000, 5000, 10000]
+
+
+def test_the_bar_of_a_sweep_counts_what_is_on_disk(tmp_path: Path) -> None:
+    config = sweep_config(f"hydra.sweep.dir={tmp_path}", "episodes=10")
+    settings = {"samplers": ["sequential", {"name": "secant", "label": "ours"}], "episodes": 10}
+    RunFolder(tmp_path / "0", {"config": settings}).finish({})
+    half = RunFolder(tmp_path / "1", {"config": settings})
+    assert sweep_cost(tmp_path) == 3000
+    bar = SweepBar(config, interval=0.01)
+    half.note_progress("sequential", 1.0)
+    half.note_progress("ours", 0.25)
+    bar.close()
+    assert bar.bar.n == 3000 + 1000 + 500
+    assert bar.bar.total == 10 * (100 + 200 + 200 + 400 + 200 + 16 + 10 + 5)
+    (tmp_path / "1" / "progress.json").write_text('{"ours')
+    assert sweep_cost(tmp_path) == 3000
 
 
 def test_an_episode_comes_back_as_it_was(tmp_path: Path) -> None:
@@ -225,6 +262,27 @@ def test_the_report_recommends_the_fastest_that_is_equivalent(made_up: Path) -> 
     assert rows.loc["hasty <b>", "difference_high"] < -0.15
     assert pareto(summary, "reward")[0] == "hasty <b>"
     assert pareto(summary, "reward")[-1] in ("ours", "sequential")
+
+
+def test_a_sampler_that_loses_successes_is_passed_over_and_named(tmp_path: Path) -> None:
+    base = 0.905 + np.random.default_rng(0).normal(0, 0.01, 100)  # 0.9 is what counts as success
+    rewards = {"sequential": base, "ours": base + 0.001, "short": base - 0.01}
+    times = {"sequential": 600, "ours": 150, "short": 20}
+    made_up_run(tmp_path / "a", {name: values.tolist() for name, values in rewards.items()}, times)
+    runs = gather_runs([tmp_path])
+    summary = summarize(episode_table(runs), gather_latencies(runs, [tmp_path]), 0.03)
+    rows = summary.set_index("sampler")
+    assert rows.loc["short", "equivalence_p"] < 0.05
+    assert rows.loc["short", "success_difference_high"] < 0 <= rows.loc["ours", "success_difference_high"]
+    chosen, sentence = recommend(summary, 0.03)
+    assert chosen == "ours"
+    assert f"“short” is faster, 20 ms, but succeeds less often: {rows.loc['short', 'success']:.2f}" in sentence
+    colors = sampler_colors(summary, chosen)
+    assert colors["ours"] == CHOSEN
+    assert len(set(colors.values())) == 3
+    chosen, sentence = recommend(summary[summary["sampler"] != "ours"], 0.03)
+    assert chosen is None
+    assert "without losing successes" in sentence
 
 
 def test_upstream_has_a_row_with_the_scores_of_the_sampler_whose_chunks_it_computes(made_up: Path) -> None:

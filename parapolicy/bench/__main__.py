@@ -11,15 +11,25 @@ image one.
 import argparse
 import dataclasses
 import json
+import tempfile
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from parapolicy.bench.machine import measure_machine
-from parapolicy.bench.measure import bench_chunks, bench_network, bench_robots, bench_scaling, peak_memory
+from parapolicy.bench.measure import (
+    bench_chunks,
+    bench_devices,
+    bench_network,
+    bench_robots,
+    bench_scaling,
+    peak_memory,
+)
 from parapolicy.bench.present import plot, print_tables
 from parapolicy.bench.widen import widen
 from parapolicy.engine import make_engine
-from parapolicy.policy import load_policy
+from parapolicy.policy import load_policy, save_policy
 
 
 def main() -> None:
@@ -28,7 +38,7 @@ def main() -> None:
     parser.add_argument("--engines", nargs="+", default=["eager", "compiled"])
     parser.add_argument("--chunks", type=int, default=20)
     parser.add_argument("--widen", type=int, default=1, help="times the channels, for the same function")
-    parser.add_argument("--scaling", action="store_true", help="by robots, window, steps and horizon too")
+    parser.add_argument("--scaling", action="store_true", help="by robots, window, steps, horizon and devices too")
     parser.add_argument("--device", default="auto")
     parser.add_argument("--output", type=Path, default=Path("outputs/bench"))
     arguments = parser.parse_args()
@@ -53,6 +63,11 @@ def main() -> None:
         results["robots"] = bench_robots(policy, engines, max(1, arguments.chunks // 5))
         best = dataclasses.replace(policy, engine=engines[arguments.engines[-1]])
         results["scaling"] = bench_scaling(best, max(1, arguments.chunks // 2))
+        if policy.device.type == "cpu" or torch.cuda.device_count() > 1:
+            with tempfile.TemporaryDirectory() as folder:  # the widened network, too, for the other process
+                save_policy(policy, folder)
+                measured = bench_devices(Path(folder), arguments.engines[-1], policy.device, arguments.chunks)
+            results["scaling"]["devices"] = measured
     results["peak_memory"] = peak_memory(policy.device)
     arguments.output.mkdir(parents=True, exist_ok=True)
     (arguments.output / "bench.json").write_text(json.dumps(results, indent=2) + "\n")

@@ -5,6 +5,7 @@ import resource
 import statistics
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -14,9 +15,10 @@ from tqdm import tqdm
 
 from parapolicy.bench import machine as machines
 from parapolicy.engine import Engine
+from parapolicy.engine.sharded import start_workers
 from parapolicy.evaluate.upstream import upstream_chunk
 from parapolicy.planner import made_up_observations, make_plan
-from parapolicy.policy import Chunk, Policy
+from parapolicy.policy import Chunk, Policy, load_policy
 from parapolicy.schedule import make_schedule
 from parapolicy.warm import WarmState
 
@@ -25,6 +27,7 @@ ROBOTS = (1, 4, 16, 64)
 WINDOWS = (5, 10, 20, 30, 40, 60, 100)
 STEPS = (10, 20, 50, 100, 200, 1000)
 HORIZONS = (8, 16, 32, 64)
+PROCESSES = 2
 
 Rows = list[dict[str, Any]]
 
@@ -163,6 +166,21 @@ def bench_scaling(policy: Policy, repeats: int) -> dict[str, Rows]:
                 row[f"{batch} rows"] = statistics.median(alternate(call, repeats, policy.device)["call"])
             horizons.append(row)
     return {"windows": windows, "steps": steps, "horizons": horizons}
+
+
+def bench_devices(folder: Path, engine: str, device: torch.device, repeats: int) -> Rows:
+    """Median seconds of a chunk on one device and split over two: GPUs, or processes of half the CPU's threads each."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(max(1, threads // PROCESSES))
+    try:
+        with start_workers(folder, PROCESSES, engine, device.type) as split:
+            whole = load_policy(folder, device=str(split.device), engine=engine)
+            observation = made_up_observations(whole, 1)[0]
+            calls = {name: partial(way.predict, observation) for name, way in (("1", whole), (str(PROCESSES), split))}
+            seconds = alternate(calls, repeats, split.device)
+    finally:
+        torch.set_num_threads(threads)
+    return [{"devices": int(name), "seconds": statistics.median(values)} for name, values in seconds.items()]
 
 
 def _with_steps(policy: Policy, count: int) -> Policy:

@@ -5,6 +5,7 @@ from collections.abc import Callable
 
 import torch
 from torch import Tensor
+from torch.nn import functional
 
 from parapolicy.engine.base import Evaluate
 from parapolicy.engine.unet_gemm import GemmUnet1D
@@ -27,31 +28,46 @@ class Compiled:
     def __init__(self, network: ConditionalUnet1D, products: torch.dtype = torch.float32) -> None:
         self.name = "compiled_bfloat16" if products == torch.bfloat16 else "compiled"
         self.network = GemmUnet1D(network, products).requires_grad_(False)
-        self._forward: Callable[[Tensor, Tensor], Tensor] = torch.compile(self.network)
+        self._forward: Callable[..., Tensor] = torch.compile(self.network)
         self._called = False
         self._timesteps: Tensor | None = None
         self._table: Tensor
 
     def bind(self, timesteps: Tensor, condition: Tensor) -> Evaluate:
         if timesteps is not self._timesteps:
-            self._timesteps, self._table = timesteps, self.network.step_film(timesteps)  # (T, F)
-        film = self.network.condition_film(condition)  # (B, F)
-        return lambda x, step, element: self.run(x, self._table[step] + film[element])
+            self._timesteps, self._table = timesteps, self.table(timesteps)
+        table, film = self._table, self.film(condition)
+        return lambda x, step, element: self.run(x, table, step, film, element)
 
-    def run(self, x: Tensor, film: Tensor) -> Tensor:
-        """The network's output at x (N, H, D) with FiLM values (N, F)."""
-        # Filled up with copies: torch compiles anew for a single row, and oneDNN prepares for every number of them.
+    def table(self, timesteps: Tensor) -> Tensor:
+        """FiLM values by step, (T, F); see :meth:`run`."""
+        return _twice(self.network.step_film(timesteps))
+
+    def film(self, condition: Tensor) -> Tensor:
+        """FiLM values by batch element, (B, F); see :meth:`run`."""
+        return _twice(self.network.condition_film(condition))
+
+    def run(self, x: Tensor, table: Tensor, step: Tensor, film: Tensor, element: Tensor) -> Tensor:
+        """The network's output at x (N, H, D), with rows ``step`` of ``table`` and ``element`` of ``film``, (N,)."""
+        # Filled up, because torch compiles anew for a single row, and oneDNN prepares for every number of them.
         fill = 1 if len(x) == 1 else -len(x) % ROWS if len(x) > 2 else 0
         if fill:
-            filled = (torch.cat((value, value[:1].expand(fill, *value.shape[1:]))) for value in (x, film))
-            return self.run(*filled)[:-fill]
-        if not self._called:  # one graph for every number of rows, and only that varies
+            x = functional.pad(x, (0, 0, 0, 0, 0, fill))
+            step, element = functional.pad(step, (0, fill)), functional.pad(element, (0, fill))
+            return self.run(x, table, step, film, element)[:-fill]
+        inputs = (x, table, step, film, element)
+        if not self._called:  # one graph for every number of rows, steps and elements, and only those vary
             self._called = True
-            torch._dynamo.mark_dynamic(x, 0)
-            torch._dynamo.mark_dynamic(film, 0)
+            for value in inputs:
+                torch._dynamo.mark_dynamic(value, 0)
         try:
-            return self._forward(x, film)
+            return self._forward(*inputs)
         except torch._dynamo.exc.TorchDynamoException as error:
             warnings.warn(f"torch.compile does not work here, so the engine runs uncompiled: {error}", stacklevel=2)
             self._forward = self.network
-            return self.network(x, film)
+            return self.network(*inputs)
+
+
+def _twice(values: Tensor) -> Tensor:
+    """A single row two times over: torch compiles anew for it."""
+    return values.expand(2, -1).contiguous() if len(values) == 1 else values

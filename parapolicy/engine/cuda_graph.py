@@ -53,7 +53,7 @@ class CudaGraph:
             if len(self._bound) > KEPT:
                 self._bound.popitem(last=False)
         self._bound.move_to_end(key)
-        self._bound[key].film.copy_(self.compiled.network.condition_film(condition))
+        self._bound[key].film.copy_(self.compiled.film(condition))
         return self._bound[key]
 
 
@@ -62,12 +62,11 @@ class Bound:
 
     def __init__(self, compiled: Compiled, timesteps: Tensor, condition: Tensor) -> None:
         self.compiled, self.timesteps = compiled, timesteps  # held, so that its id is not another's
-        self.table = compiled.network.step_film(timesteps)
-        self.film = compiled.network.condition_film(condition).clone()
+        self.table, self.film = compiled.table(timesteps), compiled.film(condition).clone()
         self.kept: dict[Hashable, Captured] = {}
 
     def __call__(self, x: Tensor, step: Tensor, element: Tensor) -> Tensor:
-        return self.compiled.run(x, self.table[step] + self.film[element])
+        return self.compiled.run(x, self.table, step, self.film, element)
 
     def keep(self, key: Hashable, make: Callable[..., Rounds], *arguments: Any) -> "Captured":
         """The rounds that ``make`` makes, once for every key."""

@@ -168,6 +168,8 @@ def start_workers(
 ) -> Iterator["Policy"]:
     """A policy whose network calls are split over this process and ``processes - 1`` others, which end with the block.
 
+    On the CPU every process computes with as many threads as this one: divide the machine's cores before.
+
     Args:
         folder: the policy folder.
         engine: what each process computes with.
@@ -180,7 +182,11 @@ def start_workers(
     context = mp.get_context("spawn")
     names = [f"cuda:{rank}" if device == "cuda" else device for rank in range(processes)]
     workers = [
-        context.Process(target=_work, args=(folder, engine, name, address, rank, processes, timeout), daemon=True)
+        context.Process(
+            target=_work,
+            args=(folder, engine, name, address, rank, processes, timeout, torch.get_num_threads()),
+            daemon=True,
+        )
         for rank, name in enumerate(names)
         if rank > 0
     ]
@@ -189,6 +195,7 @@ def start_workers(
     sharded: Sharded | None = None
     try:
         policy = load_policy(folder, device=names[0], engine=engine)
+        _warm_up(policy)
         assert policy.engine is not None
         groups = _connect(address, 0, processes, policy.device, timeout)
         sharded = Sharded(policy.engine, groups, timeout)
@@ -204,12 +211,26 @@ def start_workers(
             dist.destroy_process_group()
 
 
-def _work(folder: str, engine: str, device: str, address: str, rank: int, processes: int, timeout: float) -> None:
+def _work(
+    folder: str, engine: str, device: str, address: str, rank: int, processes: int, timeout: float, threads: int
+) -> None:
     from parapolicy.policy import load_policy
 
+    torch.set_num_threads(threads)
     policy = load_policy(folder, device=device, engine=engine)
+    _warm_up(policy)
     assert policy.engine is not None
     answer(policy.engine, _connect(address, rank, processes, policy.device, timeout), policy.device)
+
+
+@torch.inference_mode()
+def _warm_up(policy: "Policy") -> None:
+    """Compile, where the engine does, before anybody waits for an answer."""
+    spec, device = policy.spec, policy.device
+    assert policy.engine is not None
+    evaluate = policy.engine.bind(policy.schedule.timesteps, torch.zeros(1, spec.condition_dim, device=device))
+    rows = torch.zeros(4, dtype=torch.int64, device=device)
+    evaluate(torch.zeros(4, spec.horizon, spec.action_dim, device=device), rows, rows)
 
 
 def _connect(address: str, rank: int, processes: int, device: torch.device, timeout: float) -> Groups:

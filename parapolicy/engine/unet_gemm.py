@@ -7,6 +7,7 @@ computed once per schedule, and a part per observation, computed once per chunk.
 """
 
 import itertools
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -19,7 +20,7 @@ from parapolicy.networks.unet1d import ConditionalResidualBlock1D
 
 
 class GemmUnet1D(nn.Module):
-    """The function of a :class:`ConditionalUnet1D`, of (N, H, Da) and FiLM values (N, F).
+    """The function of a :class:`ConditionalUnet1D`, of (N, H, Da) and FiLM values by step and by batch element.
 
     Args:
         network: whose weights are taken, as they are now.
@@ -65,16 +66,26 @@ class GemmUnet1D(nn.Module):
         """The conditions' part: (B, C) -> (B, F)."""
         return functional.linear(functional.mish(condition), self.film_weight[:, self.step_dim :])
 
-    def forward(self, x: Tensor, film: Tensor) -> Tensor:
+    def forward(self, x: Tensor, table: Tensor, step: Tensor, film: Tensor, element: Tensor) -> Tensor:
+        """The output (N, H, Da) at states likewise.
+
+        Args:
+            table, film: of :meth:`step_film` (T, F) and :meth:`condition_film` (B, F).
+            step, element: their rows to add, (N,) each.
+        """
+
+        def values(place: slice) -> Tensor:  # by blocks, so that a compiler looks them up where it needs them
+            return (table[:, place][step] + film[:, place][element])[:, None]
+
         skips: list[Tensor] = []
         for first, second, sample in self.down:
-            x = second(first(x, film), film)
+            x = second(first(x, values), values)
             skips.append(x)
             x = sample(x)
         for block in self.mid:
-            x = block(x, film)
+            x = block(x, values)
         for first, second, sample in self.up:
-            x = sample(second(first(torch.cat((x, skips.pop()), -1), film), film))
+            x = sample(second(first(torch.cat((x, skips.pop()), -1), values), values))
         return self.last(self.final(x))
 
 
@@ -159,13 +170,13 @@ class _Residual(nn.Module):
         shortcut = block.residual_conv
         self.shortcut = _Window(shortcut, products) if isinstance(shortcut, nn.Conv1d) else nn.Identity()
 
-    def forward(self, x: Tensor, film: Tensor) -> Tensor:
-        hidden, values = self.first(x), film[:, None, self.place]
+    def forward(self, x: Tensor, values: Callable[[slice], Tensor]) -> Tensor:
+        hidden, film = self.first(x), values(self.place)
         if self.film_scale:
-            scale, bias = values.chunk(2, -1)
+            scale, bias = film.chunk(2, -1)
             hidden = scale * hidden + bias
         else:
-            hidden = hidden + values
+            hidden = hidden + film
         return self.second(hidden) + self.shortcut(x)
 
 

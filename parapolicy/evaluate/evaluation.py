@@ -106,11 +106,16 @@ def run_episodes(
     length, policy = config.env.options.max_episode_steps, variant.policy
     begin = time.perf_counter()
     with tqdm(total=len(all_seeds) * length, initial=len(episodes) * length, desc=label, unit="step") as bar:
+
+        def advance(steps: int) -> None:
+            if bar.update(steps):  # as often as it is drawn
+                kept.note_progress(label, bar.n / bar.total)
+
         stream: Iterator[tuple[Episode, ControlRecord | None]]
         if variant.latency == "none" and not variant.asynchronous and view is None:
             build = partial(make_env, policy.spec, None)
             rolled = rollout(
-                policy, build, seeds, config.noise_seed, config.num_envs, filmed, bar.update, config.processes
+                policy, build, seeds, config.noise_seed, config.num_envs, filmed, advance, config.processes
             )
             stream = ((episode, None) for episode in rolled)
         else:
@@ -124,11 +129,11 @@ def run_episodes(
                 config.noise_seed,
                 filmed,
                 lambda row: kept.append("actions.jsonl", {"sampler": label, **row}),
-                bar.update,
+                advance,
                 view,
             )
         for episode, control in stream:
-            bar.update(length - len(episode.rewards))
+            advance(length - len(episode.rewards))
             if episode.error:
                 tqdm.write(f"{label}, seed {episode.seed}: {episode.error}; it counts as a failure")
             row = metrics.episode_row(episode.seed - config.seed, episode)
@@ -146,6 +151,7 @@ def run_episodes(
             episodes.append(episode)
             rows.append(row)
             bar.set_postfix(reward=f"{sum(e.max_reward for e in episodes) / len(episodes):.3f}")
+    kept.note_progress(label, 1.0)
     videos = [row["video_path"] for row in rows if "video_path" in row]
     summary = metrics.summarize_episodes(episodes, time.perf_counter() - begin, videos)
     if controls := [row["control"] for row in rows if "control" in row]:

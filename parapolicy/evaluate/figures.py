@@ -21,14 +21,20 @@ COLORS = [color for color in qualitative.D3 + qualitative.T10 if color not in ("
 CHOSEN = "#1b8a5a"  # the only green
 
 
+def sampler_colors(task: pd.DataFrame, chosen: str | None) -> dict[str, str]:
+    """Sampler -> its color in every figure of a task: the chosen one green, the sequential one black."""
+    colors, found = cycle(COLORS), {}
+    for _, row in task.sort_values("p50_ms" if "p50_ms" in task else "sampler").iterrows():
+        name = str(row["sampler"])
+        found[name] = CHOSEN if name == chosen else "#222" if row["baseline"] else next(colors)
+    return found
+
+
 def _styles(task: pd.DataFrame, chosen: str | None) -> list[tuple[pd.Series, str, str]]:
-    """(row, color, legend text) of each sampler that was timed, fastest first; the chosen one stands out in green."""
+    """(row, color, legend text) of each sampler that was timed, fastest first."""
+    colors = sampler_colors(task, chosen)
     timed = task.dropna(subset=["p50_ms"]).sort_values("p50_ms")
-    styles, colors = [], cycle(COLORS)
-    for _, row in timed.iterrows():
-        color = CHOSEN if row["sampler"] == chosen else "#222" if row["baseline"] else next(colors)
-        styles.append((row, color, f"{row['sampler']}: {row['p50_ms']:.0f} ms"))
-    return styles
+    return [(row, colors[row["sampler"]], f"{row['sampler']}: {row['p50_ms']:.0f} ms") for _, row in timed.iterrows()]
 
 
 def pareto_figure(task: pd.DataFrame, chosen: str | None) -> go.Figure:
@@ -88,17 +94,20 @@ def pareto_figure(task: pd.DataFrame, chosen: str | None) -> go.Figure:
     return figure.update_layout(height=480, template="simple_white", margin={"t": 40, "l": 50, "r": 20})
 
 
-def cost_figure(chunks: pd.DataFrame, evaluated: Mapping[str, tuple[Sequence[int], Sequence[float]]]) -> go.Figure:
+def cost_figure(
+    chunks: pd.DataFrame, evaluated: Mapping[str, tuple[Sequence[int], Sequence[float]]], colors: Mapping[str, str]
+) -> go.Figure:
     """Rounds per chunk, rounds along the episode, and evaluations along diffusion time.
 
     Args:
         chunks: a row per chunk.
         evaluated: sampler -> timesteps, and a chunk's mean number of evaluations at each.
+        colors: of the samplers.
     """
     titles = ("rounds per chunk", "mean rounds along the episode", "mean evaluations of each diffusion step")
     figure = make_subplots(rows=1, cols=3, subplot_titles=titles)
-    for color, (sampler, group) in zip(cycle(COLORS), chunks.groupby("sampler", sort=False), strict=False):
-        name, same = str(sampler), {"legendgroup": str(sampler), "marker_color": color}
+    for sampler, group in chunks.groupby("sampler", sort=False):
+        name, same = str(sampler), {"legendgroup": str(sampler), "marker_color": colors.get(str(sampler))}
         figure.add_box(y=group["rounds"], name=name, showlegend=False, boxpoints=False, row=1, col=1, **same)
         phase = group.groupby("chunk")["rounds"].mean()
         figure.add_scatter(x=phase.index, y=phase, name=name, mode="lines", row=1, col=2, **same)

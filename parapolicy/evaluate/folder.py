@@ -28,7 +28,7 @@ class RunFolder:
     """
 
     def __init__(self, path: Path, description: Mapping[str, Any]) -> None:
-        self.path = path
+        self.path, self._progress = path, dict[str, float]()
         path.mkdir(parents=True, exist_ok=True)
         about = path / "run.json"
         if about.is_file():
@@ -51,6 +51,11 @@ class RunFolder:
     def finish(self, results: Mapping[str, Any]) -> None:
         """Write the summary."""
         _write_whole(self.path / "results.json", json.dumps(results, indent=2) + "\n")
+
+    def note_progress(self, label: str, part: float) -> None:
+        """How much of a sampler's episodes is done, for whoever watches the folder."""
+        self._progress[label] = part
+        (self.path / "progress.json").write_text(json.dumps(self._progress))
 
     def append(self, name: str, row: Mapping[str, Any]) -> None:
         """Add a line of JSON to a file, at once on disk."""

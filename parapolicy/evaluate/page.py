@@ -12,7 +12,7 @@ import numpy as np
 import pandas as pd
 import plotly.graph_objects as go
 
-from parapolicy.evaluate.figures import cost_figure, embed, pareto_figure, plot_pareto, profiles_figure
+from parapolicy.evaluate.figures import cost_figure, embed, pareto_figure, plot_pareto, profiles_figure, sampler_colors
 from parapolicy.evaluate.gather import (
     chunk_table,
     describe_machines,
@@ -43,8 +43,9 @@ def _table(task: pd.DataFrame, chosen: str | None) -> str:
         "episodes",
         "reward",
         "success",
-        "difference",
+        "difference of reward",
         "equivalent, p",
+        "difference of success",
         "episodes needed",
         "p50 ms",
         "p99 ms",
@@ -67,6 +68,7 @@ def _table(task: pd.DataFrame, chosen: str | None) -> str:
             interval(row, "success", ".2f"),
             interval(row, "difference", "+.3f"),
             number("equivalence_p", ".2g"),
+            interval(row, "success_difference", "+.2f"),
             number("episodes_needed", ".0f"),
             number("p50_ms", ".1f"),
             number("p99_ms", ".1f"),
@@ -131,7 +133,7 @@ def write_report(folders: Sequence[Path], output: Path, margin: float = 0.03) ->
             own = chunks[(chunks["env"] == env) & (chunks["checkpoint"] == checkpoint)]
             measured = select_latencies(latencies, str(env), str(checkpoint))
             evaluated = {sampler: row["evaluated"] for sampler, row in measured.items() if "evaluated" in row}
-            parts.append(embed(cost_figure(own, evaluated)))
+            parts.append(embed(cost_figure(own, evaluated, sampler_colors(task, chosen))))
     parts.append(_pooled(episodes))
     if failures := gather_failures(folders):
         items = "".join(f"<li>{html.escape(where)}: {html.escape(why)}</li>" for where, why in failures.items())
@@ -139,8 +141,8 @@ def write_report(folders: Sequence[Path], output: Path, margin: float = 0.03) ->
     machines = "<br>".join(map(html.escape, describe_machines(runs)))
     engines = sorted({row.get("engine", "") for row in latencies.values()} - {"", "upstream"})
     footer = (
-        "Brackets: 95 % intervals (bootstrap for rewards and percentiles, Wilson for success). Difference: of reward "
-        f"to the sequential sampler, by seed. Equivalent: two one-sided t-tests with margin ±{margin}. Latency at "
+        "Brackets: 95 % intervals (bootstrap for rewards and percentiles, Wilson for success). Differences: to "
+        f"the sequential sampler, by seed. Equivalent: two one-sided t-tests with margin ±{margin}. Latency at "
         f"batch 1{', engine ' + ', '.join(engines) if engines else ''}; "
         "“upstream”: the eager network and diffusers' scheduler step by step, whose chunks, and so rewards, "
         "are those of the sampler named. Jump at seams: distance from the last action executed of one chunk to the "

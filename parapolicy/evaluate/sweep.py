@@ -10,6 +10,7 @@ from omegaconf import DictConfig
 
 from parapolicy.evaluate.gather import gather_runs, measure_latencies
 from parapolicy.evaluate.page import write_report
+from parapolicy.evaluate.progress import SweepBar
 
 
 def note_failure(folder: Path, job: Callable[[], Any]) -> None:
@@ -25,9 +26,10 @@ def note_failure(folder: Path, job: Callable[[], Any]) -> None:
 
 
 class SweepReport(Callback):
-    """Hydra's callback at the end of a sweep, when its jobs no longer compete for the machine.
+    """Hydra's callback around a sweep: a bar over all its jobs, and the report at the end.
 
-    Times every sampler of the sweep side by side in this process, and writes the report to the sweep's folder.
+    When the jobs no longer compete for the machine, it times every sampler of the sweep side by side in this process,
+    and writes the report to the sweep's folder.
 
     Args:
         latency_chunks: chunks per sampler that are timed.
@@ -37,9 +39,20 @@ class SweepReport(Callback):
 
     def __init__(self, latency_chunks: int = 100, engine: str | None = None, upstream: Collection[str] = ()) -> None:
         self.latency_chunks, self.engine, self.upstream = latency_chunks, engine, upstream
+        self._bar: SweepBar | None = None
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        """Launchers send it to their workers, where the bar cannot go."""
+        return SweepReport, (self.latency_chunks, self.engine, self.upstream)
+
+    def on_multirun_start(self, config: DictConfig, **kwargs: Any) -> None:
+        """Called by hydra."""
+        self._bar = SweepBar(config)
 
     def on_multirun_end(self, config: DictConfig, **kwargs: Any) -> None:
         """Called by hydra."""
+        if self._bar is not None:
+            self._bar.close()
         folder = Path(config.hydra.sweep.dir)
         runs = gather_runs([folder])
         measure_latencies(runs, folder / "latency.json", self.latency_chunks, self.engine, self.upstream)

@@ -17,6 +17,7 @@ from parapolicy.samplers.semi_implicit import settling_variance
 from parapolicy.samplers.window import check_window
 from parapolicy.schedule import Schedule
 
+BLOCK = 25  # states whose model is solved at once, which costs their square
 REGULARIZATION = 1e-3  # of the least-squares fit, as a part of the trace of its normal matrix
 
 
@@ -44,12 +45,13 @@ class Secant:
             evaluations.
         tolerance: largest estimated error of an element of the sample, in normalised units (of Push-T's 512 pixels,
             0.01 is 2.5). 0: exact.
-        history: past rounds that the fit looks at; 0: plain semi-implicit iteration.
+        history: differences between past rounds that the fit looks at; 0: plain semi-implicit iteration. More than one
+            saves a few rounds in a hundred where the window is the whole schedule, for three times the work of the fit.
     """
 
     window: int = 40
     tolerance: float = 0.01
-    history: int = 3
+    history: int = 1
 
     def __post_init__(self) -> None:
         check_window(self.window, self.tolerance)
@@ -103,17 +105,18 @@ class SecantRounds:
         window = min(sampler.window, self.steps)
         self.offsets = torch.arange(window, device=device)
         self.row = torch.arange(batch, device=device)[:, None]
+        self.element = self.row.flatten().repeat_interleave(window)  # of each entry
         # x_j, z_j and u_{j-1} at index j: the estimate before the first is 0.
         self.x, self.u, self.z, self.guess = (noise.new_zeros(batch, self.steps + window + 1, size) for _ in range(4))
         beyond = (0, window + 1)
-        self.tables = torch.stack([functional.pad(t, beyond) for t in (schedule.A, schedule.B, schedule.C, schedule.S)])
+        self.tables = torch.stack([functional.pad(t, beyond) for t in (schedule.A, schedule.C, schedule.S)])
+        self.propagators = functional.pad(schedule.propagators, beyond + beyond)
         self.deviation = functional.pad(settling_variance(schedule).sqrt(), beyond, value=1.0)
         self.model = SecantModel(self.x, self.steps, sampler.history)
         self.start, self.end, self.rounds, self.evaluations = (torch.zeros_like(self.row[:, 0]) for _ in range(4))
         self.error, self.last_change, self.residual = (noise.new_zeros(batch) for _ in range(3))
         self.done = torch.zeros((), dtype=torch.bool, device=device)
         self.sparse = not noise.is_cuda
-        self.second_order = schedule.solver == "dpmsolver++"
         self.bound = torch.inf if schedule.clip is None or schedule.overshoot.any() else schedule.clip
 
     def begin(self, noise: Tensor, guess: Tensor | None) -> None:
@@ -142,7 +145,7 @@ class SecantRounds:
         self.model.record(row, step, before, estimates)
         u[row, step + 1] = estimates
 
-        new = self._recurrence(step, before, estimates)
+        new = self._follow(step, before, estimates)
         # Root mean square changes, in deviations.
         moved = (new - x[row, step + 1]).square().mean(2).sqrt() / self.deviation[step]
         final = x[:, self.steps].clone()
@@ -181,14 +184,16 @@ class SecantRounds:
 
     def _evaluate(self, denoiser: DenoiserLike, states: Tensor, step: Tensor, valid: Tensor) -> Tensor:
         """The estimates (B, W, H D) at states likewise."""
-        inputs = states.flatten(0, 1).unflatten(1, self.shape), step.flatten(), self.row.expand_as(step).flatten()
+        inputs = states.flatten(0, 1).unflatten(1, self.shape), step.flatten(), self.element
         if not self.sparse:
             x, steps, element = inputs
             return denoiser(x, steps.clamp(max=self.steps - 1), element).flatten(1).view_as(states)
-        inside = valid.flatten()
-        estimates = torch.zeros_like(states)
-        estimates[valid] = denoiser(*(value[inside] for value in inputs)).flatten(1)
-        return estimates
+        if valid.all():
+            return denoiser(*inputs).flatten(1).view_as(states)
+        inside = valid.flatten().nonzero()[:, 0]
+        estimates = torch.zeros_like(states).flatten(0, 1)
+        estimates[inside] = denoiser(*(value[inside] for value in inputs)).flatten(1)
+        return estimates.view_as(states)
 
     def _extrapolate(self) -> None:
         """Fill a window's states and estimates after ``end``: the guess, moved by what the last one differs from it."""
@@ -197,32 +202,59 @@ class SecantRounds:
         correction = self.u[self.row, first] - self.guess[self.row, first]
         estimates = self.guess[self.row, step + 1] + correction
         self.u[self.row, step + 1] = estimates
-        a, b, c, s = self.tables[:, step][..., None]  # (B, W, 1) each
-        drive = b * estimates + s * self.z[self.row, step]
-        if self.second_order:
-            drive = drive + c * self.u[self.row, step]
-        state, states = self.x[self.row[:, 0], self.end], []
-        for carry, addend in zip(a.unbind(1), drive.unbind(1), strict=True):
-            state = torch.addcmul(addend, carry, state)
-            states.append(state)
-        self.x[self.row, step + 1] = torch.stack(states, 1)
+        at = self.row[:, 0], self.end
+        still, gain = self._propagate(step, self.x[at], self.u[at])
+        self.x[self.row, step + 1] = torch.baddbmm(still, gain, estimates)
 
-    def _recurrence(self, step: Tensor, before: Tensor, estimates: Tensor) -> Tensor:
+    def _follow(self, step: Tensor, before: Tensor, estimates: Tensor) -> Tensor:
         """The W states (B, W, H D) after the window's first, with the model's estimates along the way."""
-        a, b, c, s = self.tables[:, step][..., None, None]  # (B, W, 1, 1) each
-        kick = (s * self.z[self.row, step][..., None]).unbind(1)
-        gains = zip(a.unbind(1), b.unbind(1), c.unbind(1), kick, strict=True)
-        predict = self.model.fit(self.row, step, before, estimates)
-        state, previous_u = before[:, 0, :, None], self.u[self.row[:, 0], self.start][..., None]
-        states = []
-        for k, (carry, gain, previous_gain, addend) in enumerate(gains):  # few calls: they cost more than their work
-            estimate = predict(k, state).clamp_(-self.bound, self.bound)
-            if self.second_order:
-                addend = torch.addcmul(addend, previous_gain, previous_u)
-            state = torch.addcmul(torch.addcmul(addend, gain, estimate), carry, state)
-            states.append(state)
-            previous_u = estimate
-        return torch.cat(states, 2).mT
+        weights, du = self.model.fit(self.row, step)
+        state, previous_u, states = before[:, 0], self.u[self.row[:, 0], self.start], []
+        for entries in zip(*(v.split(BLOCK, 1) for v in (step, before, estimates, weights, du)), strict=True):
+            block, previous_u = self._follow_block(state, previous_u, *entries)
+            states.append(block)
+            state = block[:, -1]
+        return states[0] if len(states) == 1 else torch.cat(states, 1)
+
+    def _follow_block(
+        self,
+        state: Tensor,
+        previous_u: Tensor,
+        step: Tensor,
+        before: Tensor,
+        estimates: Tensor,
+        weights: Tensor,
+        du: Tensor,
+    ) -> tuple[Tensor, Tensor]:
+        """The states after ``state``, and the last estimate.
+
+        The model sees a state through few numbers y, its products with past differences: the estimates are u + du^T y.
+        The schedule is linear, so that each y is a sum of those before it, y = r + L y with a strictly lower
+        triangular L: one substitution instead of a loop. Estimates are clipped only afterwards; at the fixed point,
+        where they are the network's, that changes nothing.
+        """
+        still, gain = self._propagate(step, state, previous_u)
+        free = torch.baddbmm(still, gain, estimates)  # the states, if the network said the same again
+        moved = torch.cat((state[:, None], free[:, :-1]), 1) - before
+        r = weights @ moved[..., None]  # (B, K, m, 1)
+        sizes = r.shape[1:3]  # (K, m)
+        coupling = (weights.flatten(1, 2) @ du.flatten(1, 2).mT).unflatten(2, sizes).unflatten(1, sizes)
+        later = functional.pad(gain[:, :-1], (0, 0, 1, 0))  # what each estimate adds to the state before each step
+        system = (coupling * -later[:, :, None, :, None]).flatten(3, 4).flatten(1, 2)
+        y = torch.linalg.solve_triangular(system, r.flatten(1, 2), upper=False, unitriangular=True)
+        estimates = estimates + (y.unflatten(1, sizes).mT @ du)[:, :, 0]
+        estimates = estimates.clamp_(-self.bound, self.bound)
+        return torch.baddbmm(still, gain, estimates), estimates[:, -1]
+
+    def _propagate(self, step: Tensor, state: Tensor, previous_u: Tensor) -> tuple[Tensor, Tensor]:
+        """What the states after steps (B, K) come to without their estimates (B, K, H D), and what each estimate adds
+        to each state (B, K, K). ``state`` and ``previous_u`` are those before the first step, (B, H D).
+        """
+        spread, gain = self.propagators[:, step[:, :, None], step[:, None]]
+        carry, previous_gain, kick = self.tables[:, step][..., None]  # (B, K, 1) each
+        drive = kick * self.z[self.row, step]
+        drive[:, 0] += torch.addcmul(carry[:, 0] * state, previous_gain[:, 0], previous_u)
+        return spread @ drive, gain
 
 
 class SecantModel:
@@ -235,10 +267,9 @@ class SecantModel:
     """
 
     def __init__(self, x: Tensor, steps: int, history: int) -> None:
-        # Pairs of state and estimate, newest first; all alike at a step that has been evaluated once.
-        self.pairs = x.new_zeros(2, history + 1, *x.shape)
+        # At every step, states and estimates, newest first; all alike where it has been evaluated once.
+        self.pairs = x.new_zeros(*x.shape[:2], 2, history + 1, x.shape[2])
         self.seen = torch.zeros(x.shape[:2], dtype=torch.bool, device=x.device)
-        self.neighbours = torch.tensor([0, -1, 1], device=x.device)
         self.last = steps - 1
 
     def forget(self) -> None:
@@ -248,37 +279,31 @@ class SecantModel:
 
     def record(self, row: Tensor, step: Tensor, states: Tensor, estimates: Tensor) -> None:
         """Take evaluations at batch elements ``row`` (B, 1) and ``step`` (B, W): states and estimates (B, W, H D)."""
-        newest = torch.stack((states, estimates))[:, None]
-        past = torch.where(self.seen[row, step][..., None], self.pairs[:, :-1, row, step], newest)
-        self.pairs[:, :, row, step] = torch.cat((newest, past), 1)
+        newest = torch.stack((states, estimates), 2)[:, :, :, None]
+        past = torch.where(self.seen[row, step][..., None, None, None], self.pairs[row, step][:, :, :, :-1], newest)
+        self.pairs[row, step] = torch.cat((newest, past), 3)
         self.seen[row, step] = True
 
-    def fit(self, row: Tensor, step: Tensor, x: Tensor, u: Tensor) -> Callable[[int, Tensor], Tensor]:
-        """The model u + J (x_new - x) at each entry (B, W), around x and u (B, W, H D).
-
-        Returns:
-            (k, x_new as columns (B, H D, 1)) -> the k-th entry's estimate, likewise, in memory of its own.
-        """
-        old, seen = x[..., None].unbind(1), u[..., None].unbind(1)
-        if self.pairs.shape[1] == 1:
-            return lambda k, new: seen[k].clone()
-        steps = (step[..., None] + self.neighbours).clamp(0, self.last)  # (B, W, 3)
-        pairs = self.pairs[:, :, row[..., None], steps]
-        differences = (pairs[:, :-1] - pairs[:, 1:]).permute(0, 2, 3, 4, 1, 5)  # (2, B, W, 3, history, H D)
-        dx, du = differences.flatten(3, 4)  # (B, W, m, H D)
+    def fit(self, row: Tensor, step: Tensor) -> tuple[Tensor, Tensor]:
+        """The model J = du^T weights at each step of a window (B, W): weights and du, (B, W, m, H D) each."""
+        around = torch.cat((step[:, :1] - 1, step, step[:, -1:] + 1), 1).clamp(0, self.last)
+        pairs = self.pairs[row, around]
+        own = pairs[:, :, :, :-1] - pairs[:, :, :, 1:]  # (B, W + 2, 2, history, H D)
+        dx, du = torch.cat((own[:, 1:-1], own[:, :-2], own[:, 2:]), 3).unbind(2)  # with the neighbours': (B, W, m, H D)
         normal = dx @ dx.mT  # (B, W, m, m)
         damping = REGULARIZATION * normal.diagonal(dim1=-2, dim2=-1).sum(-1) + 1e-12
         normal.diagonal(dim1=-2, dim2=-1).add_(damping[..., None])
-        weights = solve(normal, dx).unbind(1)  # W times (B, m, H D)
-        outputs = du.mT.unbind(1)  # W times (B, H D, m)
-        return lambda k, new: torch.baddbmm(seen[k], outputs[k], torch.bmm(weights[k], new - old[k]))
+        return solve(normal, dx), du
 
 
 def solve(matrix: Tensor, right: Tensor) -> Tensor:
-    """M^-1 R for small positive definite M (..., m, m) and R (..., m, n).
+    """M^-1 R for small positive definite M (..., m, m) and R (..., m, n)."""
+    # LAPACK's like may wait for the host on a GPU; many small calls are slow on a CPU.
+    return eliminate(matrix, right) if matrix.is_cuda else torch.linalg.inv_ex(matrix).inverse @ right
 
-    By elimination without pivots, which M's diagonal makes stable: LAPACK's like may wait for the host on a GPU.
-    """
+
+def eliminate(matrix: Tensor, right: Tensor) -> Tensor:
+    """:func:`solve` by elimination without pivots, which M's diagonal makes stable."""
     count = matrix.shape[-1]
     system = torch.cat((matrix, right), -1)
     for i in range(count):
