@@ -44,6 +44,10 @@ def main(
     policy = parapolicy.load_policy(checkpoint, engine=engine)
     robot = Robot(policy.spec)
     every = round(FAST_HZ / float(control_hz))
+    history = parapolicy.ObservationHistory(policy.spec)
+    history.push(robot.observe())
+    for seed in range(30):  # compiling, and preparing for every size of call, would hold the loop up
+        policy.predict(history.stacked(), seed=seed)
     with parapolicy.Controller(policy, float(control_hz), asynchronous=True, deadline_ms=500) as controller:
         controller.reset(seed=0)
         target = controller.act(robot.observe())  # the first chunk is waited for, with the robot at rest
@@ -66,10 +70,10 @@ def main(
 
 
 def real_time() -> None:
-    """Let this thread, not the policy's, go before every ordinary one, where the system allows it (Linux: as root, or
-    with ``rtprio`` in limits.conf)."""
+    """Let this thread, and not those it starts, go before every ordinary one, where the system allows it (Linux: as
+    root, or with ``rtprio`` in limits.conf)."""
     try:
-        os.sched_setscheduler(0, os.SCHED_FIFO, os.sched_param(20))
+        os.sched_setscheduler(0, os.SCHED_FIFO | os.SCHED_RESET_ON_FORK, os.sched_param(20))
     except (AttributeError, PermissionError) as error:
         print(f"no real-time priority ({error}): other programs can make this loop late")
 
