@@ -102,7 +102,7 @@ class Robomimic(gymnasium.Env):
         self._simulator = _make(name, arguments, render_size)
         self._render_size = render_size
         self._keys = list(spec.observation)
-        given = {key: value.shape for key, value in self._read(self._simulator.reset()).items()}
+        given = {key: value.shape for key, value in self._read(self._restart()).items()}
         for key, shape in spec.observation.items():
             if given.get(key) != tuple(shape):
                 raise ValueError(f"the policy observes {key!r} with shape {tuple(shape)}; {task} gives {given}")
@@ -128,7 +128,7 @@ class Robomimic(gymnasium.Env):
             simulator.rng = np.random.default_rng(seed)
             for sampler in _samplers(simulator.placement_initializer):
                 sampler.rng = simulator.rng
-        simulator.reset()
+        self._restart()
         if options is not None and "state" in options:
             state = np.asarray(options["state"], dtype=np.float64)
             expected = simulator.sim.get_state().flatten().shape
@@ -176,11 +176,30 @@ class Robomimic(gymnasium.Env):
         """
         if not self._render_size:
             raise RuntimeError("this environment has no renderer; set render_size (env.options.render_size=256)")
+        self._simulator.sim._render_context_offscreen.gl_ctx.make_current()
         frame = self._simulator.sim.render(camera_name="agentview", width=self._render_size, height=self._render_size)
         return np.asarray(frame[::-1])
 
     def close(self) -> None:
+        self._drop_renderer()
         self._simulator.close()
+
+    def _restart(self) -> Any:
+        """robosuite's reset, which makes a new simulator, and a new renderer."""
+        self._drop_renderer()
+        return self._simulator.reset()
+
+    def _drop_renderer(self) -> None:
+        """Free what the renderer holds while its own GL context is current.
+
+        robosuite leaves that to the garbage collector, which frees the same numbers in whatever context is current
+        then: another episode's pictures turn to noise.
+        """
+        context = self._simulator.sim and self._simulator.sim._render_context_offscreen
+        if context is not None:
+            context.gl_ctx.make_current()
+            context.con.free()
+            context.gl_ctx.free()
 
     def _run(self, action: np.ndarray) -> Result:
         raw, _, _, _ = self._simulator.step(to_axis_angle(action) if self._absolute else np.clip(action, -1, 1))
