@@ -11,6 +11,7 @@ import gc
 import os
 import resource
 import sys
+import time
 
 import numpy as np
 import torch
@@ -41,6 +42,7 @@ def main(
     checkpoint: str = "checkpoints/pusht_lowdim", seconds: str = "10", control_hz: str = "10", engine: str = "eager"
 ) -> None:
     torch.set_num_threads(max(1, torch.get_num_threads() - 1))  # a core for this loop
+    set_priority(10)  # of the policy's thread, too: it may hold Python's lock while another program has its core
     policy = parapolicy.load_policy(checkpoint, engine=engine)
     robot = Robot(policy.spec)
     every = round(FAST_HZ / float(control_hz))
@@ -53,13 +55,21 @@ def main(
         target = controller.act(robot.observe())  # the first chunk is waited for, with the robot at rest
         gc.collect()
         gc.freeze()  # what is loaded stays: a full collection would stop every thread for some 60 ms
-        real_time()
-        pacer = parapolicy.Pacer(FAST_HZ)
+        set_priority(20)
+        pacer, missed = parapolicy.Pacer(FAST_HZ), 0
+        worked, waited = 0.0, waiting_for_a_core()
         for tick in range(round(float(seconds) * FAST_HZ)):
             pacer.wait()
+            begin = time.monotonic()
+            if pacer.missed > missed:
+                waited = waiting_for_a_core() - waited
+                print(f"tick {tick}: {pacer.missed - missed} missed; the work before took {1e3 * worked:.1f} ms, and")
+                print(f"  this thread has waited {waited:.1f} ms for a core since it last looked")
+                missed, waited = pacer.missed, waiting_for_a_core()
             if tick % every == 0:
                 target = controller.act(robot.observe())
             robot.send(target)
+            worked = time.monotonic() - begin
             if tick in (999, 10_000):  # after the first allocations
                 print(f"{tick + 1} ticks: {memory():.0f} MB at most")
         latency = controller.latency
@@ -69,13 +79,22 @@ def main(
             print(stage, {name: round(value, 3) for name, value in latency["times"][stage].items()})
 
 
-def real_time() -> None:
-    """Let this thread, and not those it starts, go before every ordinary one, where the system allows it (Linux: as
-    root, or with ``rtprio`` in limits.conf)."""
+def set_priority(priority: int) -> None:
+    """Let this thread, and those it starts from now on, go before every ordinary one, where the system allows it
+    (Linux: as root, or with ``rtprio`` in limits.conf)."""
     try:
-        os.sched_setscheduler(0, os.SCHED_FIFO | os.SCHED_RESET_ON_FORK, os.sched_param(20))
+        os.sched_setscheduler(0, os.SCHED_FIFO, os.sched_param(priority))
     except (AttributeError, PermissionError) as error:
         print(f"no real-time priority ({error}): other programs can make this loop late")
+
+
+def waiting_for_a_core() -> float:
+    """How long this thread could have run and did not, ms; nan where the system does not tell."""
+    try:
+        with open("/proc/thread-self/schedstat") as counts:
+            return int(counts.read().split()[1]) / 1e6
+    except OSError:
+        return float("nan")
 
 
 def memory() -> float:

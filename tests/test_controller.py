@@ -1,6 +1,7 @@
 """Every branch of the control loop, on a clock that only the test moves, and once on a real thread."""
 
 import json
+import threading
 from collections.abc import Callable
 from concurrent.futures import Executor, Future
 from typing import Any
@@ -342,6 +343,19 @@ def test_a_deadline_ends_sampling_and_is_counted(policy: Timed) -> None:
 def test_bad_options_are_named(policy: Timed, options: dict, message: str) -> None:
     with pytest.raises(ValueError, match=message):
         Controller(policy, **options)
+
+
+def test_the_thread_is_there_before_the_loop_begins(shipped: Policy) -> None:
+    """With the priority of the thread that makes the controller, whatever the loop's own becomes."""
+
+    def names() -> set[str]:
+        return {thread.name for thread in threading.enumerate() if thread.name.startswith("parapolicy")}
+
+    assert not names()
+    with Controller(shipped, asynchronous=True):
+        assert names() == {"parapolicy_0"}
+    with Controller(shipped):
+        assert not names()
 
 
 def test_a_real_thread(shipped: Policy) -> None:

@@ -100,6 +100,8 @@ class Controller:
         self.asynchronous, self.warm_start, self.blend_steps = asynchronous, warm_start, blend_steps
         self.log, self.clock = log, clock
         self._own_executor = ThreadPoolExecutor(1, "parapolicy") if asynchronous and executor is None else None
+        if self._own_executor is not None:  # its thread is there from now on, with the priority that this one has now
+            self._own_executor.submit(lambda: None).result()
         self._executor = executor or self._own_executor
         self.history = ObservationHistory(policy.spec)
         self.reset()

@@ -32,7 +32,7 @@ class SweepReport(Callback):
     and writes the report to the sweep's folder.
 
     Args:
-        latency_chunks: chunks per sampler that are timed.
+        latency_chunks: chunks per sampler that are timed; 0: none, for a sweep that is timed when it is run again.
         engine: that computes them; None: the jobs' own.
         upstream: labels of sequential samplers beside which the published code is timed, where the sweep has them.
     """
@@ -55,5 +55,6 @@ class SweepReport(Callback):
             self._bar.close()
         folder = Path(config.hydra.sweep.dir)
         runs = gather_runs([folder])
-        measure_latencies(runs, folder / "latency.json", self.latency_chunks, self.engine, self.upstream)
+        if self.latency_chunks:
+            measure_latencies(runs, folder / "latency.json", self.latency_chunks, self.engine, self.upstream)
         write_report([folder], folder / "report")
