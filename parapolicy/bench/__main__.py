@@ -57,20 +57,26 @@ def main() -> None:
     machine = measure_machine(policy.network) | describe_machine(policy.device)
     results: dict[str, Any] = {"machine": machine, "versions": describe_versions(), "checkpoint": arguments.checkpoint}
     results["parameters"] = sum(parameter.numel() for parameter in policy.network.parameters())
+    arguments.output.mkdir(parents=True, exist_ok=True)
+
+    def save() -> None:  # after each part: the next one may take long, or fail
+        results["peak_memory"] = peak_memory(policy.device)
+        (arguments.output / "bench.json").write_text(json.dumps(results, indent=2) + "\n")
+
     results["network"] = bench_network(policy, engines, machine, 2 * arguments.chunks)
     results["chunks"] = bench_chunks(policy, engines, machine, arguments.chunks)
+    save()
     if arguments.scaling:
         results["robots"] = bench_robots(policy, engines, max(1, arguments.chunks // 5))
         best = dataclasses.replace(policy, engine=engines[arguments.engines[-1]])
         results["scaling"] = bench_scaling(best, max(1, arguments.chunks // 2))
+        save()
         if policy.device.type == "cpu" or torch.cuda.device_count() > 1:
             with tempfile.TemporaryDirectory() as folder:  # the widened network, too, for the other process
                 save_policy(policy, folder)
                 measured = bench_devices(Path(folder), arguments.engines[-1], policy.device, arguments.chunks)
             results["scaling"]["devices"] = measured
-    results["peak_memory"] = peak_memory(policy.device)
-    arguments.output.mkdir(parents=True, exist_ok=True)
-    (arguments.output / "bench.json").write_text(json.dumps(results, indent=2) + "\n")
+            save()
     plot(results, arguments.engines, arguments.output / "bench.png")
     print_tables(results, arguments.engines)
     print(f"wrote {arguments.output}")

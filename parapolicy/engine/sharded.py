@@ -230,7 +230,8 @@ def _warm_up(policy: "Policy") -> None:
     assert policy.engine is not None
     evaluate = policy.engine.bind(policy.schedule.timesteps, torch.zeros(1, spec.condition_dim, device=device))
     rows = torch.zeros(4, dtype=torch.int64, device=device)
-    evaluate(torch.zeros(4, spec.horizon, spec.action_dim, device=device), rows, rows)
+    # Not the same tensor twice, for which dynamo would compile a graph of its own.
+    evaluate(torch.zeros(4, spec.horizon, spec.action_dim, device=device), rows, rows.clone())
 
 
 def _connect(address: str, rank: int, processes: int, device: torch.device, timeout: float) -> Groups:
