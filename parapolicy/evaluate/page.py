@@ -27,7 +27,8 @@ from parapolicy.evaluate.summary import recommend, summarize
 
 STYLE = """body{font:15px/1.5 system-ui,sans-serif;max-width:1100px;margin:2em auto;padding:0 1em;color:#222}
 h1{font-size:1.5em}h2{font-size:1.2em;margin-top:2em}.answer{font-size:1.25em;background:#eef6ee;padding:.8em 1em;
-border-left:5px solid #2a7}table{border-collapse:collapse;font-size:.9em}th,td{padding:.3em .7em;text-align:right;
+border-left:5px solid #2a7}table{border-collapse:collapse;font-size:.9em;display:block;overflow-x:auto}
+th,td{padding:.3em .7em;text-align:right;
 border-bottom:1px solid #ddd}th:first-child,td:first-child{text-align:left}.best{background:#eef6ee}footer{color:#777;
 font-size:.85em;margin-top:3em}.failed{color:#a22}"""
 
