@@ -14,7 +14,7 @@ import parapolicy
 from parapolicy.evaluate.errors import measure_errors
 from parapolicy.evaluate.metrics import summarize_errors
 from parapolicy.samplers import Secant, SemiImplicit, Sequential
-from parapolicy.samplers.secant import SecantRounds
+from parapolicy.samplers.secant import SecantRounds, eliminate, solve
 from parapolicy.schedule import Schedule, make_schedule
 from tests.helpers import DDPM_CONFIG, small_policy, some_observation
 
@@ -140,6 +140,15 @@ def test_a_round_of_fixed_shape_waits_for_nothing(solver: str, window: int) -> N
         assert found.rounds.tolist() == expected.rounds.tolist()
         assert found.evaluations.tolist() == expected.evaluations.tolist()
         guess = expected.u.roll(1, 2)
+
+
+def test_the_elimination_for_gpus_gives_what_the_cpu_finds() -> None:
+    factor = torch.randn(2, 5, 9, 12)
+    matrix, right = factor @ factor.mT + torch.eye(9), torch.randn(2, 5, 9, 32)
+    with Waits():
+        found = eliminate(matrix, right)
+    torch.testing.assert_close(found, solve(matrix, right), rtol=1e-3, atol=1e-4)
+    torch.testing.assert_close(matrix @ found, right, rtol=1e-3, atol=1e-3)
 
 
 def test_waiting_is_seen() -> None:
