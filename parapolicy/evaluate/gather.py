@@ -156,7 +156,7 @@ def measure_latencies(
         for run in members:
             assert run.about is not None
             for entry in run.about["config"]["samplers"]:
-                entries.setdefault(_label(entry), entry)
+                entries.setdefault(entry_label(entry), entry)
         timed = {row["sampler"] for row in done if (row["env"], row["checkpoint"]) == (env, checkpoint)}
         if not entries.keys() - timed:
             continue
@@ -185,7 +185,8 @@ def measure_latencies(
         path.write_text(json.dumps(done, indent=2) + "\n")
 
 
-def _label(entry: str | Mapping[str, Any]) -> str:
+def entry_label(entry: str | Mapping[str, Any]) -> str:
+    """The name of a sampler's row, from its entry in a configuration."""
     return entry if isinstance(entry, str) else str(entry.get("label", entry["name"]))
 
 

@@ -11,6 +11,8 @@ from hydra.core.override_parser.overrides_parser import OverridesParser
 from omegaconf import DictConfig, OmegaConf
 from tqdm import tqdm
 
+from parapolicy.evaluate.gather import entry_label
+
 # What a chunk's evaluations come to, in schedules; about, for it only shares out the time that is left.
 EVALUATIONS = {"sequential": 1.0, "paradigms": 4.0}
 OTHERS = 2.0
@@ -100,5 +102,5 @@ def _sampler_costs(config: Mapping[str, Any]) -> dict[str, float]:
     for entry in config["samplers"]:
         settings = {"name": entry} if isinstance(entry, str) else entry
         name, steps = str(settings["name"]), settings.get("steps", STEPS)
-        costs[str(settings.get("label", name))] = config["episodes"] * steps * EVALUATIONS.get(name, OTHERS)
+        costs[entry_label(entry)] = config["episodes"] * steps * EVALUATIONS.get(name, OTHERS)
     return costs
