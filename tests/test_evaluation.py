@@ -94,6 +94,11 @@ def test_chunks_are_measured_against_sequential_with_the_same_noise() -> None:
     assert min(measured["loose"].errors) > 1e-4
     assert find_baseline(policies) == "sequential"
     assert len(policies["short"].schedule) == 5
+    summary = metrics.summarize_chunks(measured["loose"], policies["loose"])["chunk_error"]
+    assert len(summary["each"]) == 3
+    assert "asked" not in summary  # its tolerance is of the steps' noise
+    loose = policies["loose"].with_sampler("secant", tolerance=0.3)
+    assert metrics.summarize_chunks(measured["loose"], loose)["chunk_error"]["asked"] == 0.3
 
 
 @pytest.mark.parametrize(("solver", "steps"), [("ddpm", 20), ("ddim", 8)])
@@ -108,7 +113,7 @@ def test_upstream_s_way_gives_the_sequential_chunk_and_is_timed_beside_it(solver
     measured = measure_chunks({"ours": policy}, [observation] * 3, upstream={"upstream": policy})
     assert len(measured["upstream"].seconds) == len(measured["ours"].seconds) == 3
     assert measured["upstream"].errors == []
-    assert "chunk_error" not in metrics.summarize_chunks(measured["upstream"])
+    assert "chunk_error" not in metrics.summarize_chunks(measured["upstream"], None)
 
 
 def test_evaluations_are_counted_by_diffusion_step() -> None:

@@ -17,7 +17,7 @@ import pytest
 from omegaconf import DictConfig
 
 from parapolicy.cli import main
-from parapolicy.evaluate.figures import CHOSEN, sampler_colors
+from parapolicy.evaluate.figures import CHOSEN, calibration_figure, sampler_colors
 from parapolicy.evaluate.folder import RunFolder
 from parapolicy.evaluate.gather import episode_table, gather_latencies, gather_runs
 from parapolicy.evaluate.page import write_report
@@ -221,7 +221,8 @@ def made_up_run(
         }
         if label in p50:
             times = {"p50": p50[label], "p95": p50[label], "p99": 1.2 * p50[label], "each": [p50[label]] * 5}
-            samplers[label] |= {"chunk_ms": times, "chunk_error": {"p95": 0.01}}
+            error = {"median": 0.004, "p95": 0.01, "each": [0.003, 0.004, 0.011], "asked": 0.008}
+            samplers[label] |= {"chunk_ms": times, "chunk_error": error}
     folder.mkdir(parents=True, exist_ok=True)
     machine = {"cpu": "a made-up CPU", "threads": 2, "device": "cpu"}
     results = {
@@ -303,6 +304,26 @@ def test_upstream_has_a_row_with_the_scores_of_the_sampler_whose_chunks_it_compu
     assert "150 ms per chunk against 600 (the published code: 700), 4.0 times" in sentence
 
 
+def test_errors_obtained_stand_beside_the_error_asked_for() -> None:
+    asked = {"median": 0.004, "each": [0.003, 0.0, 0.011], "asked": 0.008}
+    measured = {
+        "loose": {"chunk_error": {"median": 0.05, "each": [0.04, 0.05, 0.07]}},
+        "ours": {"chunk_error": asked},
+        "sequential": {"chunk_error": {"median": 0.0, "each": [0.0, 0.0]}},  # the reference itself
+        "upstream": {},
+        "older": {"chunk_error": {"median": 0.1}},
+    }
+    figure = calibration_figure(measured, {"ours": "#123456"})
+    assert figure is not None
+    assert [(trace.name, list(trace.y)) for trace in figure.data] == [
+        ("ours", [0.003, 0.011]),
+        ("loose", [0.04, 0.05, 0.07]),
+        ("asked for", [0.008]),
+    ]
+    assert figure.data[2].x == ("ours",)
+    assert calibration_figure({name: measured[name] for name in ("sequential", "upstream", "older")}, {}) is None
+
+
 def test_no_recommendation_is_made_without_grounds(made_up: Path, tmp_path: Path) -> None:
     runs = gather_runs([made_up])
     table = episode_table(runs)
@@ -357,6 +378,7 @@ def test_the_page_shows_its_figures_in_a_browser(made_up: Path) -> None:
     assert "mean maximum reward" in dom
     assert dom.count('class="point"') >= 6  # three samplers in two panels
     assert "ours</text>" in dom
+    assert "largest error of a chunk" in dom
 
 
 @pytest.mark.parametrize(

@@ -23,7 +23,6 @@ from parapolicy.evaluate.rollout import Episode, rollout
 from parapolicy.evaluate.variants import Variant, build_variants, find_baseline
 from parapolicy.evaluate.watch import View
 from parapolicy.policy import Policy, load_policy
-from parapolicy.samplers import Sampler, Secant
 
 MakeEnv = Callable[[PolicySpec, "SimulatedClock | None"], gymnasium.Env]
 Observations = list[tuple[dict[str, Any], dict[str, Any]]]  # (previous, current) of each chunk
@@ -170,7 +169,7 @@ def _add_latency(
         previous, current = zip(*chosen, strict=True)
         measured = measure_chunks(policies, current, config.noise_seed, previous, bar.update)
     for label, row in results["samplers"].items():
-        row |= metrics.summarize_chunks(measured[label])
+        row |= metrics.summarize_chunks(measured[label], policies[label])
 
 
 def _add_fidelity(
@@ -191,14 +190,9 @@ def _measure_errors(policy: Policy, entries: Any, recorded: list[list[Any]], con
     policies = {label: variant.policy for label, variant in variants.items()}
     with tqdm(desc="errors", unit="chunk") as bar:
         errors = measure_errors(policies, recorded, config.errors.chunks, config.noise_seed, bar.update)
-    return {label: metrics.summarize_errors(errors[label], _asked_error(p.sampler)) for label, p in policies.items()}
+    return {label: metrics.summarize_errors(errors[label], metrics.asked_error(p)) for label, p in policies.items()}
 
 
 def _spread(items: list[Any], count: int) -> list[Any]:
     """About ``count`` of the items, evenly spaced."""
     return items[:: max(1, len(items) // count)][:count]
-
-
-def _asked_error(sampler: Sampler) -> float | None:
-    """The tolerance of a sampler that takes it as an error of the chunk."""
-    return sampler.tolerance if isinstance(sampler, Secant) else None

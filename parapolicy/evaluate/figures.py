@@ -3,6 +3,7 @@
 from collections.abc import Mapping, Sequence
 from itertools import cycle
 from pathlib import Path
+from typing import Any
 
 import matplotlib
 
@@ -120,6 +121,40 @@ def cost_figure(
     figure.update_xaxes(title="chunk", row=1, col=2)
     figure.update_xaxes(title="timestep (sampling goes from left to right)", autorange="reversed", row=1, col=3)
     return figure.update_layout(height=420, template="simple_white", margin={"t": 40, "l": 50, "r": 20})
+
+
+def calibration_figure(measured: Mapping[str, Mapping[str, Any]], colors: Mapping[str, str]) -> go.Figure | None:
+    """Each sampler's distance from the sequential chunks, and beside it the error that it was asked for.
+
+    Args:
+        measured: sampler -> its row of ``latency.json``.
+        colors: of the samplers.
+
+    Returns:
+        None where no sampler's errors were kept.
+    """
+    kept = {name: row for name, row in measured.items() if any(row.get("chunk_error", {}).get("each", []))}
+    if not kept:
+        return None
+    figure = go.Figure()
+    for name, row in sorted(kept.items(), key=lambda item: item[1]["chunk_error"]["median"]):
+        errors = row["chunk_error"]["each"]
+        figure.add_box(
+            y=[error for error in errors if error > 0],  # the axis is logarithmic
+            name=name,
+            marker={"color": colors.get(name), "size": 3},
+            boxpoints="all",
+            jitter=0.5,
+            showlegend=False,
+        )
+    asked = {name: row["chunk_error"]["asked"] for name, row in kept.items() if "asked" in row["chunk_error"]}
+    marker = {"symbol": "line-ew", "size": 60, "line": {"width": 3, "color": "#c22"}}
+    figure.add_scatter(x=list(asked), y=list(asked.values()), mode="markers", marker=marker, name="asked for")
+    figure.update_yaxes(type="log", title="largest error of a chunk (normalised)", exponentformat="power")
+    title = "distance from the sequential chunk of the same noise and schedule: each point a chunk"
+    return figure.update_layout(
+        title={"text": title, "font": {"size": 15}}, height=400, template="simple_white", margin={"l": 50, "r": 20}
+    )
 
 
 def profiles_figure(episodes: pd.DataFrame) -> go.Figure:

@@ -181,7 +181,7 @@ def measure_latencies(
             else:
                 row["engine"] = name
                 row["evaluated"] = count_evaluations(policies[label], current[:COUNTED])
-            done.append(row | summarize_chunks(result))
+            done.append(row | summarize_chunks(result, policies.get(label)))
         path.write_text(json.dumps(done, indent=2) + "\n")
 
 

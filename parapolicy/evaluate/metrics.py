@@ -14,6 +14,8 @@ from parapolicy.evaluate.errors import ChunkErrors
 from parapolicy.evaluate.latency import ChunkMeasurements
 from parapolicy.evaluate.rollout import Episode
 from parapolicy.evaluate.statistics import mean_interval, proportion_interval
+from parapolicy.policy import Policy
+from parapolicy.samplers import Secant
 
 
 def summarize_episodes(episodes: Sequence[Episode], seconds: float, video_paths: Sequence[str]) -> dict[str, Any]:
@@ -61,8 +63,17 @@ def episode_row(index: int, episode: Episode) -> dict[str, Any]:
     }
 
 
-def summarize_chunks(measured: ChunkMeasurements) -> dict[str, Any]:
-    """Latency percentiles (ms, batch 1) and distance from the sequential chunk."""
+def asked_error(policy: Policy) -> float | None:
+    """The tolerance of a policy whose sampler takes it as an error of the chunk."""
+    return policy.sampler.tolerance if isinstance(policy.sampler, Secant) else None
+
+
+def summarize_chunks(measured: ChunkMeasurements, policy: Policy | None) -> dict[str, Any]:
+    """Latency percentiles (ms, batch 1) and distance from the sequential chunk, beside what the policy was asked for.
+
+    Args:
+        policy: that computed them; None: upstream's way.
+    """
     p50, p95, p99 = np.percentile(np.asarray(measured.seconds) * 1e3, [50, 95, 99])
     summary: dict[str, Any] = {
         "chunk_ms": {
@@ -80,7 +91,10 @@ def summarize_chunks(measured: ChunkMeasurements) -> dict[str, Any]:
             "median": float(np.median(measured.errors)),
             "p95": float(np.percentile(measured.errors, 95)),
             "max": max(measured.errors),
+            "each": measured.errors,
         }
+        if policy and (asked := asked_error(policy)):
+            summary["chunk_error"]["asked"] = asked
     return summary
 
 

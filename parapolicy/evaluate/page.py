@@ -12,7 +12,15 @@ import numpy as np
 import pandas as pd
 import plotly.graph_objects as go
 
-from parapolicy.evaluate.figures import cost_figure, embed, pareto_figure, plot_pareto, profiles_figure, sampler_colors
+from parapolicy.evaluate.figures import (
+    calibration_figure,
+    cost_figure,
+    embed,
+    pareto_figure,
+    plot_pareto,
+    profiles_figure,
+    sampler_colors,
+)
 from parapolicy.evaluate.gather import (
     chunk_table,
     describe_machines,
@@ -130,11 +138,13 @@ def write_report(folders: Sequence[Path], output: Path, margin: float = 0.03) ->
             parts.append(embed(pareto_figure(task, chosen)))
             plot_pareto(task, chosen, name, output / f"pareto_{env}_{Path(str(checkpoint)).name}.png")
         parts.append(_table(task, chosen))
+        colors, measured = sampler_colors(task, chosen), select_latencies(latencies, str(env), str(checkpoint))
         if not chunks.empty:
             own = chunks[(chunks["env"] == env) & (chunks["checkpoint"] == checkpoint)]
-            measured = select_latencies(latencies, str(env), str(checkpoint))
             evaluated = {sampler: row["evaluated"] for sampler, row in measured.items() if "evaluated" in row}
-            parts.append(embed(cost_figure(own, evaluated, sampler_colors(task, chosen))))
+            parts.append(embed(cost_figure(own, evaluated, colors)))
+        if calibration := calibration_figure(measured, colors):
+            parts.append(embed(calibration))
     parts.append(_pooled(episodes))
     if failures := gather_failures(folders):
         items = "".join(f"<li>{html.escape(where)}: {html.escape(why)}</li>" for where, why in failures.items())
