@@ -46,6 +46,13 @@ class Denoiser:
         keep = getattr(self.evaluate, "keep", None)
         return keep and (lambda key, *call: keep((self.reproducible, self.max_batch, key), *call))
 
+    @property
+    def compiles(self) -> bool:
+        """Whether a sampler should compile what it computes between two calls: with an engine that compiles, but not
+        where results must be the same in a batch of any size.
+        """
+        return getattr(self.evaluate, "compiles", False) and not self.reproducible
+
     def __call__(self, x: Tensor, step: Tensor, element: Tensor) -> Tensor:
         """u_j at N states, in one network call or as few as ``max_batch`` allows.
 

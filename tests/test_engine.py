@@ -2,15 +2,18 @@
 
 import dataclasses
 import shutil
+from typing import Any
 
 import numpy as np
 import pytest
 import torch
 
 import parapolicy
+from parapolicy.compiling import Compiling
 from parapolicy.engine import ENGINES, Compiled, make_engine
 from parapolicy.engine.unet_gemm import GemmUnet1D
 from parapolicy.networks import ConditionalUnet1D
+from parapolicy.samplers import secant
 from tests.conftest import SHIPPED
 from tests.helpers import small_policy, some_observation
 
@@ -69,7 +72,28 @@ def test_a_compiled_policy_gives_the_same_chunks(recwarn: pytest.WarningsRecorde
         expected = policy.with_schedule(schedule).predict(observation)
         chunk = compiled.with_schedule(schedule).predict(observation)
         np.testing.assert_allclose(chunk.trajectory, expected.trajectory, rtol=1e-4, atol=1e-2)
+        assert np.array_equal(chunk.stats.rounds, expected.stats.rounds)
     assert not [w for w in recwarn if "torch.compile does not work" in str(w.message)]
+
+
+@pytest.mark.parametrize(("batch", "reproducible", "compiled"), [(None, False, 2), (1, True, 0), (2, False, 0)])
+def test_one_sample_s_rounds_are_compiled(
+    batch: int | None, reproducible: bool, compiled: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """But not where a result must not depend on the batch that it is computed in."""
+    made: list[Any] = []
+
+    def compile_nothing(function: Any, **options: Any) -> Any:
+        made.append(function)
+        return function
+
+    monkeypatch.setattr(torch, "compile", compile_nothing)
+    rounds = secant.SecantRounds._prepare, secant.SecantRounds._correct
+    monkeypatch.setattr(secant, "COMPILED", tuple(Compiling(part, dynamic=False) for part in rounds))
+    policy = small_policy("secant")
+    policy = dataclasses.replace(policy, engine=Compiled(policy.network), reproducible=reproducible)
+    policy.predict(some_observation(policy.spec, batch))
+    assert sum(function in rounds for function in made) == compiled
 
 
 def test_without_a_compiler_it_warns_once_and_goes_on(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -1,13 +1,12 @@
 """The network rewritten and compiled: fewer and larger pieces of work."""
 
-import warnings
-from collections.abc import Callable
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 from torch.nn import functional
 
-from parapolicy.engine.base import Evaluate
+from parapolicy.compiling import Compiling
 from parapolicy.engine.unet_gemm import GemmUnet1D
 from parapolicy.networks import ConditionalUnet1D
 
@@ -17,8 +16,7 @@ ROWS = 4  # numbers of rows from here on are rounded up to its multiples
 class Compiled:
     """The network as matrix products, compiled by torch for any number of rows; see :class:`GemmUnet1D`.
 
-    The first call compiles, or finds the result in torch's own cache on disk. Where that fails, for want of a C++
-    compiler, it warns once and goes on uncompiled.
+    The first call compiles; see :class:`parapolicy.compiling.Compiling`.
 
     Args:
         network: whose function this is.
@@ -28,16 +26,16 @@ class Compiled:
     def __init__(self, network: ConditionalUnet1D, products: torch.dtype = torch.float32) -> None:
         self.name = "compiled_bfloat16" if products == torch.bfloat16 else "compiled"
         self.network = GemmUnet1D(network, products).requires_grad_(False)
-        self._forward: Callable[..., Tensor] = torch.compile(self.network)
+        self._forward = Compiling(self.network)
         self._called = False
         self._timesteps: Tensor | None = None
         self._table: Tensor
 
-    def bind(self, timesteps: Tensor, condition: Tensor) -> Evaluate:
+    def bind(self, timesteps: Tensor, condition: Tensor) -> "Bound":
+        """As :meth:`parapolicy.engine.Engine.bind`."""
         if timesteps is not self._timesteps:
             self._timesteps, self._table = timesteps, self.table(timesteps)
-        table, film = self._table, self.film(condition)
-        return lambda x, step, element: self.run(x, table, step, film, element)
+        return Bound(self, self._table, self.film(condition))
 
     def table(self, timesteps: Tensor) -> Tensor:
         """FiLM values by step, (T, F); see :meth:`run`."""
@@ -60,12 +58,25 @@ class Compiled:
             self._called = True
             for value in inputs:
                 torch._dynamo.mark_dynamic(value, 0)
-        try:
-            return self._forward(*inputs)
-        except torch._dynamo.exc.TorchDynamoException as error:
-            warnings.warn(f"torch.compile does not work here, so the engine runs uncompiled: {error}", stacklevel=2)
-            self._forward = self.network
-            return self.network(*inputs)
+        output: Tensor = self._forward(*inputs)
+        return output
+
+
+@dataclass(frozen=True)
+class Bound:
+    """The network at one schedule and batch of conditions.
+
+    Attributes:
+        compiles: samplers should compile their own part of a round, too; see :class:`parapolicy.denoiser.Denoiser`.
+    """
+
+    engine: Compiled
+    table: Tensor
+    film: Tensor
+    compiles: bool = True
+
+    def __call__(self, x: Tensor, step: Tensor, element: Tensor) -> Tensor:
+        return self.engine.run(x, self.table, step, self.film, element)
 
 
 def _twice(values: Tensor) -> Tensor:

@@ -12,13 +12,14 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
+from parapolicy.compiling import Compiling
 from parapolicy.samplers.base import DenoiserLike, Sample, never
+from parapolicy.samplers.secant_model import SecantModel
 from parapolicy.samplers.semi_implicit import settling_variance
 from parapolicy.samplers.window import check_window
 from parapolicy.schedule import Schedule
 
 BLOCK = 25  # states whose model is solved at once, which costs their square
-REGULARIZATION = 1e-3  # of the least-squares fit, as a part of the trace of its normal matrix
 
 
 # What the tolerance asks of the path, in standard deviations of each step's noise per unit of tolerance. A state leaves
@@ -69,6 +70,8 @@ class Secant:
         keep = getattr(denoiser, "keep", None)  # an engine's way to run the same rounds on the same memory again
         key = (self, noise.shape[1:])
         rounds = SecantRounds(self, schedule, noise) if keep is None else keep(key, SecantRounds, self, schedule, noise)
+        # One sample at a time is what a robot waits for. Compiled for every size of batch, it would wait for that.
+        rounds.compiled = getattr(denoiser, "compiles", False) and noise.shape[1] == 1
         rounds.begin(noise, guess)
         while True:
             rounds.advance(denoiser)
@@ -96,10 +99,12 @@ class SecantRounds:
     Attributes:
         done: () bool, whether every element is.
         sparse: leave rows past the end out of the network's calls, which on a GPU cost less than asking their number.
+        compiled: compute what is between two calls of the network by compiled functions.
     """
 
     def __init__(self, sampler: Secant, schedule: Schedule, noise: Tensor) -> None:
         self.sampler, self.schedule, self.steps = sampler, schedule, len(schedule)
+        self.tolerance = noise.new_tensor(sampler.tolerance)  # a constant would be compiled in
         self.shape = noise.shape[2:]
         batch, size, device = noise.shape[1], self.shape.numel(), noise.device
         window = min(sampler.window, self.steps)
@@ -116,7 +121,7 @@ class SecantRounds:
         self.start, self.end, self.rounds, self.evaluations = (torch.zeros_like(self.row[:, 0]) for _ in range(4))
         self.error, self.last_change, self.residual = (noise.new_zeros(batch) for _ in range(3))
         self.done = torch.zeros((), dtype=torch.bool, device=device)
-        self.sparse = not noise.is_cuda
+        self.sparse, self.compiled = not noise.is_cuda, False
         self.bound = torch.inf if schedule.clip is None or schedule.overshoot.any() else schedule.clip
 
     def begin(self, noise: Tensor, guess: Tensor | None) -> None:
@@ -135,13 +140,21 @@ class SecantRounds:
 
     def advance(self, denoiser: DenoiserLike) -> None:
         """One round of every element that is not done."""
-        x, u, row, tolerance = self.x, self.u, self.row, self.sampler.tolerance
-        active = self.start < self.steps
-        step = self.start[:, None] + self.offsets  # (B, W)
-        valid = step < self.steps
+        prepare, correct = COMPILED if self.compiled else (SecantRounds._prepare, SecantRounds._correct)
+        step, before = prepare(self)
+        correct(self, step, before, self._evaluate(denoiser, before, step))
+
+    def _prepare(self) -> tuple[Tensor, Tensor]:
+        """The steps (B, W) of the window and their states (B, W, H D)."""
         self._extrapolate()
-        before, newest_u = x[row, step], u[row[:, 0], self.end]
-        estimates = self._evaluate(denoiser, before, step, valid)
+        step = self.start[:, None] + self.offsets
+        return step, self.x[self.row, step]
+
+    def _correct(self, step: Tensor, before: Tensor, estimates: Tensor) -> None:
+        """What follows from the estimates at these states, and where the window goes next."""
+        x, u, row, tolerance = self.x, self.u, self.row, self.tolerance
+        active, valid = self.start < self.steps, step < self.steps
+        newest_u = u[row[:, 0], self.end]
         self.model.record(row, step, before, estimates)
         u[row, step + 1] = estimates
 
@@ -166,8 +179,8 @@ class SecantRounds:
         self.end.copy_(torch.where(active, self.start + len(self.offsets), self.end).clamp(max=self.steps))
         change_u = (u[row[:, 0], self.end] - newest_u).square().mean(1).sqrt()
         self.residual.copy_(torch.where(active, change_u, self.residual))
-        self.rounds += active
-        self.evaluations += valid.sum(1)
+        self.rounds.add_(active)
+        self.evaluations.add_(valid.sum(1))
         self.start.copy_(torch.where(active, passed, self.start).clamp(max=self.steps))
         self.done.copy_((self.start >= self.steps).all())
 
@@ -182,8 +195,9 @@ class SecantRounds:
         costs = (self.rounds.clone(), self.evaluations.clone(), self.residual.clone())
         return Sample(x.clone(), u.clone(), *costs, complete, error)
 
-    def _evaluate(self, denoiser: DenoiserLike, states: Tensor, step: Tensor, valid: Tensor) -> Tensor:
+    def _evaluate(self, denoiser: DenoiserLike, states: Tensor, step: Tensor) -> Tensor:
         """The estimates (B, W, H D) at states likewise."""
+        valid = step < self.steps
         inputs = states.flatten(0, 1).unflatten(1, self.shape), step.flatten(), self.element
         if not self.sparse:
             x, steps, element = inputs
@@ -257,57 +271,4 @@ class SecantRounds:
         return spread @ drive, gain
 
 
-class SecantModel:
-    """The last evaluations at every step, and the linear map that fits their differences.
-
-    Args:
-        x: (B, N, H D), for its shape; N is larger than ``steps``.
-        steps: T.
-        history: differences to keep.
-    """
-
-    def __init__(self, x: Tensor, steps: int, history: int) -> None:
-        # At every step, states and estimates, newest first; all alike where it has been evaluated once.
-        self.pairs = x.new_zeros(*x.shape[:2], 2, history + 1, x.shape[2])
-        self.seen = torch.zeros(x.shape[:2], dtype=torch.bool, device=x.device)
-        self.last = steps - 1
-
-    def forget(self) -> None:
-        """As if nothing had been evaluated."""
-        self.seen.zero_()
-        self.pairs.zero_()
-
-    def record(self, row: Tensor, step: Tensor, states: Tensor, estimates: Tensor) -> None:
-        """Take evaluations at batch elements ``row`` (B, 1) and ``step`` (B, W): states and estimates (B, W, H D)."""
-        newest = torch.stack((states, estimates), 2)[:, :, :, None]
-        past = torch.where(self.seen[row, step][..., None, None, None], self.pairs[row, step][:, :, :, :-1], newest)
-        self.pairs[row, step] = torch.cat((newest, past), 3)
-        self.seen[row, step] = True
-
-    def fit(self, row: Tensor, step: Tensor) -> tuple[Tensor, Tensor]:
-        """The model J = du^T weights at each step of a window (B, W): weights and du, (B, W, m, H D) each."""
-        around = torch.cat((step[:, :1] - 1, step, step[:, -1:] + 1), 1).clamp(0, self.last)
-        pairs = self.pairs[row, around]
-        own = pairs[:, :, :, :-1] - pairs[:, :, :, 1:]  # (B, W + 2, 2, history, H D)
-        dx, du = torch.cat((own[:, 1:-1], own[:, :-2], own[:, 2:]), 3).unbind(2)  # with the neighbours': (B, W, m, H D)
-        normal = dx @ dx.mT  # (B, W, m, m)
-        damping = REGULARIZATION * normal.diagonal(dim1=-2, dim2=-1).sum(-1) + 1e-12
-        normal.diagonal(dim1=-2, dim2=-1).add_(damping[..., None])
-        return solve(normal, dx), du
-
-
-def solve(matrix: Tensor, right: Tensor) -> Tensor:
-    """M^-1 R for small positive definite M (..., m, m) and R (..., m, n)."""
-    # LAPACK's like may wait for the host on a GPU; many small calls are slow on a CPU.
-    return eliminate(matrix, right) if matrix.is_cuda else torch.linalg.inv_ex(matrix).inverse @ right
-
-
-def eliminate(matrix: Tensor, right: Tensor) -> Tensor:
-    """:func:`solve` by elimination without pivots, which M's diagonal makes stable."""
-    count = matrix.shape[-1]
-    system = torch.cat((matrix, right), -1)
-    for i in range(count):
-        pivot = system[..., i : i + 1, :] / system[..., i : i + 1, i : i + 1]
-        system = system - system[..., i : i + 1] * pivot
-        system[..., i : i + 1, :] = pivot
-    return system[..., count:]
+COMPILED = Compiling(SecantRounds._prepare, dynamic=False), Compiling(SecantRounds._correct, dynamic=False)

@@ -1,0 +1,59 @@
+"""A linear model of the network at every step, from what the last rounds saw."""
+
+import torch
+from torch import Tensor
+
+REGULARIZATION = 1e-3  # of the least-squares fit, as a part of the trace of its normal matrix
+
+
+class SecantModel:
+    """The last evaluations at every step, and the linear map that fits their differences.
+
+    Args:
+        x: (B, N, H D), for its shape; N is larger than ``steps``.
+        steps: T.
+        history: differences to keep.
+    """
+
+    def __init__(self, x: Tensor, steps: int, history: int) -> None:
+        # At every step, states and estimates, newest first; all alike where it has been evaluated once.
+        self.pairs = x.new_zeros(*x.shape[:2], 2, history + 1, x.shape[2])
+        self.seen = torch.zeros(x.shape[:2], dtype=torch.bool, device=x.device)
+        self.last = steps - 1
+
+    def forget(self) -> None:
+        """As if nothing had been evaluated."""
+        self.seen.zero_()
+        self.pairs.zero_()
+
+    def record(self, row: Tensor, step: Tensor, states: Tensor, estimates: Tensor) -> None:
+        """Take evaluations at batch elements ``row`` (B, 1) and ``step`` (B, W): states and estimates (B, W, H D)."""
+        newest = torch.stack((states, estimates), 2)[:, :, :, None]
+        past = torch.where(self.seen[row, step][..., None, None, None], self.pairs[row, step][:, :, :, :-1], newest)
+        self.pairs[row, step] = torch.cat((newest, past), 3)
+        self.seen[row, step] = True
+
+    def fit(self, row: Tensor, step: Tensor) -> tuple[Tensor, Tensor]:
+        """The model J = du^T weights at each step of a window (B, W): weights and du, (B, W, m, H D) each."""
+        around = torch.cat((step[:, :1] - 1, step, step[:, -1:] + 1), 1).clamp(0, self.last)
+        pairs = self.pairs[row, around]
+        own = pairs[:, :, :, :-1] - pairs[:, :, :, 1:]  # (B, W + 2, 2, history, H D)
+        dx, du = torch.cat((own[:, 1:-1], own[:, :-2], own[:, 2:]), 3).unbind(2)  # with the neighbours': (B, W, m, H D)
+        normal = dx @ dx.mT  # (B, W, m, m)
+        damping = REGULARIZATION * normal.diagonal(dim1=-2, dim2=-1).sum(-1) + 1e-12
+        normal.diagonal(dim1=-2, dim2=-1).add_(damping[..., None])
+        return eliminate(normal, dx), du
+
+
+def eliminate(matrix: Tensor, right: Tensor) -> Tensor:
+    """M^-1 R for small positive definite M (..., m, m) and R (..., m, n), by elimination without pivots.
+
+    LAPACK's solvers may wait for the host on a GPU, and torch cannot fuse them with what is around.
+    """
+    count = matrix.shape[-1]
+    system = torch.cat((matrix, right), -1)
+    for i in range(count):
+        pivot = system[..., i : i + 1, :] / system[..., i : i + 1, i : i + 1]
+        system = system - system[..., i : i + 1] * pivot
+        system[..., i : i + 1, :] = pivot
+    return system[..., count:]
