@@ -21,12 +21,13 @@ from parapolicy.schedule import Schedule
 
 BLOCK = 25  # states whose model is solved at once, which costs their square
 
-
-# What the tolerance asks of the path, in standard deviations of each step's noise per unit of tolerance. A state leaves
-# the window when it changes by less than SETTLED times the tolerance; errors left behind can grow tenfold, in the last
-# steps more, so that there only FINAL times the tolerance lets it go. A result is believed only while no state of the
-# window still moves by more than MOVING times the tolerance: around a choice between modes, single rounds stand still.
-SETTLED, FINAL, MOVING = 5.0, 1.0, 30.0
+# What the tolerance asks of the path: of the largest change of a state's numbers, in standard deviations of its step's
+# noise, per unit of tolerance. The largest, because one number may change alone, such as when a gripper closes. A state
+# leaves the window when it changes by less than SETTLED times the tolerance; errors left behind can grow tenfold, in
+# the last steps more, so that there only FINAL times the tolerance lets it go. A result is believed only while no state
+# of the window still moves by more than MOVING times the tolerance: around a choice between modes, single rounds stand
+# still.
+SETTLED, FINAL, MOVING = 10.0, 3.0, 90.0
 
 
 @dataclass(frozen=True)
@@ -159,8 +160,7 @@ class SecantRounds:
         u[row, step + 1] = estimates
 
         new = self._follow(step, before, estimates)
-        # Root mean square changes, in deviations.
-        moved = (new - x[row, step + 1]).square().mean(2).sqrt() / self.deviation[step]
+        moved = (new - x[row, step + 1]).abs().amax(2) / self.deviation[step]
         final = x[:, self.steps].clone()
         x[row, step + 1] = new
 
