@@ -7,6 +7,7 @@ own 10 Hz; between two of its control steps the fast loop sends the robot toward
 ``seconds=1800 control_hz=50 engine=auto``, where a chunk of 8 actions lasts 160 ms only.
 """
 
+import ctypes
 import gc
 import os
 import resource
@@ -55,17 +56,20 @@ def main(
         target = controller.act(robot.observe())  # the first chunk is waited for, with the robot at rest
         gc.collect()
         gc.freeze()  # what is loaded stays: a full collection would stop every thread for some 60 ms
+        lock_memory()
+        sys.setswitchinterval(0.0005)  # seconds that the policy's thread may keep Python's lock when this one wants it
         set_priority(20)
         pacer, missed = parapolicy.Pacer(FAST_HZ), 0
-        worked, waited = 0.0, waiting_for_a_core()
+        worked, (waited, faults) = 0.0, waits()
         for tick in range(round(float(seconds) * FAST_HZ)):
             pacer.wait()
-            begin = time.monotonic()
+            begin, waited_by, faults_by = time.monotonic(), waited, faults
+            waited, faults = waits()
             if pacer.missed > missed:
-                waited = waiting_for_a_core() - waited
-                print(f"tick {tick}: {pacer.missed - missed} missed; the work before took {1e3 * worked:.1f} ms, and")
-                print(f"  this thread has waited {waited:.1f} ms for a core since it last looked")
-                missed, waited = pacer.missed, waiting_for_a_core()
+                print(f"{time.strftime('%H:%M:%S')}, tick {tick}: {pacer.missed - missed} missed. The work before took")
+                print(f"  {1e3 * worked:.1f} ms. Since then this thread waited {waited - waited_by:.1f} ms for a core")
+                print(f"  and {faults - faults_by} times for a page of memory.", flush=True)
+                missed = pacer.missed
             if tick % every == 0:
                 target = controller.act(robot.observe())
             robot.send(target)
@@ -88,13 +92,26 @@ def set_priority(priority: int) -> None:
         print(f"no real-time priority ({error}): other programs can make this loop late")
 
 
-def waiting_for_a_core() -> float:
-    """How long this thread could have run and did not, ms; nan where the system does not tell."""
+def lock_memory() -> None:
+    """Keep in memory what this program has touched or will touch, where the system allows it (Linux: as root, or with
+    ``memlock`` in limits.conf): to read a page again that was dropped takes milliseconds."""
+    current, future, on_fault = 1, 2, 4
     try:
+        if ctypes.CDLL(None, use_errno=True).mlockall(current | future | on_fault):
+            raise OSError(ctypes.get_errno(), os.strerror(ctypes.get_errno()))
+    except (AttributeError, OSError) as error:
+        print(f"memory is not locked ({error}): a page that the system drops can make this loop late")
+
+
+def waits() -> tuple[float, int]:
+    """How long this thread could have run and had no core, ms, and how often it waited for a page of memory that had
+    to be read; nan and 0 where the system does not tell."""
+    try:
+        faults = resource.getrusage(resource.RUSAGE_THREAD).ru_majflt
         with open("/proc/thread-self/schedstat") as counts:
-            return int(counts.read().split()[1]) / 1e6
-    except OSError:
-        return float("nan")
+            return int(counts.read().split()[1]) / 1e6, faults
+    except (AttributeError, OSError):
+        return float("nan"), 0
 
 
 def memory() -> float:

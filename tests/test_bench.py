@@ -59,6 +59,10 @@ def test_every_call_is_timed_once_per_repeat_in_rotating_order() -> None:
     seconds = measure.alternate(calls, 3, torch.device("cpu"))
     assert "".join(order) == "abc" + "abc" + "bca" + "cab"
     assert {name: len(values) for name, values in seconds.items()} == {"a": 3, "b": 3, "c": 3}
+    order.clear()
+    seconds = measure.alternate(calls, 2, torch.device("cpu"), leading=1)
+    assert "".join(order) == "abc" + "aabbcc" + "bbccaa"
+    assert {name: len(values) for name, values in seconds.items()} == {"a": 2, "b": 2, "c": 2}
 
 
 def test_more_steps_are_the_same_noise_levels_more_finely_divided(shipped: parapolicy.Policy) -> None:

@@ -1,6 +1,8 @@
 """Every branch of the control loop, on a clock that only the test moves, and once on a real thread."""
 
 import json
+import subprocess
+import sys
 import threading
 from collections.abc import Callable
 from concurrent.futures import Executor, Future
@@ -13,6 +15,7 @@ from parapolicy import Controller, ObservationError, ObservationHistory
 from parapolicy.control import Histogram, Pacer
 from parapolicy.noise import mix_seeds
 from parapolicy.policy import Chunk, Policy
+from tests.conftest import ROOT
 from tests.helpers import small_policy, some_observation
 
 EXECUTED = 4  # n_action_steps of the small policy; its horizon is 8, of which 7 actions are from now on
@@ -374,3 +377,14 @@ def test_executed_beyond_the_horizon_is_refused() -> None:
     state = policy.predict(some_observation(policy.spec)).warm_state
     with pytest.raises(ValueError, match="executed is 8, expected 0 to 7"):
         policy.predict(some_observation(policy.spec), warm=state, executed=8)
+
+
+@pytest.mark.parametrize(
+    ("example", "printed"),
+    [("control_loop.py seconds=1", "100 ticks:"), ("gym_agent.py episodes=1", "seed 100000: reward")],
+)
+def test_the_examples_run(example: str, printed: str) -> None:
+    script, argument = example.split()
+    command = [sys.executable, str(ROOT / "examples" / script), argument]
+    done = subprocess.run(command, capture_output=True, text=True, cwd=ROOT, timeout=120)
+    assert printed in done.stdout, done.stderr

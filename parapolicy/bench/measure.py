@@ -46,7 +46,7 @@ def bench_network(policy: Policy, engines: Mapping[str, Engine], machine: Mappin
     for batch in BATCHES:
         x = torch.randn(batch, policy.spec.horizon, policy.spec.action_dim, device=policy.device)
         calls = {name: _call(policy, engine, x) for name, engine in engines.items()}
-        seconds = alternate(calls, repeats, policy.device)
+        seconds = alternate(calls, repeats, policy.device, leading=2)
         floor = machines.floor(1, batch, *work(policy), machine)
         rows.append({"batch": batch, "floor": floor} | {k: statistics.median(v) for k, v in seconds.items()})
     return rows
@@ -207,8 +207,15 @@ def alternate(
     repeats: int,
     device: torch.device,
     begin: Callable[[int], Any] = lambda i: None,
+    leading: int = 0,
 ) -> dict[str, list[float]]:
-    """Seconds of every call, each once per repeat, in an order that rotates; one untimed call each before."""
+    """Seconds of every call, each once per repeat, in an order that rotates; one untimed call each before.
+
+    Args:
+        begin: called with the number of each repeat.
+        leading: untimed calls before each timed one. A short call then finds its own weights in the caches, as it does
+            in a process that has nothing else to do, and not those of the call before, which was another's.
+    """
     labels = list(calls)
     seconds: dict[str, list[float]] = {label: [] for label in labels}
     for label in labels:
@@ -217,6 +224,8 @@ def alternate(
         begin(i)
         turn = i % len(labels)
         for label in labels[turn:] + labels[:turn]:
+            for _ in range(leading):
+                calls[label]()
             seconds[label].append(machines.seconds(calls[label], device))
     return seconds
 
