@@ -1,6 +1,6 @@
 """A policy as the agent of a gymnasium environment.
 
-python examples/gym_agent.py [checkpoint=checkpoints/pusht_lowdim] [episodes=3]
+python -m examples.gym_agent [checkpoint=checkpoints/pusht_lowdim] [episodes=3]
 """
 
 import sys

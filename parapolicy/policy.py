@@ -222,12 +222,13 @@ def load_policy(
         engine: one of :data:`parapolicy.engine.ENGINES`. ``compiled`` compiles at the first call, for about a minute
             where torch's cache on disk does not know the network yet. ``compiled_bfloat16`` rounds the factors of its
             matrix products to bfloat16: faster on CPUs with instructions for it. ``cuda_graph`` captures whole rounds
-            of the default sampler.
+            of the default sampler. ``sharded`` splits calls over the processes of ``torchrun``, each of which computes
+            by ``compiled``. ``auto``: see :func:`parapolicy.engine.make_engine`; under ``torchrun``, split like that.
         device: ``auto`` (a GPU where there is one), ``cpu``, ``cuda``, ``cuda:1``, …
 
     Raises:
         CheckpointError: a file is missing, damaged, or does not match the other one.
-        ValueError: an unknown sampler, parameter, engine or device.
+        ValueError: an unknown sampler, parameter, engine or device, or ``sharded`` outside of ``torchrun``.
     """
     if sampler == "auto" and set(parameters) - {"tolerance"}:
         raise ValueError(f"sampler 'auto' has no parameters {sorted(set(parameters) - {'tolerance'})}, only tolerance")
@@ -241,6 +242,10 @@ def load_policy(
     network = network.to(target)
     made = make_engine(engine, network)
     policy = Policy(spec, network, normalizer.to(target), schedule.to(target), chosen, target, engine=made)
+    if engine == "sharded" or (engine == "auto" and int(os.environ.get("WORLD_SIZE", 1)) > 1):
+        from parapolicy.engine.sharded import join  # torch.distributed takes its time to load
+
+        policy = dataclasses.replace(policy, engine=join(policy))
     if sampler == "auto":
         from parapolicy.planner import make_plan  # which runs policies
 
@@ -254,13 +259,15 @@ def save_policy(policy: Policy, folder: str | os.PathLike[str]) -> None:
 
 
 def pick_device(name: str) -> torch.device:
-    """A device by name, with ``auto`` for the first GPU or else the CPU.
+    """A device by name, with ``auto`` for a GPU or else the CPU. Under ``torchrun`` each process has its own GPU.
 
     Raises:
         ValueError: not a device name, or a device that is not there.
     """
     if name == "auto":
-        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+        name = "cuda" if torch.cuda.is_available() else "cpu"
+    if name == "cuda" and "LOCAL_RANK" in os.environ:
+        name = f"cuda:{os.environ['LOCAL_RANK']}"
     try:
         device = torch.device(name)
         torch.empty(0, device=device)

@@ -381,10 +381,10 @@ def test_executed_beyond_the_horizon_is_refused() -> None:
 
 @pytest.mark.parametrize(
     ("example", "printed"),
-    [("control_loop.py seconds=1", "100 ticks:"), ("gym_agent.py episodes=1", "seed 100000: reward")],
+    [("control_loop seconds=1", "100 ticks:"), ("gym_agent episodes=1", "seed 100000: reward")],
 )
 def test_the_examples_run(example: str, printed: str) -> None:
-    script, argument = example.split()
-    command = [sys.executable, str(ROOT / "examples" / script), argument]
+    name, argument = example.split()
+    command = [sys.executable, "-m", f"examples.{name}", argument]
     done = subprocess.run(command, capture_output=True, text=True, cwd=ROOT, timeout=120)
     assert printed in done.stdout, done.stderr

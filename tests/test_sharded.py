@@ -15,6 +15,7 @@ import torch.multiprocessing as mp
 
 import parapolicy
 from parapolicy.engine.sharded import Sharded, WorkerLostError, _connect, free_address, start_workers
+from parapolicy.policy import pick_device
 from tests.conftest import ROOT, SHIPPED
 
 
@@ -97,3 +98,12 @@ def test_torchrun_starts_it(tmp_path: Path, shipped: parapolicy.Policy) -> None:
     _, ranks, total = line.split()
     assert ranks == "2"
     assert abs(float(total) - expected.actions.sum()) < 0.5
+
+
+def test_every_process_of_torchrun_has_its_own_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setenv("LOCAL_RANK", "97")
+    for name in ("auto", "cuda"):
+        with pytest.raises(ValueError, match="device 'cuda:97' is not to be had here"):
+            pick_device(name)
+    assert pick_device("cpu") == torch.device("cpu")

@@ -1,7 +1,5 @@
 """How a network call is computed: engines by name."""
 
-import os
-
 import torch
 
 from parapolicy.engine.base import Eager, Engine, Evaluate
@@ -15,24 +13,19 @@ ENGINES = ("auto", "eager", "compiled", "compiled_bfloat16", "cuda_graph", "shar
 
 
 def make_engine(name: str, network: ConditionalUnet1D) -> Engine:
-    """An engine by name.
+    """This process's engine by name; :func:`parapolicy.load_policy` joins those of several processes.
 
-    ``auto`` is ``sharded`` under ``torchrun`` with several processes, ``compiled_bfloat16`` on a CPU with instructions
-    for it, and else ``compiled``.
+    ``auto`` is ``compiled_bfloat16`` on a CPU with instructions for it, and else ``compiled``, as is each process's
+    part of ``sharded``.
 
     Raises:
-        ValueError: an unknown name, ``sharded`` outside of ``torchrun``, or ``cuda_graph`` without a CUDA device.
+        ValueError: an unknown name, or ``cuda_graph`` without a CUDA device.
     """
     if name not in ENGINES:
         raise ValueError(f"engine is {name!r}, expected one of {list(ENGINES)}")
     if name == "auto":
         on_cpu = next(network.parameters()).device.type == "cpu"
-        alone = "compiled_bfloat16" if on_cpu and torch.cpu._is_avx512_bf16_supported() else "compiled"
-        name = "sharded" if int(os.environ.get("WORLD_SIZE", 1)) > 1 else alone
-    if name == "sharded":
-        from parapolicy.engine.sharded import join
-
-        return join(Eager(network), next(network.parameters()).device)
+        name = "compiled_bfloat16" if on_cpu and torch.cpu._is_avx512_bf16_supported() else "compiled"
     if name == "eager":
         return Eager(network)
     if name == "cuda_graph":

@@ -130,8 +130,12 @@ def answer(engine: "Engine", groups: Groups, device: torch.device) -> None:
                 dist.gather(evaluate(x, step, element).contiguous(), None, 0, groups.data)
 
 
-def join(engine: "Engine", device: torch.device, timeout: float = 10.0) -> Sharded:
+def join(policy: "Policy", timeout: float = 10.0) -> Sharded:
     """Under ``torchrun``: rank 0 gets its engine; the other ranks answer until it ends, and then end too.
+
+    Args:
+        policy: this rank's, with the engine that computes its part.
+        timeout: seconds after which a silent rank counts as lost.
 
     Raises:
         ValueError: not under ``torchrun``.
@@ -142,11 +146,13 @@ def join(engine: "Engine", device: torch.device, timeout: float = 10.0) -> Shard
             "engine 'sharded' needs one process per device: torchrun --nproc-per-node=N …; from Python see "
             "parapolicy.engine.sharded.start_workers"
         )
-    groups = _connect("env://", int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"]), device, timeout)
+    assert policy.engine is not None
+    _warm_up(policy)
+    groups = _connect("env://", int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"]), policy.device, timeout)
     if dist.get_rank() > 0:
-        answer(engine, groups, device)
+        answer(policy.engine, groups, policy.device)
         raise SystemExit(0)
-    sharded = Sharded(engine, groups, timeout)
+    sharded = Sharded(policy.engine, groups, timeout)
     atexit.register(sharded.stop)
     return sharded
 
