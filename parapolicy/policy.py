@@ -240,7 +240,7 @@ def load_policy(
     except (ValueError, TypeError, RuntimeError) as error:
         raise CheckpointError(f"{folder}: its scheduler config gives no schedule: {error}") from error
     network = network.to(target)
-    made = make_engine(engine, network)
+    made = make_engine("compiled" if engine == "sharded" else engine, network)
     policy = Policy(spec, network, normalizer.to(target), schedule.to(target), chosen, target, engine=made)
     if engine == "sharded" or (engine == "auto" and int(os.environ.get("WORLD_SIZE", 1)) > 1):
         from parapolicy.engine.sharded import join  # torch.distributed takes its time to load

@@ -117,6 +117,8 @@ def test_engines_are_chosen_by_name() -> None:
         assert name in ENGINES
         make_engine(name, network)
     with pytest.raises(ValueError, match="torchrun"):
+        make_engine("sharded", network)
+    with pytest.raises(ValueError, match="needs one process per device: torchrun"):
         parapolicy.load_policy(SHIPPED, engine="sharded", device="cpu")
     with pytest.raises(ValueError, match="engine is 'tensorrt', expected one of"):
         parapolicy.load_policy(SHIPPED, engine="tensorrt", device="cpu")

@@ -15,14 +15,15 @@ ENGINES = ("auto", "eager", "compiled", "compiled_bfloat16", "cuda_graph", "shar
 def make_engine(name: str, network: ConditionalUnet1D) -> Engine:
     """This process's engine by name; :func:`parapolicy.load_policy` joins those of several processes.
 
-    ``auto`` is ``compiled_bfloat16`` on a CPU with instructions for it, and else ``compiled``, as is each process's
-    part of ``sharded``.
+    ``auto`` is ``compiled_bfloat16`` on a CPU with instructions for it, and else ``compiled``.
 
     Raises:
-        ValueError: an unknown name, or ``cuda_graph`` without a CUDA device.
+        ValueError: an unknown name, ``sharded``, which is of several processes, or ``cuda_graph`` without CUDA.
     """
     if name not in ENGINES:
         raise ValueError(f"engine is {name!r}, expected one of {list(ENGINES)}")
+    if name == "sharded":
+        raise ValueError("engine 'sharded' joins several processes: load_policy(…, engine='sharded') under torchrun")
     if name == "auto":
         on_cpu = next(network.parameters()).device.type == "cpu"
         name = "compiled_bfloat16" if on_cpu and torch.cpu._is_avx512_bf16_supported() else "compiled"

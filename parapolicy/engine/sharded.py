@@ -146,13 +146,12 @@ def join(policy: "Policy", timeout: float = 10.0) -> Sharded:
             "engine 'sharded' needs one process per device: torchrun --nproc-per-node=N …; from Python see "
             "parapolicy.engine.sharded.start_workers"
         )
-    assert policy.engine is not None
-    _warm_up(policy)
+    engine = _warm_up(policy)
     groups = _connect("env://", int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"]), policy.device, timeout)
     if dist.get_rank() > 0:
-        answer(policy.engine, groups, policy.device)
+        answer(engine, groups, policy.device)
         raise SystemExit(0)
-    sharded = Sharded(policy.engine, groups, timeout)
+    sharded = Sharded(engine, groups, timeout)
     atexit.register(sharded.stop)
     return sharded
 
@@ -201,10 +200,9 @@ def start_workers(
     sharded: Sharded | None = None
     try:
         policy = load_policy(folder, device=names[0], engine=engine)
-        _warm_up(policy)
-        assert policy.engine is not None
+        own = _warm_up(policy)
         groups = _connect(address, 0, processes, policy.device, timeout)
-        sharded = Sharded(policy.engine, groups, timeout)
+        sharded = Sharded(own, groups, timeout)
         yield dataclasses.replace(policy, engine=sharded)
     finally:
         if sharded is not None:
@@ -224,20 +222,19 @@ def _work(
 
     torch.set_num_threads(threads)
     policy = load_policy(folder, device=device, engine=engine)
-    _warm_up(policy)
-    assert policy.engine is not None
-    answer(policy.engine, _connect(address, rank, processes, policy.device, timeout), policy.device)
+    answer(_warm_up(policy), _connect(address, rank, processes, policy.device, timeout), policy.device)
 
 
 @torch.inference_mode()
-def _warm_up(policy: "Policy") -> None:
-    """Compile, where the engine does, before anybody waits for an answer."""
+def _warm_up(policy: "Policy") -> "Engine":
+    """The policy's engine, compiled where it does that before anybody waits for an answer."""
     spec, device = policy.spec, policy.device
     assert policy.engine is not None
     evaluate = policy.engine.bind(policy.schedule.timesteps, torch.zeros(1, spec.condition_dim, device=device))
     rows = torch.zeros(4, dtype=torch.int64, device=device)
     # Not the same tensor twice, for which dynamo would compile a graph of its own.
     evaluate(torch.zeros(4, spec.horizon, spec.action_dim, device=device), rows, rows.clone())
+    return policy.engine
 
 
 def _connect(address: str, rank: int, processes: int, device: torch.device, timeout: float) -> Groups:
