@@ -17,7 +17,7 @@ from parapolicy.policy import Policy
 from parapolicy.samplers import Secant, Sequential
 
 WINDOWS = (16, 24, 40, 100)
-TOLERANCE = 0.015  # of whose chunks the error's 95th percentile was seen to be within it
+TOLERANCE = 0.015  # of whose chunks the error's 95th percentile was seen to be within it on Push-T
 
 
 @dataclass(frozen=True)

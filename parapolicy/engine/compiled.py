@@ -1,6 +1,7 @@
 """The network rewritten and compiled: fewer and larger pieces of work."""
 
 from dataclasses import dataclass
+from typing import ClassVar
 
 import torch
 from torch import Tensor
@@ -70,10 +71,10 @@ class Bound:
         compiles: samplers should compile their own part of a round, too; see :class:`parapolicy.denoiser.Denoiser`.
     """
 
+    compiles: ClassVar[bool] = True
     engine: Compiled
     table: Tensor
     film: Tensor
-    compiles: bool = True
 
     def __call__(self, x: Tensor, step: Tensor, element: Tensor) -> Tensor:
         return self.engine.run(x, self.table, step, self.film, element)

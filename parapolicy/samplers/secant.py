@@ -70,9 +70,10 @@ class Secant:
     ) -> Sample:
         keep = getattr(denoiser, "keep", None)  # an engine's way to run the same rounds on the same memory again
         key = (self, noise.shape[1:])
-        rounds = SecantRounds(self, schedule, noise) if keep is None else keep(key, SecantRounds, self, schedule, noise)
-        # One sample at a time is what a robot waits for. Compiled for every size of batch, it would wait for that.
-        rounds.compiled = getattr(denoiser, "compiles", False) and noise.shape[1] == 1
+        if keep is None:
+            rounds = SecantRounds(self, schedule, noise, getattr(denoiser, "compiles", False))
+        else:
+            rounds = keep(key, SecantRounds, self, schedule, noise)
         rounds.begin(noise, guess)
         while True:
             rounds.advance(denoiser)
@@ -96,14 +97,14 @@ class SecantRounds:
     Args:
         sampler, schedule: whose rounds.
         noise: (T + 1, B, H, D), for its shape and device.
+        compiles: compile what is between two calls of the network, for a single sample.
 
     Attributes:
         done: () bool, whether every element is.
         sparse: leave rows past the end out of the network's calls, which on a GPU cost less than asking their number.
-        compiled: compute what is between two calls of the network by compiled functions.
     """
 
-    def __init__(self, sampler: Secant, schedule: Schedule, noise: Tensor) -> None:
+    def __init__(self, sampler: Secant, schedule: Schedule, noise: Tensor, compiles: bool = False) -> None:
         self.sampler, self.schedule, self.steps = sampler, schedule, len(schedule)
         self.tolerance = noise.new_tensor(sampler.tolerance)  # a constant would be compiled in
         self.shape = noise.shape[2:]
@@ -122,7 +123,9 @@ class SecantRounds:
         self.start, self.end, self.rounds, self.evaluations = (torch.zeros_like(self.row[:, 0]) for _ in range(4))
         self.error, self.last_change, self.residual = (noise.new_zeros(batch) for _ in range(3))
         self.done = torch.zeros((), dtype=torch.bool, device=device)
-        self.sparse, self.compiled = not noise.is_cuda, False
+        self.sparse = not noise.is_cuda
+        # One sample at a time is what a robot waits for. Compiled for every size of batch, it would wait for that.
+        self.compiled = compiles and batch == 1
         self.bound = torch.inf if schedule.clip is None or schedule.overshoot.any() else schedule.clip
 
     def begin(self, noise: Tensor, guess: Tensor | None) -> None:
