@@ -1,0 +1,247 @@
+"""The report: what it gathers, recommends and draws, opened in a browser."""
+
+import json
+import shutil
+import subprocess
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pandas as pd
+import pytest
+
+from parapolicy.cli import main
+from parapolicy.evaluate.figures import CHOSEN, calibration_figure, sampler_colors
+from parapolicy.evaluate.gather import episode_table, gather_latencies, gather_runs
+from parapolicy.evaluate.page import write_report
+from parapolicy.evaluate.statistics import (
+    episodes_needed,
+    equivalence_p,
+    interquartile_mean,
+    percentile_interval,
+    pooled_interval,
+)
+from parapolicy.evaluate.summary import pareto, recommend, summarize
+
+BROWSER = next(
+    (found for name in ("chromium", "chromium-browser", "google-chrome") if (found := shutil.which(name))), None
+)
+
+
+def made_up_run(
+    folder: Path,
+    rewards: dict[str, list[float]],
+    p50: dict[str, float],
+    env: str = "pusht",
+    seams: Mapping[str, float] = {"seam_mean": 12.5, "motion_mean": 3.25},
+) -> None:
+    samplers: dict[str, Any] = {}
+    for label, values in rewards.items():
+        samplers[label] = {
+            "per_episode": [
+                {
+                    "seed": seed,
+                    "max_reward": value,
+                    "success": value > 0.9,
+                    "steps": 300,
+                    "rounds_mean": 5.0,
+                    "evaluations_mean": 100.0 if label == "sequential" else 50.0,
+                    **seams,
+                }
+                for seed, value in enumerate(values)
+            ]
+        }
+        if label in p50:
+            times = {"p50": p50[label], "p95": p50[label], "p99": 1.2 * p50[label], "each": [p50[label]] * 5}
+            error = {"median": 0.004, "p95": 0.01, "each": [0.003, 0.004, 0.011], "asked": 0.008}
+            samplers[label] |= {"chunk_ms": times, "chunk_error": error}
+    folder.mkdir(parents=True, exist_ok=True)
+    machine = {"cpu": "a made-up CPU", "threads": 2, "device": "cpu"}
+    results = {
+        "env": env,
+        "checkpoint": "made/up",
+        "samplers": samplers,
+        "machine": machine,
+        "versions": {"torch": "9"},
+    }
+    (folder / "results.json").write_text(json.dumps(results))
+
+
+@pytest.fixture
+def made_up(tmp_path: Path) -> Path:
+    rng = np.random.default_rng(0)
+    base = rng.beta(8, 1, 100)
+    rewards = {
+        "sequential": base,
+        "ours": np.clip(base + rng.normal(0, 0.02, 100), 0, 1),
+        "hasty <b>": np.clip(base - 0.2 + rng.normal(0, 0.02, 100), 0, 1),
+    }
+    # two blocks of seeds in folders of their own, and the latencies in the first
+    made_up_run(
+        tmp_path / "a", {k: v.tolist() for k, v in rewards.items()}, {"sequential": 600, "ours": 150, "hasty <b>": 20}
+    )
+    return tmp_path
+
+
+def test_the_report_recommends_the_fastest_that_is_equivalent(made_up: Path) -> None:
+    runs = gather_runs([made_up])
+    summary = summarize(episode_table(runs), gather_latencies(runs, [made_up]), 0.03)
+    chosen, sentence = recommend(summary, 0.03)
+    assert chosen == "ours"
+    assert "150 ms per chunk against 600, 4.0 times as fast" in sentence
+    rows = summary.set_index("sampler")
+    assert f"Success: {rows.loc['ours', 'success']:.2f} [" in sentence
+    assert rows.loc["ours", "equivalence_p"] < 0.01 < 0.9 < rows.loc["hasty <b>", "equivalence_p"]
+    assert rows.loc["hasty <b>", "difference_high"] < -0.15
+    assert pareto(summary, "reward")[0] == "hasty <b>"
+    assert pareto(summary, "reward")[-1] in ("ours", "sequential")
+
+
+def test_a_sampler_that_loses_successes_is_passed_over_and_named(tmp_path: Path) -> None:
+    base = 0.905 + np.random.default_rng(0).normal(0, 0.01, 100)  # 0.9 is what counts as success
+    rewards = {"sequential": base, "ours": base + 0.001, "short": base - 0.01}
+    times = {"sequential": 600, "ours": 150, "short": 20}
+    made_up_run(tmp_path / "a", {name: values.tolist() for name, values in rewards.items()}, times)
+    runs = gather_runs([tmp_path])
+    summary = summarize(episode_table(runs), gather_latencies(runs, [tmp_path]), 0.03)
+    rows = summary.set_index("sampler")
+    assert rows.loc["short", "equivalence_p"] < 0.05
+    assert rows.loc["short", "success_difference_high"] < 0 <= rows.loc["ours", "success_difference_high"]
+    chosen, sentence = recommend(summary, 0.03)
+    assert chosen == "ours"
+    assert f"“short” is faster, 20 ms, but succeeds less often: {rows.loc['short', 'success']:.2f}" in sentence
+    colors = sampler_colors(summary, chosen)
+    assert colors["ours"] == CHOSEN
+    assert len(set(colors.values())) == 3
+    chosen, sentence = recommend(summary[summary["sampler"] != "ours"], 0.03)
+    assert chosen is None
+    assert "without losing successes" in sentence
+
+
+def test_upstream_has_a_row_with_the_scores_of_the_sampler_whose_chunks_it_computes(made_up: Path) -> None:
+    times = {"p50": 700.0, "p99": 800.0, "each": [700.0] * 5}
+    place = {"env": "pusht", "checkpoint": "made/up", "sampler": "upstream sequential"}
+    row = {**place, "same_as": "sequential", "engine": "upstream", "chunk_ms": times}
+    (made_up / "latency.json").write_text(json.dumps([row]))
+    runs = gather_runs([made_up])
+    summary = summarize(episode_table(runs), gather_latencies(runs, [made_up]), 0.03)
+    rows = summary.set_index("sampler")
+    assert rows.loc["upstream sequential", ["reward", "success"]].tolist() == (
+        rows.loc["sequential", ["reward", "success"]].tolist()
+    )
+    assert rows["upstream"].tolist() == [False, False, False, True]
+    assert np.isnan(rows.loc["upstream sequential", "equivalence_p"])
+    chosen, sentence = recommend(summary, 0.03)
+    assert chosen == "ours"
+    assert "150 ms per chunk against 600 (the published code: 700), 4.0 times" in sentence
+
+
+def test_errors_obtained_stand_beside_the_error_asked_for() -> None:
+    asked = {"median": 0.004, "each": [0.003, 0.0, 0.011], "asked": 0.008}
+    measured = {
+        "loose": {"chunk_error": {"median": 0.05, "each": [0.04, 0.05, 0.07]}},
+        "ours": {"chunk_error": asked},
+        "sequential": {"chunk_error": {"median": 0.0, "each": [0.0, 0.0]}},  # the reference itself
+        "upstream": {},
+        "older": {"chunk_error": {"median": 0.1}},
+    }
+    figure = calibration_figure(measured, {"ours": "#123456"})
+    assert figure is not None
+    assert [(trace.name, list(trace.y)) for trace in figure.data] == [
+        ("ours", [0.003, 0.011]),
+        ("loose", [0.04, 0.05, 0.07]),
+        ("asked for", [0.008]),
+    ]
+    assert figure.data[2].x == ("ours",)
+    assert calibration_figure({name: measured[name] for name in ("sequential", "upstream", "older")}, {}) is None
+
+
+def test_no_recommendation_is_made_without_grounds(made_up: Path, tmp_path: Path) -> None:
+    runs = gather_runs([made_up])
+    table = episode_table(runs)
+    few = table[table["seed"] < 4]
+    chosen, sentence = recommend(summarize(few, gather_latencies(runs, [made_up]), 0.001), 0.001)
+    assert chosen is None
+    assert "No sampler is shown to keep" in sentence
+    chosen, sentence = recommend(summarize(table, {}, 0.03), 0.03)
+    assert chosen is None
+    assert "No latency was measured" in sentence
+
+
+def test_the_report_is_written(made_up: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    made_up_run(made_up / "b", {"sequential": [0.5] * 20, "ours": [0.6] * 20}, {}, env="lift", seams={})
+    main(["report", str(made_up), "--output", str(made_up / "out")])
+    assert "report.html" in capsys.readouterr().out
+    page = (made_up / "out" / "report.html").read_text()
+    assert "<th>jump at seams</th><th>motion inside</th>" in page
+    assert "<td>12.5</td><td>3.25</td>" in page  # of every row of the first run
+    assert "<td>–</td><td>–</td></tr>" in page  # the second has none, as older runs
+    for text in ("hasty &lt;b&gt;", "All tasks together", "a made-up CPU", "torch 9", "times as fast"):
+        assert text in page
+    assert "hasty <b></td>" not in page
+    assert "https://cdn" not in page.split("</script>")[-1]
+    assert len(pd.read_csv(made_up / "out" / "episodes.csv")) == 340
+    assert len(pd.read_parquet(made_up / "out" / "episodes.parquet")) == 340
+    assert (made_up / "out" / "pareto_pusht_up.png").read_bytes()[:4] == b"\x89PNG"
+
+
+@pytest.mark.skipif(BROWSER is None, reason="no Chromium or Chrome here")
+def test_the_page_shows_its_figures_in_a_browser(made_up: Path) -> None:
+    page = write_report([made_up], made_up / "out")
+    dumped = subprocess.run(
+        [
+            str(BROWSER),
+            "--headless",
+            "--no-sandbox",
+            "--disable-gpu",
+            "--disable-background-networking",
+            "--disable-component-update",
+            f"--user-data-dir={made_up / 'profile'}",
+            "--virtual-time-budget=10000",
+            "--dump-dom",
+            page.as_uri(),
+        ],
+        capture_output=True,
+        text=True,
+        timeout=120,
+    )
+    dom = dumped.stdout
+    assert dom.count("main-svg") >= 2, dumped.stderr[-2000:]
+    assert "mean maximum reward" in dom
+    assert dom.count('class="point"') >= 6  # three samplers in two panels
+    assert "ours</text>" in dom
+    assert "largest error of a chunk" in dom
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["report"], "no folder"),
+        (["report", "/nowhere"], r"no results.json in /nowhere"),
+        (["report", ".", "--margin", "-1"], "margin is -1"),
+    ],
+)
+def test_bad_reports_are_named(arguments: list[str], message: str) -> None:
+    with pytest.raises(SystemExit, match=message):
+        main(arguments)
+
+
+def test_statistics_against_known_answers() -> None:
+    rng = np.random.default_rng(0)
+    same = rng.normal(0, 0.1, 200)
+    assert equivalence_p(same, 0.05) < 0.001 < 0.5 < equivalence_p(same + 0.06, 0.05)
+    assert equivalence_p([0.0, 0.0], 0.01) == 0.0
+    assert equivalence_p([0.5], 0.01) == 1.0
+    assert interquartile_mean([0, 0, 1, 2, 3, 100, 100, 100]) == pytest.approx(26.5)
+    # sd 0.1, margin 0.05: n = ((1.645 + 1.282) 0.1 / 0.05)² = 34
+    exact = np.array([-1, 1]) * 0.1 / np.sqrt(2)
+    assert episodes_needed(exact, 0.05) == 35
+    needed = episodes_needed(same, 0.05)
+    shown = [equivalence_p(rng.normal(0, 0.1, needed), 0.05) < 0.05 for _ in range(400)]
+    assert 0.68 < np.mean(shown) < 0.9
+    low, high = percentile_interval(rng.exponential(1, 400), 50)
+    assert low < np.log(2) < high
+    value, (low, high) = pooled_interval([rng.uniform(0, 1, 100), rng.uniform(0, 1, 50)])
+    assert low < 0.5 < high
+    assert low < value < high
