@@ -6,11 +6,14 @@ from typing import Any
 
 import torch
 
+VARIANTS = 64  # compiled at most of one function
+
 
 class Compiling:
     """A function that its first call compiles, or finds in torch's own cache on disk.
 
-    Where that fails, for want of a C++ compiler, it warns once and goes on as it is.
+    Where that fails, for want of a C++ compiler, it warns once and goes on as it is. Other shapes and constants compile
+    it again: a sweep has more windows and schedules than the eight variants after which torch goes on uncompiled.
 
     Args:
         function: of tensors.
@@ -23,6 +26,8 @@ class Compiling:
 
     def __call__(self, *arguments: Any) -> Any:
         if self.compiled is None:
+            settings = torch._dynamo.config
+            settings.recompile_limit = max(settings.recompile_limit, VARIANTS)
             self.compiled = torch.compile(self.function, **self.options)
         try:
             return self.compiled(*arguments)

@@ -61,6 +61,19 @@ def test_bfloat16_products_round_and_nothing_else(shipped: parapolicy.Policy) ->
         torch.testing.assert_close(unpacked, weight.to(value.dtype), rtol=0, atol=0)
 
 
+def test_a_dozen_windows_in_one_process_are_all_compiled() -> None:
+    graphs = []
+
+    def backend(graph: torch.fx.GraphModule, inputs: list[torch.Tensor]) -> torch.fx.GraphModule:
+        graphs.append(graph)
+        return graph
+
+    double = Compiling(lambda x: 2 * x, dynamic=False, backend=backend)
+    for size in range(2, 14):
+        assert torch.equal(double(torch.ones(size)), torch.full((size,), 2.0))
+    assert len(graphs) == 12
+
+
 @pytest.mark.skipif(shutil.which("c++") is None and shutil.which("g++") is None, reason="no C++ compiler here")
 def test_a_compiled_policy_gives_the_same_chunks(recwarn: pytest.WarningsRecorder) -> None:
     # One level: compiling takes longer than everything else here.
