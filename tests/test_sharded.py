@@ -14,7 +14,7 @@ import torch.distributed as dist
 import torch.multiprocessing as mp
 
 import parapolicy
-from parapolicy.engine.sharded import Sharded, WorkerLostError, _connect, free_address, start_workers
+from parapolicy.engine.sharded import Sharded, WorkerLostError, _connect, _pack, _unpack, free_address, start_workers
 from parapolicy.policy import pick_device
 from tests.conftest import ROOT, SHIPPED
 
@@ -33,6 +33,14 @@ def test_two_processes_give_the_chunk_of_one(shipped: parapolicy.Policy) -> None
             assert chunk.stats.rounds.tolist() == expected.stats.rounds.tolist()
             np.testing.assert_allclose(chunk.trajectory, expected.trajectory, rtol=0, atol=0.05)
     assert not mp.active_children()
+
+
+def test_rows_arrive_as_they_were_sent() -> None:
+    rows = torch.randn(40, 16, 2), torch.arange(960, 1000), torch.arange(40)
+    for sent, arrived in zip(rows, _unpack(_pack(*rows), 16, 2), strict=True):
+        assert arrived.dtype == sent.dtype
+        assert arrived.is_contiguous()
+        assert torch.equal(arrived, sent)
 
 
 @pytest.mark.parametrize("how", [signal.SIGKILL, signal.SIGSTOP])

@@ -64,22 +64,21 @@ class Sharded:
             self._announce(BIND, len(timesteps), *condition.shape)
             dist.broadcast(timesteps.clone(), 0, self.groups.data)
             dist.broadcast(condition.contiguous(), 0, self.groups.data)
-        evaluate = self.engine.bind(timesteps, condition)
+        return Split(self, self.engine.bind(timesteps, condition))
 
-        def sharded(x: Tensor, step: Tensor, element: Tensor) -> Tensor:
-            share = -(-len(x) // self.ranks)
-            fill = share * self.ranks - len(x)  # the last parts are filled up with copies of the first row
-            full = [torch.cat((v, v[:1].expand(fill, *v.shape[1:]))) for v in (x, step, element)]
-            with self._answered():
-                self._announce(EVALUATE, share, *x.shape[1:])
-                for value in full:
-                    dist.scatter(torch.empty_like(value[:share]), list(value.chunk(self.ranks)), 0, self.groups.data)
-                output = evaluate(*(value[:share] for value in full)).contiguous()
-                gathered = [torch.empty_like(output) for _ in range(self.ranks)]
-                dist.gather(output, gathered, 0, self.groups.data)
-            return torch.cat(gathered)[: len(x)]
-
-        return sharded
+    def run(self, evaluate: "Evaluate", x: Tensor, step: Tensor, element: Tensor) -> Tensor:
+        """What ``evaluate`` gives, each rank with its part of the rows."""
+        share = -(-len(x) // self.ranks)
+        rows = _pack(x, step, element)
+        fill = rows[:1].expand(share * self.ranks - len(x), -1)  # the last parts are filled up with the first row
+        parts = list(torch.cat((rows, fill)).chunk(self.ranks))
+        with self._answered():
+            self._announce(EVALUATE, share, *x.shape[1:])
+            dist.scatter(torch.empty_like(parts[0]), parts, 0, self.groups.data)
+            output = evaluate(x[:share], step[:share], element[:share]).contiguous()
+            gathered = [torch.empty_like(output) for _ in range(self.ranks)]
+            dist.gather(output, gathered, 0, self.groups.data)
+        return torch.cat(gathered)[: len(x)]
 
     def stop(self) -> None:
         """Let the workers end."""
@@ -104,6 +103,25 @@ class Sharded:
             raise WorkerLostError(self.lost) from error
 
 
+@dataclasses.dataclass(frozen=True)
+class Split:
+    """Rank 0's ``evaluate``, with the other ranks' help.
+
+    Attributes:
+        compiles: as of ``evaluate``.
+    """
+
+    sharded: Sharded
+    evaluate: "Evaluate"
+
+    @property
+    def compiles(self) -> bool:
+        return getattr(self.evaluate, "compiles", False)
+
+    def __call__(self, x: Tensor, step: Tensor, element: Tensor) -> Tensor:
+        return self.sharded.run(self.evaluate, x, step, element)
+
+
 @torch.inference_mode()
 def answer(engine: "Engine", groups: Groups, device: torch.device) -> None:
     """The other ranks' work: compute what rank 0 sends, until it says stop or is gone."""
@@ -123,11 +141,20 @@ def answer(engine: "Engine", groups: Groups, device: torch.device) -> None:
                 evaluate = engine.bind(timesteps, condition)
             else:
                 assert evaluate is not None
-                x = torch.empty(first, second, third, device=device)
-                step, element = (torch.empty(first, dtype=torch.int64, device=device) for _ in range(2))
-                for value in (x, step, element):
-                    dist.scatter(value, None, 0, groups.data)
-                dist.gather(evaluate(x, step, element).contiguous(), None, 0, groups.data)
+                rows = torch.empty(first, second * third + 2, device=device)
+                dist.scatter(rows, None, 0, groups.data)
+                dist.gather(evaluate(*_unpack(rows, second, third)).contiguous(), None, 0, groups.data)
+
+
+def _pack(x: Tensor, step: Tensor, element: Tensor) -> Tensor:
+    """One tensor (N, H D + 2) to send, because each one that is sent takes its time; float32 holds numbers of steps and
+    elements exactly."""
+    return torch.cat((x.flatten(1), step[:, None].to(x.dtype), element[:, None].to(x.dtype)), 1)
+
+
+def _unpack(rows: Tensor, horizon: int, dim: int) -> tuple[Tensor, Tensor, Tensor]:
+    x, step, element = rows[:, :-2].unflatten(1, (horizon, dim)), rows[:, -2], rows[:, -1]
+    return x.contiguous(), step.long(), element.long()
 
 
 def join(policy: "Policy", timeout: float = 10.0) -> Sharded:
