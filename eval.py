@@ -1,10 +1,9 @@
-"""Evaluate samplers on one policy: reward in closed loop, latency per chunk, side by side.
+"""Evaluate samplers on one policy: reward in closed loop, latency per chunk, chunk error.
 
     python eval.py [env=pusht checkpoint=FOLDER samplers=[sequential,secant] episodes=20 seed=100000]
 
-Results go to hydra's run folder: run.json, results.json, episodes.jsonl, latency_reward.png, videos/, and
-charged_latency.png where thinking took simulated time. A run that was interrupted goes on in its own folder:
-``hydra.run.dir=FOLDER``.
+Results go to hydra's run folder: run.json, results.json, episodes.jsonl, latency_reward.png, videos/, and, with
+simulated latency, simulated_latency.png. To continue an interrupted run, give its folder: ``hydra.run.dir=FOLDER``.
 """
 
 from pathlib import Path
@@ -17,12 +16,13 @@ from hydra.types import RunMode
 from omegaconf import DictConfig
 
 from envs import make_env
-from envs.charged import Charged
-from parapolicy.checkpoint.spec import PolicySpec
+from envs.inference_delay import InferenceDelay
 from parapolicy.control import SimulatedClock
-from parapolicy.evaluate import report
-from parapolicy.evaluate.evaluation import evaluate
-from parapolicy.evaluate.sweep import note_failure
+from parapolicy.evaluate.report.plots import plot_latency_reward, plot_simulated_latency
+from parapolicy.evaluate.report.terminal import print_table
+from parapolicy.evaluate.run.evaluation import evaluate
+from parapolicy.evaluate.run.run_folder import note_failure
+from parapolicy.spec import PolicySpec
 
 
 @hydra.main(version_base="1.3", config_path="conf", config_name="eval")
@@ -31,14 +31,14 @@ def main(config: DictConfig) -> None:
 
     def build(spec: PolicySpec, clock: SimulatedClock | None) -> gymnasium.Env:
         env = make_env(config.env.name, spec, **config.env.options)
-        return env if clock is None else Charged(env, clock, spec.control_hz)
+        return env if clock is None else InferenceDelay(env, clock, spec.control_hz)
 
     def run() -> dict[str, Any]:
         results = evaluate(config, folder, build)
-        report.plot_latency_reward(results, folder / "latency_reward.png")
+        plot_latency_reward(results, folder / "latency_reward.png")
         if any("control" in row for row in results["samplers"].values()):
-            report.plot_charged_latency(results, folder / "charged_latency.png")
-        report.print_table(results)
+            plot_simulated_latency(results, folder / "simulated_latency.png")
+        print_table(results)
         print(f"wrote {folder}")
         return results
 

@@ -18,10 +18,11 @@ from tqdm import tqdm
 
 import parapolicy
 from envs import make_env
-from parapolicy.checkpoint.spec import PolicySpec
-from parapolicy.evaluate import metrics, report
-from parapolicy.evaluate.rollout import rollout
-from parapolicy.policy import pick_device
+from parapolicy.evaluate.measure.machine import describe_machine, describe_versions
+from parapolicy.evaluate.run.results import summarize_episodes
+from parapolicy.evaluate.run.rollout import rollout
+from parapolicy.loading import pick_device
+from parapolicy.spec import Feature, PolicySpec
 from parapolicy.train.card import write_card
 from parapolicy.train.data import read_hdf5, read_zarr
 from parapolicy.train.trainer import TrainConfig, train
@@ -41,7 +42,10 @@ def run(config: DictConfig) -> None:
         for key, value in {**data["observation"], "action": data["action"]}.items()
     }
     spec = PolicySpec(
-        observation={key: tuple(value["shape"]) for key, value in data["observation"].items()},
+        observation={
+            key: Feature(tuple(value["shape"]), value.get("kind", "state"))
+            for key, value in data["observation"].items()
+        },
         action_dim=data["action"]["shape"][0],
         control_hz=data["control_hz"],
         provenance={"data": data["name"], "trained_with": "parapolicy train.py"},
@@ -66,7 +70,7 @@ def run(config: DictConfig) -> None:
             ):
                 episodes.append(episode)
                 bar.update()
-        score = metrics.summarize_episodes(episodes, 0.0, [])
+        score = summarize_episodes(episodes, 0.0, [])
     overrides = [word for word in sys.argv[1:] if not word.startswith(("data.path=", "hydra."))]
     write_card(
         folder,
@@ -75,8 +79,8 @@ def run(config: DictConfig) -> None:
         command=" ".join(["python train.py data.path=FOLDER", *overrides]),
         settings=dataclasses.asdict(train_config),
         result=result,
-        machine=report.describe_machine(device),
-        versions=report.describe_versions(),
+        machine=describe_machine(device),
+        versions=describe_versions(),
         score=score,
         first_seed=config.score.seed,
     )

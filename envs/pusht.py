@@ -12,7 +12,7 @@ import numpy as np
 from gym_pusht.envs.pusht import PushTEnv
 from gymnasium import spaces
 
-from parapolicy.checkpoint.spec import PolicySpec
+from parapolicy.spec import PolicySpec
 
 # The nine block keypoints of the published data set in the block's own frame (pixels), found from its recorded
 # keypoints and block poses; every one of the 25,650 steps agrees to 0.03 pixels (standard deviation).
@@ -56,11 +56,9 @@ class PushT(gymnasium.Env):
     render_mode = "rgb_array"
 
     def __init__(self, spec: PolicySpec, max_episode_steps: int = 300, render_size: int = 256) -> None:
-        for key, shape in spec.observation.items():
-            if OBSERVATIONS.get(key) != tuple(shape):
-                raise ValueError(
-                    f"the policy observes {key!r} with shape {tuple(shape)}; Push-T gives {dict(OBSERVATIONS)}"
-                )
+        for key, (shape, _) in spec.observation.items():
+            if OBSERVATIONS.get(key) != shape:
+                raise ValueError(f"the policy observes {key!r} with shape {shape}; Push-T gives {dict(OBSERVATIONS)}")
         if spec.action_dim != 2:
             raise ValueError(f"the policy's action_dim is {spec.action_dim}, Push-T's actions are 2 numbers: x, y")
         if render_size < 96:

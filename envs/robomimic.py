@@ -17,9 +17,9 @@ import gymnasium
 import numpy as np
 from gymnasium import spaces
 
-from parapolicy.checkpoint.spec import PolicySpec
 from parapolicy.errors import DataError
 from parapolicy.rotation import POSE_6D_DIM, to_axis_angle
+from parapolicy.spec import PolicySpec
 
 # name -> robosuite's name, robots, control steps until an episode is cut off (robomimic's for proficient humans)
 TASKS: Mapping[str, tuple[str, int, int]] = {
@@ -103,9 +103,9 @@ class Robomimic(gymnasium.Env):
         self._render_size = render_size
         self._keys = list(spec.observation)
         given = {key: value.shape for key, value in self._read(self._restart()).items()}
-        for key, shape in spec.observation.items():
-            if given.get(key) != tuple(shape):
-                raise ValueError(f"the policy observes {key!r} with shape {tuple(shape)}; {task} gives {given}")
+        for key, (shape, _) in spec.observation.items():
+            if given.get(key) != shape:
+                raise ValueError(f"the policy observes {key!r} with shape {shape}; {task} gives {given}")
         self.action_space = spaces.Box(-np.inf, np.inf, (spec.action_dim,), np.float32)
         self.observation_space = spaces.Dict(
             {key: spaces.Box(-np.inf, np.inf, given[key], np.float32) for key in self._keys}

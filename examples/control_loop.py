@@ -28,7 +28,7 @@ class Robot:
     def __init__(self, spec: parapolicy.PolicySpec) -> None:
         rng = np.random.default_rng(0)
         self.observation = {
-            key: rng.uniform(150, 350, shape).astype(np.float32) for key, shape in spec.observation.items()
+            key: rng.uniform(150, 350, feature.shape).astype(np.float32) for key, feature in spec.observation.items()
         }
         self.position = self.observation["agent_pos"]
 

@@ -43,7 +43,7 @@ def report(arguments: Sequence[str]) -> None:
     if not parsed.margin > 0:
         raise ValueError(f"margin is {parsed.margin:g}, expected a positive number")
 
-    from parapolicy.evaluate.page import write_report
+    from parapolicy.evaluate.report.html_report import write_report
 
     print(f"wrote {write_report(parsed.folders, parsed.output, parsed.margin)}")
 

@@ -18,7 +18,7 @@ from hydra.plugins.launcher import Launcher
 from hydra.types import HydraContext, TaskFunction
 from omegaconf import DictConfig, open_dict
 
-from parapolicy.evaluate.sweep import note_failure
+from parapolicy.evaluate.run.run_folder import note_failure
 
 
 @dataclass

@@ -1,1 +1,1 @@
-"""Measure what a network call and a chunk cost on this machine, beside the floor: ``python -m parapolicy.bench``."""
+"""Benchmark network calls and chunks on this machine against a roofline: ``python -m parapolicy.bench``."""

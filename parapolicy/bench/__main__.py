@@ -1,11 +1,11 @@
-"""Measure what a network call and a chunk cost on this machine, beside the floor.
+"""Benchmark network calls and chunks on this machine against a roofline.
 
     python -m parapolicy.bench [CHECKPOINT] [--engines eager compiled] [--chunks 20] [--widen 4] [--scaling]
 
-Writes bench.json and bench.png, and prints the tables. Orders alternate, percentiles are over ``--chunks`` chunks. The
-observations are made up; rounds differ a little from those of a closed loop. ``--widen 4`` gives the network four times
-the channels and the same function: the shipped policies then have the published low-dimensional size, with 8 the
-image one.
+Writes bench.json and bench.png, and prints the tables. Calls alternate; percentiles are over ``--chunks`` chunks. The
+observations are random, so rounds differ slightly from closed loop. ``--widen 4`` multiplies the network's channels by
+four and keeps its function: the shipped policies then have the size of the published low-dimensional ones, with 8 that
+of the published image policies.
 """
 
 import argparse
@@ -17,8 +17,7 @@ from typing import Any
 
 import torch
 
-from parapolicy.bench.machine import measure_machine
-from parapolicy.bench.measure import (
+from parapolicy.bench.benchmarks import (
     bench_chunks,
     bench_devices,
     bench_network,
@@ -27,9 +26,11 @@ from parapolicy.bench.measure import (
     peak_memory,
 )
 from parapolicy.bench.present import plot, print_tables
+from parapolicy.bench.roofline import measure_machine
 from parapolicy.bench.widen import widen
 from parapolicy.engine import make_engine
-from parapolicy.policy import load_policy, save_policy
+from parapolicy.evaluate.measure.machine import describe_machine, describe_versions
+from parapolicy.loading import load_policy, save_policy
 
 
 def main() -> None:
@@ -48,12 +49,10 @@ def main() -> None:
     try:
         policy = load_policy(arguments.checkpoint, device=arguments.device)
         if arguments.widen > 1:
-            policy = dataclasses.replace(policy, network=widen(policy.network, arguments.widen), engine=None)
-        engines = {name: make_engine(name, policy.network) for name in arguments.engines}
+            policy = widen(policy, arguments.widen)
+        engines = {name: make_engine(name, policy.device) for name in arguments.engines}
     except (ValueError, OSError) as error:
         raise SystemExit(f"error: {error}") from error
-    from parapolicy.evaluate.report import describe_machine, describe_versions
-
     machine = measure_machine(policy.network) | describe_machine(policy.device)
     results: dict[str, Any] = {"machine": machine, "versions": describe_versions(), "checkpoint": arguments.checkpoint}
     results["parameters"] = sum(parameter.numel() for parameter in policy.network.parameters())

@@ -12,8 +12,8 @@ from pathlib import Path
 import numpy as np
 from tqdm import tqdm
 
+from parapolicy.loading import load_policy
 from parapolicy.planner import made_up_observations
-from parapolicy.policy import load_policy
 
 PERCENTILES = (50, 95, 99, 99.9, 100)
 

@@ -1,0 +1,1 @@
+"""Measure chunks: time, error, distribution; and the statistics of scores."""

@@ -1,0 +1,76 @@
+"""Confidence intervals and equivalence tests for scores.
+
+Rewards of several tasks are pooled as in rliable (Agarwal et al., NeurIPS 2021): bootstrap within each task,
+interquartile mean, performance profile.
+"""
+
+from collections.abc import Sequence
+
+import numpy as np
+from scipy import stats
+
+Interval = tuple[float, float]
+
+
+def mean_interval(values: Sequence[float], confidence: float = 0.95) -> Interval:
+    """Bootstrap interval (BCa, Efron 1987) of the mean; a single point if all values are equal."""
+    data = np.asarray(values, dtype=np.float64)
+    if np.ptp(data) == 0:
+        return float(data[0]), float(data[0])
+    result = stats.bootstrap(
+        (data,), np.mean, confidence_level=confidence, n_resamples=9999, rng=np.random.default_rng(0)
+    )
+    return float(result.confidence_interval.low), float(result.confidence_interval.high)
+
+
+def proportion_interval(successes: int, trials: int, confidence: float = 0.95) -> Interval:
+    """Wilson interval of a success rate."""
+    interval = stats.binomtest(successes, trials).proportion_ci(confidence, method="wilson")
+    return float(interval.low), float(interval.high)
+
+
+def percentile_interval(values: Sequence[float], percent: float, confidence: float = 0.95) -> Interval:
+    """Bootstrap interval of a percentile, for example of latencies."""
+    data = np.asarray(values, dtype=np.float64)
+    rng = np.random.default_rng(0)
+    resampled = np.percentile(rng.choice(data, (2000, len(data))), percent, axis=1)
+    low, high = np.quantile(resampled, [(1 - confidence) / 2, (1 + confidence) / 2])
+    return float(low), float(high)
+
+
+def interquartile_mean(values: Sequence[float] | np.ndarray) -> float:
+    """Mean of the middle half of the values."""
+    return float(stats.trim_mean(values, 0.25))
+
+
+def pooled_interval(tasks: Sequence[Sequence[float]], confidence: float = 0.95) -> tuple[float, Interval]:
+    """Interquartile mean of several tasks' scores, and its bootstrap interval, stratified by task."""
+    rng = np.random.default_rng(0)
+    arrays = [np.asarray(task, dtype=np.float64) for task in tasks]
+    resampled = [
+        interquartile_mean(np.concatenate([rng.choice(task, len(task)) for task in arrays])) for _ in range(2000)
+    ]
+    low, high = np.quantile(resampled, [(1 - confidence) / 2, (1 + confidence) / 2])
+    return interquartile_mean(np.concatenate(arrays)), (float(low), float(high))
+
+
+def equivalence_p(differences: Sequence[float], margin: float) -> float:
+    """p-value of two one-sided t-tests (Schuirmann, 1987) on paired differences; 1 for fewer than two differences.
+
+    A small value shows that the mean difference is within ±margin.
+    """
+    data = np.asarray(differences, dtype=np.float64)
+    if len(data) < 2:
+        return 1.0
+    if np.ptp(data) == 0:
+        return 0.0 if abs(data[0]) < margin else 1.0
+    above = stats.ttest_1samp(data, -margin, alternative="greater").pvalue
+    below = stats.ttest_1samp(data, margin, alternative="less").pvalue
+    return float(max(above, below))
+
+
+def episodes_needed(differences: Sequence[float], margin: float, power: float = 0.8, alpha: float = 0.05) -> int:
+    """Episodes for :func:`equivalence_p` to be below ``alpha`` with ``power``, if the true difference is 0."""
+    deviation = float(np.std(np.asarray(differences, dtype=np.float64), ddof=1))
+    z = stats.norm.ppf(1 - alpha) + stats.norm.ppf((1 + power) / 2)
+    return max(2, int(np.ceil((z * deviation / margin) ** 2)))

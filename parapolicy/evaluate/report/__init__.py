@@ -1,0 +1,1 @@
+"""Report on runs: tables, figures, and one HTML page."""

@@ -1,0 +1,169 @@
+"""The figures of the HTML report, by plotly."""
+
+from collections.abc import Mapping, Sequence
+from itertools import cycle
+from typing import Any
+
+import numpy as np
+import pandas as pd
+import plotly.graph_objects as go
+from plotly.colors import qualitative
+from plotly.subplots import make_subplots
+
+from parapolicy.evaluate.report.summary import pareto
+
+COLORS = [color for color in qualitative.D3 + qualitative.T10 if color not in ("#2CA02C", "#54A24B")]
+CHOSEN = "#1b8a5a"  # green, which no other sampler gets
+
+
+def sampler_colors(task: pd.DataFrame, chosen: str | None) -> dict[str, str]:
+    """Sampler -> color in all figures of a task: the chosen one green, the sequential one black."""
+    colors, found = cycle(COLORS), {}
+    for _, row in task.sort_values("p50_ms" if "p50_ms" in task else "sampler").iterrows():
+        name = str(row["sampler"])
+        found[name] = CHOSEN if name == chosen else "#222" if row["baseline"] else next(colors)
+    return found
+
+
+def legend_entries(task: pd.DataFrame, chosen: str | None) -> list[tuple[pd.Series, str, str]]:
+    """(record, color, legend text) of each timed sampler, fastest first."""
+    colors = sampler_colors(task, chosen)
+    timed = task.dropna(subset=["p50_ms"]).sort_values("p50_ms")
+    return [(row, colors[row["sampler"]], f"{row['sampler']}: {row['p50_ms']:.0f} ms") for _, row in timed.iterrows()]
+
+
+def pareto_figure(task: pd.DataFrame, chosen: str | None) -> go.Figure:
+    """Reward and success against chunk latency, with the Pareto front."""
+    figure = make_subplots(rows=1, cols=2, subplot_titles=("mean maximum reward", "success rate"))
+    for column, score in enumerate(("reward", "success"), 1):
+        front = task.set_index("sampler").loc[pareto(task, score)]
+        figure.add_scatter(
+            x=front["p50_ms"],
+            y=front[score],
+            mode="lines",
+            line={"color": "#bbb", "dash": "dot", "shape": "hv"},
+            row=1,
+            col=column,
+            showlegend=False,
+            hoverinfo="skip",
+        )
+        for row, color, text in legend_entries(task, chosen):
+            best = row["sampler"] == chosen
+            figure.add_scatter(
+                x=[row["p50_ms"]],
+                y=[row[score]],
+                mode="markers+text",
+                text=[row["sampler"] if best or row["baseline"] else ""],
+                textposition="bottom center",
+                textfont={"color": color},
+                name=f"<b>{text}</b>" if best else text,
+                legendgroup=row["sampler"],
+                showlegend=column == 1,
+                marker={
+                    "size": 16 if best else 10,
+                    "color": color,
+                    "symbol": "star" if best else "x" if row["upstream"] else "circle",
+                },
+                error_x={
+                    "type": "data",
+                    "symmetric": False,
+                    "array": [row["p99_ms"] - row["p50_ms"]],
+                    "arrayminus": [0],
+                    "color": color,
+                    "thickness": 1,
+                },
+                error_y={
+                    "type": "data",
+                    "symmetric": False,
+                    "array": [row[f"{score}_high"] - row[score]],
+                    "arrayminus": [row[score] - row[f"{score}_low"]],
+                    "color": color,
+                    "thickness": 1,
+                },
+                hovertemplate=f"{row['sampler']}<br>p50 %{{x:.1f}} ms, p99 {row['p99_ms']:.1f} ms<br>{score} "
+                f"%{{y:.3f}} [{row[f'{score}_low']:.3f}, {row[f'{score}_high']:.3f}]<extra></extra>",
+                row=1,
+                col=column,
+            )
+    figure.update_xaxes(type="log", title="chunk latency, ms (dot: p50, whisker: to p99)", dtick="D2")
+    return figure.update_layout(height=480, template="simple_white", margin={"t": 40, "l": 50, "r": 20})
+
+
+def cost_figure(
+    chunks: pd.DataFrame, evaluated: Mapping[str, tuple[Sequence[int], Sequence[float]]], colors: Mapping[str, str]
+) -> go.Figure:
+    """Rounds per chunk, rounds along the episode, and evaluations per step of the schedule.
+
+    Args:
+        chunks: a record per chunk, see :func:`parapolicy.evaluate.report.gather.chunk_table`.
+        evaluated: sampler -> timesteps, and a chunk's mean number of evaluations at each.
+        colors: of the samplers.
+    """
+    titles = ("rounds per chunk", "mean rounds along the episode", "mean evaluations of each diffusion step")
+    figure = make_subplots(rows=1, cols=3, subplot_titles=titles)
+    for sampler, group in chunks.groupby("sampler", sort=False):
+        name, same = str(sampler), {"legendgroup": str(sampler), "marker_color": colors.get(str(sampler))}
+        figure.add_box(y=group["rounds"], name=name, showlegend=False, boxpoints=False, row=1, col=1, **same)
+        phase = group.groupby("chunk")["rounds"].mean()
+        figure.add_scatter(x=phase.index, y=phase, name=name, mode="lines", row=1, col=2, **same)
+        if name in evaluated:
+            timesteps, counts = evaluated[name]
+            mode = "lines" if len(timesteps) > 20 else "markers"
+            figure.add_scatter(x=timesteps, y=counts, name=name, mode=mode, showlegend=False, row=1, col=3, **same)
+    figure.update_yaxes(type="log", row=1, col=1)
+    figure.update_yaxes(type="log", row=1, col=2)
+    figure.update_xaxes(title="chunk", row=1, col=2)
+    figure.update_xaxes(title="timestep (sampling goes from left to right)", autorange="reversed", row=1, col=3)
+    return figure.update_layout(height=420, template="simple_white", margin={"t": 40, "l": 50, "r": 20})
+
+
+def calibration_figure(measured: Mapping[str, Mapping[str, Any]], colors: Mapping[str, str]) -> go.Figure | None:
+    """Each sampler's chunk errors and the tolerance that was requested.
+
+    Args:
+        measured: sampler -> its record of ``latency.json``.
+        colors: of the samplers.
+
+    Returns:
+        None if no errors were recorded.
+    """
+    kept = {name: row for name, row in measured.items() if any(row.get("chunk_error", {}).get("each", []))}
+    if not kept:
+        return None
+    figure = go.Figure()
+    for name, row in sorted(kept.items(), key=lambda item: item[1]["chunk_error"]["median"]):
+        errors = row["chunk_error"]["each"]
+        figure.add_box(
+            y=[error for error in errors if error > 0],  # the axis is logarithmic
+            name=name,
+            marker={"color": colors.get(name), "size": 3},
+            boxpoints="all",
+            jitter=0.5,
+            showlegend=False,
+        )
+    asked = {name: row["chunk_error"]["asked"] for name, row in kept.items() if "asked" in row["chunk_error"]}
+    marker = {"symbol": "line-ew", "size": 60, "line": {"width": 3, "color": "#c22"}}
+    figure.add_scatter(x=list(asked), y=list(asked.values()), mode="markers", marker=marker, name="asked for")
+    figure.update_yaxes(type="log", title="largest error of a chunk (normalised)", exponentformat="power")
+    title = "distance from the sequential chunk of the same noise and schedule: each point a chunk"
+    return figure.update_layout(
+        title={"text": title, "font": {"size": 15}}, height=400, template="simple_white", margin={"l": 50, "r": 20}
+    )
+
+
+def profiles_figure(episodes: pd.DataFrame) -> go.Figure:
+    """Performance profiles: the share of episodes above each reward, over all tasks."""
+    figure = go.Figure()
+    thresholds = np.linspace(0, 1, 101)
+    for sampler, group in episodes.groupby("sampler", sort=False):
+        share = [(group["reward"] > threshold).mean() for threshold in thresholds]
+        figure.add_scatter(x=thresholds, y=share, mode="lines", name=str(sampler))
+    return figure.update_layout(
+        height=380, template="simple_white", xaxis_title="reward τ", yaxis_title="episodes above τ"
+    )
+
+
+def embed(figure: go.Figure) -> str:
+    """A figure as HTML, without plotly's script, which the page includes once."""
+    text: str = figure.to_html(full_html=False, include_plotlyjs=False)
+    return text

@@ -1,0 +1,142 @@
+"""Tables of any number of result folders."""
+
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pandas as pd
+
+from parapolicy.evaluate.run.run_folder import read_episodes
+from parapolicy.evaluate.run.variants import SCHEDULE_SETTINGS, entry_label
+from parapolicy.samplers import SAMPLERS
+
+
+@dataclass
+class Run:
+    """One finished run.
+
+    Attributes:
+        folder: of the run.
+        about: its ``run.json``; None if the folder has only results.
+        results: its ``results.json``.
+    """
+
+    folder: Path
+    about: dict[str, Any] | None
+    results: dict[str, Any]
+
+
+def gather_runs(folders: Sequence[Path]) -> list[Run]:
+    """All finished runs in the folders and their subfolders, sorted by path.
+
+    Raises:
+        ValueError: there is none.
+    """
+    runs = []
+    for path in sorted({path for folder in folders for path in folder.rglob("results.json")}):
+        about = path.with_name("run.json")
+        runs.append(
+            Run(path.parent, json.loads(about.read_text()) if about.is_file() else None, json.loads(path.read_text()))
+        )
+    if not runs:
+        raise ValueError(f"no results.json in {', '.join(map(str, folders))} or below")
+    return runs
+
+
+def gather_failures(folders: Sequence[Path]) -> dict[str, str]:
+    """Folder of a failed job -> last line of its error."""
+    notes = sorted({path for folder in folders for path in folder.rglob("error.txt")})
+    return {str(note.parent): note.read_text().strip().splitlines()[-1] for note in notes}
+
+
+def episode_table(runs: Sequence[Run]) -> pd.DataFrame:
+    """One record per episode: env, checkpoint, sampler, seed, reward, success, steps, rounds and evaluations per chunk,
+    and, if the run recorded them, the mean jump between chunks and the mean motion inside chunks.
+
+    A sampler is named by its label and its simulated latency, if any. Of an episode in several runs, the first counts.
+    """
+    rows = []
+    for run in runs:
+        references = _references(run)
+        for label, result in run.results["samplers"].items():
+            control = result.get("control")
+            name = label if not control or control["latency"] == "none" else f"{label} ({control['latency']})"
+            for episode in result["per_episode"]:
+                rows.append(
+                    {
+                        "env": run.results["env"],
+                        "checkpoint": run.results["checkpoint"],
+                        "sampler": name,
+                        "is_reference": label in references,
+                        "seed": episode["seed"],
+                        "reward": episode["max_reward"],
+                        "success": bool(episode["success"]),
+                        "steps": episode["steps"],
+                        "rounds": episode["rounds_mean"],
+                        "evaluations": episode["evaluations_mean"],
+                        "seam": episode.get("seam_mean", float("nan")),
+                        "motion": episode.get("motion_mean", float("nan")),
+                        "folder": str(run.folder),
+                    }
+                )
+    keys = ["env", "checkpoint", "sampler", "seed"]
+    return pd.DataFrame(rows).drop_duplicates(keys).reset_index(drop=True)
+
+
+def _references(run: Run) -> set[str]:
+    """Labels of the samplers that ran the trained schedule step by step. A label without an entry names its sampler."""
+    entries = run.about["config"]["samplers"] if run.about else list(run.results["samplers"])
+    found = set()
+    for entry in entries:
+        settings = {"name": entry} if isinstance(entry, str) else entry
+        sampler = SAMPLERS.get(settings["name"])
+        if sampler is not None and sampler.is_reference and not settings.keys() & SCHEDULE_SETTINGS:
+            found.add(entry_label(entry))
+    return found
+
+
+def chunk_table(runs: Sequence[Run]) -> pd.DataFrame:
+    """One record per chunk of every episode: env, checkpoint, sampler, seed, chunk, rounds, evaluations."""
+    rows = []
+    for run in runs:
+        task = {"env": run.results["env"], "checkpoint": run.results["checkpoint"]}
+        for episode in read_episodes(run.folder):
+            name = {"sampler": episode["sampler"], "seed": episode["seed"]}
+            costs = zip(episode.get("rounds", []), episode.get("evaluations", []), strict=True)
+            for chunk, (rounds, evaluations) in enumerate(costs):
+                rows.append({**task, **name, "chunk": chunk, "rounds": rounds, "evaluations": evaluations})
+    return pd.DataFrame(rows).drop_duplicates() if rows else pd.DataFrame()
+
+
+def gather_latencies(runs: Sequence[Run], folders: Sequence[Path]) -> dict[tuple[str, str, str], dict[str, Any]]:
+    """(env, checkpoint, sampler) -> its measurements, such as chunk_ms; those of a sweep replace those of its runs."""
+    found: dict[tuple[str, str, str], dict[str, Any]] = {}
+    for path in sorted({path for folder in folders for path in folder.rglob("latency.json")}):
+        for row in json.loads(path.read_text()):
+            found.setdefault((row["env"], row["checkpoint"], row["sampler"]), row)
+    for run in runs:
+        for label, row in run.results["samplers"].items():
+            if "chunk_ms" in row:
+                found.setdefault((run.results["env"], run.results["checkpoint"], label), row)
+    return found
+
+
+def select_latencies(
+    latencies: Mapping[tuple[str, str, str], dict[str, Any]], env: str, checkpoint: str
+) -> dict[str, dict[str, Any]]:
+    """Sampler -> measurements of :func:`gather_latencies`, for one task."""
+    return {sampler: row for (*task, sampler), row in latencies.items() if task == [env, checkpoint]}
+
+
+def describe_machines(runs: Sequence[Run]) -> list[str]:
+    """Machine and versions of the runs, without repetitions."""
+    lines = []
+    for run in runs:
+        machine, versions = run.results["machine"], run.results["versions"]
+        lines.append(
+            f"{machine['cpu']}, {machine['threads']} threads, {machine['device']}; "
+            + ", ".join(f"{name} {version}" for name, version in versions.items())
+        )
+    return list(dict.fromkeys(lines))

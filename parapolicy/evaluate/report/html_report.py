@@ -1,0 +1,153 @@
+"""The report of any number of runs: one HTML page that needs no network, tables as files, and plots.
+
+parapolicy report FOLDER… [--output FOLDER] [--margin 0.03]
+"""
+
+import html
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+import plotly.graph_objects as go
+
+from parapolicy.evaluate.measure.statistics import pooled_interval
+from parapolicy.evaluate.report.figures import (
+    calibration_figure,
+    cost_figure,
+    embed,
+    pareto_figure,
+    profiles_figure,
+    sampler_colors,
+)
+from parapolicy.evaluate.report.gather import (
+    chunk_table,
+    describe_machines,
+    episode_table,
+    gather_failures,
+    gather_latencies,
+    gather_runs,
+    select_latencies,
+)
+from parapolicy.evaluate.report.plots import plot_pareto
+from parapolicy.evaluate.report.summary import recommend, summarize
+
+STYLE = """body{font:15px/1.5 system-ui,sans-serif;max-width:1100px;margin:2em auto;padding:0 1em;color:#222}
+h1{font-size:1.5em}h2{font-size:1.2em;margin-top:2em}.answer{font-size:1.25em;background:#eef6ee;padding:.8em 1em;
+border-left:5px solid #2a7}table{border-collapse:collapse;font-size:.9em;display:block;overflow-x:auto}
+th,td{padding:.3em .7em;text-align:right;
+border-bottom:1px solid #ddd}th:first-child,td:first-child{text-align:left}.best{background:#eef6ee}footer{color:#777;
+font-size:.85em;margin-top:3em}.failed{color:#a22}"""
+
+
+COLUMNS = (  # heading, column of the summary, number format, whether it has an interval
+    ("reward", "reward", ".3f", True),
+    ("success", "success", ".2f", True),
+    ("difference of reward", "difference", "+.3f", True),
+    ("equivalent, p", "equivalence_p", ".2g", False),
+    ("difference of success", "success_difference", "+.2f", True),
+    ("episodes needed", "episodes_needed", ".0f", False),
+    ("p50 ms", "p50_ms", ".1f", False),
+    ("p99 ms", "p99_ms", ".1f", False),
+    ("rounds", "rounds", ".1f", False),
+    ("evaluations", "evaluations", ".0f", False),
+    ("chunk error p95", "chunk_error_p95", ".1e", False),
+    ("jump at seams", "seam", ".3g", False),
+    ("motion inside", "motion", ".3g", False),
+)
+
+
+def _table(task: pd.DataFrame, chosen: str | None) -> str:
+    headings = ["sampler", "episodes", *(heading for heading, *_ in COLUMNS)]
+    lines = ["<tr>" + "".join(f"<th>{heading}</th>" for heading in headings) + "</tr>"]
+    for _, row in task.iterrows():
+        cells = [html.escape(str(row["sampler"])), str(row["episodes"])]
+        for _, name, form, has_interval in COLUMNS:
+            if pd.isna(row.get(name, np.nan)):
+                cells.append("–")
+            elif has_interval:
+                low, high = row[f"{name}_low"], row[f"{name}_high"]
+                cells.append(f"{row[name]:{form}} <small>[{low:{form}}, {high:{form}}]</small>")
+            else:
+                cells.append(f"{row[name]:{form}}")
+        mark = ' class="best"' if row["sampler"] == chosen else ""
+        lines.append(f"<tr{mark}>" + "".join(f"<td>{cell}</td>" for cell in cells) + "</tr>")
+    return f"<table>{''.join(lines)}</table>"
+
+
+def _pooled(episodes: pd.DataFrame) -> str:
+    """Interquartile means over several tasks; empty for a single task."""
+    if len(episodes[["env", "checkpoint"]].drop_duplicates()) < 2:
+        return ""
+    lines = ["<tr><th>sampler</th><th>tasks</th><th>interquartile mean</th></tr>"]
+    for sampler, group in episodes.groupby("sampler", sort=False):
+        tasks = [task["reward"].tolist() for _, task in group.groupby(["env", "checkpoint"])]
+        value, (low, high) = pooled_interval(tasks)
+        lines.append(
+            f"<tr><td>{html.escape(str(sampler))}</td><td>{len(tasks)}</td>"
+            f"<td>{value:.3f} <small>[{low:.3f}, {high:.3f}]</small></td></tr>"
+        )
+    return f"<h2>All tasks together</h2><table>{''.join(lines)}</table>" + embed(profiles_figure(episodes))
+
+
+def write_report(folders: Sequence[Path], output: Path, margin: float = 0.03) -> Path:
+    """Write ``report.html``, ``samplers.csv``, ``episodes.csv``, ``episodes.parquet`` and a PNG per task.
+
+    Args:
+        folders: of runs and sweeps.
+        output: created if missing.
+        margin: of the equivalence tests, in units of reward.
+
+    Returns:
+        The path of the page.
+
+    Raises:
+        ValueError: the folders hold no finished run.
+    """
+    runs = gather_runs(folders)
+    episodes, chunks = episode_table(runs), chunk_table(runs)
+    latencies = gather_latencies(runs, folders)
+    summary = summarize(episodes, latencies, margin)
+    output.mkdir(parents=True, exist_ok=True)
+    episodes.to_csv(output / "episodes.csv", index=False)
+    episodes.to_parquet(output / "episodes.parquet", index=False)
+    summary.to_csv(output / "samplers.csv", index=False)
+    parts = []
+    for (env, checkpoint), task in summary.groupby(["env", "checkpoint"], sort=False):
+        chosen, sentence = recommend(task, margin)
+        name = f"{env}, {checkpoint}"
+        parts.append(f"<h2>{html.escape(name)}</h2><p class='answer'>{html.escape(sentence)}</p>")
+        if "p50_ms" in task and task["p50_ms"].notna().any():
+            parts.append(embed(pareto_figure(task, chosen)))
+            plot_pareto(task, chosen, name, output / f"pareto_{env}_{Path(str(checkpoint)).name}.png")
+        parts.append(_table(task, chosen))
+        colors, measured = sampler_colors(task, chosen), select_latencies(latencies, str(env), str(checkpoint))
+        if not chunks.empty:
+            own = chunks[(chunks["env"] == env) & (chunks["checkpoint"] == checkpoint)]
+            evaluated = {sampler: row["evaluated"] for sampler, row in measured.items() if "evaluated" in row}
+            parts.append(embed(cost_figure(own, evaluated, colors)))
+        if calibration := calibration_figure(measured, colors):
+            parts.append(embed(calibration))
+    parts.append(_pooled(episodes))
+    if failures := gather_failures(folders):
+        items = "".join(f"<li>{html.escape(where)}: {html.escape(why)}</li>" for where, why in failures.items())
+        parts.append(f"<h2 class='failed'>Jobs that failed</h2><ul>{items}</ul>")
+    machines = "<br>".join(map(html.escape, describe_machines(runs)))
+    engines = sorted({row.get("engine", "") for row in latencies.values()} - {"", "upstream"})
+    footer = (
+        "Brackets: 95 % intervals (bootstrap for rewards and percentiles, Wilson for success). Differences: to "
+        f"the sequential sampler, by seed. Equivalent: two one-sided t-tests with margin ±{margin}. Latency at "
+        f"batch 1{', engine ' + ', '.join(engines) if engines else ''}; "
+        "“upstream”: the eager network and diffusers' scheduler step by step, whose chunks, and so rewards, "
+        "are those of the sampler named. Jump at seams: distance from the last action executed of one chunk to the "
+        "first of the next; motion inside: from action to action within a chunk; both in the actions' own units, over "
+        "all their numbers."
+    )
+    script = go.Figure().to_html(full_html=False, include_plotlyjs=True)
+    page = output / "report.html"
+    page.write_text(
+        f"<!doctype html><html lang='en'><head><meta charset='utf-8'><title>Latency and reward</title><style>{STYLE}"
+        f"</style></head><body><h1>Latency and reward</h1><div hidden>{script}</div>{''.join(parts)}"
+        f"<footer><p>{footer}</p><p>{machines}</p></footer></body></html>"
+    )
+    return page

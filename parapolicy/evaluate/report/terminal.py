@@ -1,0 +1,40 @@
+"""The table of one run on the terminal."""
+
+import os
+from collections.abc import Mapping
+from typing import Any
+
+from rich.console import Console
+from rich.table import Table
+
+
+def print_table(results: Mapping[str, Any], console: Console | None = None) -> None:
+    """Print a table of one ``results.json``, with a line per sampler."""
+    title = f"{results['env']}, {results['checkpoint']}: {results['episodes']} episodes from seed {results['seeds'][0]}"
+    table = Table(title=title, caption="[ ]: 95 % intervals; chunk latency in ms at batch 1")
+    headings = "sampler|mean max reward|success|paired diff|ms p50|p95|p99|speed-up|rounds (p95)|evals (p95)|error p95"
+    measured = next(iter(results["samplers"].values())).get("energy_distance")
+    if measured:
+        headings += f"|energy distance (resampling {measured['resampling_mean']:.4f})"
+    for i, heading in enumerate(headings.split("|")):
+        table.add_column(heading, justify="right" if i else "left")
+    for name, row in results["samplers"].items():
+        low, high = row["mean_max_reward_ci95"]
+        latency, error = row.get("chunk_ms"), row.get("chunk_error")
+        difference = row.get("paired_reward_difference")
+        paired = "—"
+        if difference and difference["to"] != name:
+            paired = "{:+.3f} [{:+.3f}, {:+.3f}]".format(difference["mean"], *difference["ci95"])
+        table.add_row(
+            name,
+            f"{row['mean_max_reward']:.3f} [{low:.3f}, {high:.3f}]",
+            f"{row['success_rate']:.2f}",
+            paired,
+            *(f"{latency[percentile]:.1f}" if latency else "—" for percentile in ("p50", "p95", "p99")),
+            f"{row['speedup_p50']:.2f}×" if "speedup_p50" in row else "—",
+            *("{mean:.1f} ({p95:.0f})".format(**row[cost]) for cost in ("rounds", "evaluations")),
+            f"{error['p95']:.1e}" if error else "—",
+            *([f"{row['energy_distance']['mean']:.4f}"] if measured else []),
+        )
+    # Into a pipe, rich would wrap the table at 80 columns.
+    (console or Console(width=None if os.isatty(1) else 160)).print(table)

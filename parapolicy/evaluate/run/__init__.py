@@ -1,0 +1,1 @@
+"""Run an evaluation: episodes in closed loop, into a folder."""

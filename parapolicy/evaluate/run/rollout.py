@@ -1,0 +1,187 @@
+"""Closed-loop episodes, many at a time. Batching does not change the chunk that an environment gets."""
+
+import dataclasses
+import gc
+from collections.abc import Callable, Container, Iterator, Sequence
+from dataclasses import dataclass, field
+from functools import partial
+from typing import Any
+
+import gymnasium
+import numpy as np
+
+from parapolicy.episode import Episode, Request, group_requests, predict_together
+from parapolicy.evaluate.run.workers import EnvHandle, LocalEnv, ProcessEnv, WorkerDied, execute, reset
+from parapolicy.policy import Chunk, Policy
+
+
+@dataclass
+class EpisodeRecord:
+    """One episode's record.
+
+    Attributes:
+        seed: of the initial state.
+        rewards: one per control step.
+        success: whether the environment reported success.
+        rounds, evaluations: one per chunk.
+        observations: {key: (To, …)}, the history that each chunk was computed from.
+        frames: (H, W, 3) uint8, before the first and after every control step; empty unless filmed.
+        seams: distance from the last action of a chunk to the first of the next, one per chunk except the first.
+        motion: mean distance between successive actions inside a chunk, one per chunk with two actions or more.
+        error: why the episode was aborted; None if it was not.
+    """
+
+    seed: int
+    rewards: list[float] = field(default_factory=list)
+    success: bool = False
+    rounds: list[int] = field(default_factory=list)
+    evaluations: list[int] = field(default_factory=list)
+    observations: list[dict[str, np.ndarray]] = field(default_factory=list)
+    frames: list[np.ndarray] = field(default_factory=list)
+    seams: list[float] = field(default_factory=list)
+    motion: list[float] = field(default_factory=list)
+    error: str | None = None
+
+    @property
+    def max_reward(self) -> float:
+        return max(self.rewards, default=0.0)
+
+    @property
+    def sum_reward(self) -> float:
+        return sum(self.rewards)
+
+
+class _Slot:
+    """One environment and the episode that runs in it."""
+
+    def __init__(self, make_handle: Callable[[], EnvHandle], policy: Policy, noise_seed: int) -> None:
+        self.make_handle, self.env = make_handle, make_handle()
+        self.policy, self.noise_seed = policy, noise_seed
+        self.record: EpisodeRecord
+
+    def begin(self, seed: int, film: bool) -> None:
+        self.record, self.film, self.begun = EpisodeRecord(seed), film, False
+        self.episode = Episode(self.policy.spec, (self.noise_seed, seed), self.policy.warm_start)
+        self.submitted = self.executed = np.empty((0, 0))  # actions of this chunk; executed actions of the one before
+        self.env.submit(reset, seed, film)
+
+    def submit(self, request: Request, chunk: Chunk) -> None:
+        """Request the execution of a chunk's actions."""
+        self.episode.accept(request, chunk)
+        self.record.observations.append(request.observation)
+        self.record.rounds.append(int(chunk.stats.rounds))
+        self.record.evaluations.append(int(chunk.stats.evaluations))
+        self.submitted = chunk.actions
+        self.env.submit(execute, chunk.actions, self.film)
+
+    def receive(self) -> bool:
+        """Record the outcome of the last request; True when the episode is over."""
+        transitions = self.env.receive()
+        for transition in transitions:
+            self.episode.push(transition.observation)
+            if transition.frame is not None:
+                self.record.frames.append(transition.frame)
+            if self.begun:
+                self.record.rewards.append(transition.reward)
+                self.record.success = self.record.success or transition.success
+        if self.begun:
+            self._measure(self.submitted[: len(transitions)])
+        self.begun = True
+        return transitions[-1].over
+
+    def _measure(self, actions: np.ndarray) -> None:
+        """Record the distances between executed actions (n, Da), and from the chunk before."""
+        if len(self.executed):
+            self.record.seams.append(float(np.linalg.norm(actions[0] - self.executed[-1])))
+        if len(actions) > 1:
+            self.record.motion.append(float(np.linalg.norm(np.diff(actions, axis=0), axis=1).mean()))
+        self.executed = actions
+
+    def replace(self) -> None:
+        """Replace an environment whose process died."""
+        self.env.close()
+        self.env = self.make_handle()
+
+
+def rollout(
+    policy: Policy,
+    make_env: Callable[[], gymnasium.Env],
+    seeds: Sequence[int],
+    noise_seed: int = 0,
+    num_envs: int = 20,
+    record: Container[int] = (),
+    progress: Callable[[int], Any] = lambda steps: None,
+    processes: bool = False,
+) -> Iterator[EpisodeRecord]:
+    """Run one episode per seed with a receding horizon, and yield each as it ends.
+
+    All waiting environments share one ``predict`` call. An episode depends on its seed and ``noise_seed`` only, not
+    on ``num_envs``. With ``policy.warm_start`` every chunk except an episode's first starts from the one before.
+
+    Args:
+        policy: runs with ``reproducible=True``.
+        make_env: builds an environment whose observations fit the policy.
+        seeds: of the episodes' initial states.
+        noise_seed: of the sampling noise.
+        num_envs: number of environments at a time.
+        record: seeds whose episodes are filmed.
+        progress: called with the number of control steps since the last call; it is negative when an episode restarts.
+        processes: run each environment in its own process, all in parallel. If a process dies, its episode restarts
+            once in a new process; if that dies too, the episode ends without success and has an ``error``.
+
+    Raises:
+        ValueError: ``num_envs`` below 1.
+    """
+    if num_envs < 1:
+        raise ValueError(f"num_envs is {num_envs}, expected at least 1")
+    policy = dataclasses.replace(policy, reproducible=True)
+    waiting = list(reversed(seeds))
+    make_handle = partial(ProcessEnv if processes else LocalEnv, make_env)
+    slots = [_Slot(make_handle, policy, noise_seed) for _ in range(min(num_envs, len(seeds)))]
+    restarted: set[int] = set()  # seeds
+    try:
+        for slot in slots:
+            slot.begin(seed := waiting.pop(), seed in record)
+        active = slots
+        while active:
+            _predict(policy, [slot for slot in active if slot.begun])
+            remaining = []
+            for slot in active:
+                outcome = slot.record
+                before = len(outcome.rewards)
+                try:
+                    over = slot.receive()
+                except WorkerDied as death:
+                    slot.replace()
+                    if outcome.seed not in restarted:
+                        restarted.add(outcome.seed)
+                        progress(-before)
+                        slot.begin(outcome.seed, outcome.seed in record)
+                        remaining.append(slot)
+                        continue
+                    over = True
+                    outcome.success = False
+                    outcome.error = f"{death}, twice; the last time after {before} control steps"
+                if taken := len(outcome.rewards) - before:
+                    progress(taken)
+                if over:
+                    yield outcome
+                    if not waiting:
+                        continue
+                    slot.begin(seed := waiting.pop(), seed in record)
+                remaining.append(slot)
+            active = remaining
+    finally:
+        for slot in slots:
+            slot.env.close()
+        slots.clear()
+        gc.collect()  # simulators are in reference cycles, whose native memory Python does not count
+
+
+def _predict(policy: Policy, slots: Sequence[_Slot]) -> None:
+    """Compute the next chunk of each slot and have it executed."""
+    requests = [slot.episode.request() for slot in slots]
+    for members in group_requests(requests):
+        chunks = predict_together(policy, [requests[i] for i in members])
+        for i, chunk in zip(members, chunks, strict=True):
+            slots[i].submit(requests[i], chunk)

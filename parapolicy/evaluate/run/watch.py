@@ -1,0 +1,93 @@
+"""A live view of a run in rerun: the scene, the executed path, the current chunk, latency and rounds."""
+
+from collections.abc import Mapping
+from typing import Any, Protocol
+
+import numpy as np
+
+from parapolicy.control import Controller
+
+
+class WatchableEnv(Protocol):
+    """An environment that can be watched."""
+
+    def render(self) -> Any:
+        """(H, W, 3) uint8."""
+
+    def to_frame(self, actions: np.ndarray) -> np.ndarray:
+        """Actions (n, Da) as positions (n, 2) in the rendered frame, in pixels."""
+
+
+class View:
+    """Shows control steps in rerun.
+
+    Args:
+        target: ``web`` serves a page for the browser during the run, ``spawn`` opens rerun's own window, and a name
+            that ends in .rrd writes a file, which ``rerun FILE`` shows.
+
+    Raises:
+        ValueError: another target, or rerun is not installed.
+    """
+
+    def __init__(self, target: str) -> None:
+        if target not in ("web", "spawn") and not target.endswith(".rrd"):
+            raise ValueError(f"watch is {target!r}, expected web, spawn or a file name that ends in .rrd")
+        try:
+            import rerun as rr
+            import rerun.blueprint as rrb
+        except ImportError as error:
+            raise ValueError("watch needs rerun; pip install 'parapolicy[watch]'") from error
+        self._rr = rr
+        panels = rrb.Vertical(
+            rrb.TimeSeriesView(origin="latency", name="chunk latency, ms"),
+            rrb.TimeSeriesView(origin="rounds", name="rounds per chunk"),
+            rrb.TimeSeriesView(origin="reward", name="reward"),
+        )
+        layout = rrb.Blueprint(
+            rrb.Horizontal(rrb.Spatial2DView(origin="scene", name="scene"), panels, column_shares=[3, 2]),
+            collapse_panels=True,
+        )
+        rr.init("parapolicy", default_blueprint=layout)
+        if target == "web":
+            server = rr.serve_grpc(default_blueprint=layout)
+            rr.serve_web_viewer(open_browser=False, connect_to=server)
+            print(f"watch at http://localhost:9090/?url={server}", flush=True)
+        elif target == "spawn":
+            rr.spawn(default_blueprint=layout)
+        else:
+            rr.save(target, default_blueprint=layout)
+        self._time = 0.0
+        self._path: list[np.ndarray] = []
+        self._chunk = -1  # number of the last chunk shown
+
+    def begin(self, label: str, seed: int) -> None:
+        """Start an episode, after the previous one on the time line."""
+        self._path.clear()
+        self._chunk = -1
+        self._rr.set_time("time", duration=self._time)
+        self._rr.log("scene/title", self._rr.TextLog(f"{label}, seed {seed}"))
+
+    def step(self, env: WatchableEnv, controller: Controller, row: Mapping[str, Any], reward: float | None) -> None:
+        """Show one control step: the scene before it, the rest of the chunk, and the cost of the action.
+
+        Args:
+            env: before the step.
+            controller: after it chose the action.
+            row: the controller's log of the action.
+            reward: of the previous step; None at an episode's first.
+        """
+        rr = self._rr
+        self._time += 1 / controller.control_hz
+        rr.set_time("time", duration=self._time)
+        rr.log("scene", rr.Image(np.asarray(env.render())))
+        planned = env.to_frame(controller.planned())
+        self._path.append(env.to_frame(np.asarray(row["action"])[None])[0])
+        rr.log("scene/executed", rr.LineStrips2D([self._path], colors=[90, 90, 90], radii=0.8))
+        rr.log("scene/chunk", rr.LineStrips2D([planned], colors=[220, 60, 40], radii=1.2))
+        rr.log("scene/action", rr.Points2D(planned[:1], colors=[220, 60, 40], radii=4))
+        if row["chunk"] != self._chunk:
+            self._chunk = row["chunk"]
+            rr.log("latency/chunk", rr.Scalars(1e3 * row["computed_seconds"]))
+            rr.log("rounds/chunk", rr.Scalars(row["rounds"]))
+        if reward is not None:
+            rr.log("reward/step", rr.Scalars(reward))
