@@ -1,0 +1,6 @@
+"""Schedules: noise levels × solver, as tables that are linear in the state plus a network term."""
+
+from parapolicy.schedule.levels import SOLVERS, Levels, make_scheduler
+from parapolicy.schedule.schedule import Schedule, make_schedule
+
+__all__ = ["SOLVERS", "Levels", "Schedule", "make_schedule", "make_scheduler"]

@@ -1,0 +1,138 @@
+"""Noise levels: the timesteps of a schedule, and the powers of signal and noise at both ends of each step.
+
+A state at level (alpha, sigma) is ``x = alpha * x0 + sigma * epsilon``. The diffusers scheduler of the given config
+supplies the levels of training and the spacing of the timesteps.
+"""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from diffusers import DDIMScheduler, DDPMScheduler, DPMSolverMultistepScheduler, FlowMatchEulerDiscreteScheduler
+from torch import Tensor
+
+SOLVERS = {
+    "ddpm": DDPMScheduler,
+    "ddim": DDIMScheduler,
+    "dpmsolver++": DPMSolverMultistepScheduler,
+    "sde-dpmsolver++": DPMSolverMultistepScheduler,
+    "flow": FlowMatchEulerDiscreteScheduler,
+}
+DPM_SOLVERS = ("dpmsolver++", "sde-dpmsolver++")
+MAX_TRAIN_TIMESTEPS = 10_000  # ten times the most in use; a larger number is a damaged config
+
+
+@dataclass(frozen=True, eq=False)
+class Levels:
+    """Where each of T steps starts and ends; every tensor is (T,).
+
+    Attributes:
+        timesteps: what the network is given, decreasing: int64, or float32 for flow matching.
+        signal, noise: alpha² and sigma² at the start of each step.
+        signal_next, noise_next: the same at its end. They are the next step's start, except where diffusers' DDIM,
+            whose steps all span the same number of timesteps, ends elsewhere.
+    """
+
+    timesteps: Tensor
+    signal: Tensor
+    noise: Tensor
+    signal_next: Tensor
+    noise_next: Tensor
+
+
+def find_solver(config: Mapping[str, Any]) -> str | None:
+    """The solver that a diffusers config names, or None for a scheduler that is not supported."""
+    name = str(config.get("_class_name")).replace("Parallel", "")
+    if name == "DPMSolverMultistepScheduler" and config.get("algorithm_type") == "sde-dpmsolver++":
+        return "sde-dpmsolver++"
+    return next((solver for solver, scheduler in SOLVERS.items() if scheduler.__name__ == name), None)
+
+
+def make_scheduler(config: Mapping[str, Any], solver: str, order: int | None = None) -> Any:
+    """The diffusers scheduler that takes the same steps, without timesteps.
+
+    Args:
+        config: a diffusers scheduler's config.
+        solver: one of ``SOLVERS``.
+        order: ``solver_order`` of DPM-Solver++; None: the config's own.
+    """
+    settings = {key: value for key, value in config.items() if not key.startswith("_")}
+    if solver in DPM_SOLVERS:
+        if settings.get("algorithm_type") in (None, *DPM_SOLVERS):
+            settings["algorithm_type"] = solver
+        if order is not None:
+            settings["solver_order"] = order
+    return SOLVERS[solver].from_config(settings)
+
+
+def make_levels(scheduler: Any, solver: str, steps: int, own_spacing: bool = True) -> Levels:
+    """The levels of ``steps`` steps.
+
+    Args:
+        scheduler: as :func:`make_scheduler` gives it; its timesteps are set here.
+        solver: one of ``SOLVERS``.
+        steps: number of steps T.
+        own_spacing: False: ignore the scheduler's ``timestep_spacing`` and spread the timesteps over the whole range.
+
+    The spacing ``leading`` of diffusers (0, s, 2s, … with s = num_train_timesteps // steps) leaves out the noisiest
+    timesteps where s does not divide the range, and all but timestep 0 with a single step. Pure noise would be taken
+    for a sample of much less. Where it begins more than one stride and more than a tenth of the range below the end, or
+    more than half of the range, the timesteps are spread like ``trailing``'s instead.
+
+    Raises:
+        ValueError: the spacing does not give that many distinct timesteps.
+    """
+    if solver == "flow":
+        return _flow_levels(scheduler, steps)
+    scheduler.set_timesteps(steps)
+    config, timesteps = scheduler.config, scheduler.timesteps.long()
+    count = config.num_train_timesteps
+    # The most that may lie between the end of the range and the first timestep.
+    gap = min(max(count // steps, count // 10), count // 2)
+    spread = not own_spacing or (config.timestep_spacing == "leading" and timesteps[0] < count - gap)
+    if spread:
+        timesteps = torch.tensor([round(count - i * count / steps) - 1 for i in range(steps)])
+    if len(timesteps) != steps or timesteps[0] >= count or timesteps[-1] < 0 or (timesteps.diff() >= 0).any():
+        raise ValueError(
+            f"{steps} steps with timestep_spacing {config.timestep_spacing!r} and steps_offset "
+            f"{config.get('steps_offset')} do not give {steps} distinct timesteps from {count - 1} to 0; "
+            "take another number of steps or timestep_spacing"
+        )
+    if solver in DPM_SOLVERS:
+        if spread:
+            scheduler.set_timesteps(timesteps=timesteps.tolist())
+        # sigma / alpha, which need not be that of an integer timestep (with Karras spacing, for example).
+        ratio = scheduler.sigmas.double() ** 2  # (T + 1,)
+        signal = 1 / (1 + ratio)
+        noise = ratio * signal
+        return Levels(timesteps, signal[:-1], noise[:-1], signal[1:], noise[1:])
+    following = [*timesteps[1:].tolist(), -1]
+    if solver == "ddim" and not spread:
+        following = (timesteps - count // steps).tolist()  # as diffusers, whatever the spacing
+    final = scheduler.final_alpha_cumprod if solver == "ddim" else scheduler.one
+    # float32, as diffusers: the tables of DDPM and DDIM repeat its arithmetic.
+    signal = scheduler.alphas_cumprod[timesteps]
+    signal_next = torch.stack([scheduler.alphas_cumprod[t] if t >= 0 else final for t in following])
+    return Levels(timesteps, signal, 1 - signal, signal_next, 1 - signal_next)
+
+
+def _flow_levels(scheduler: Any, steps: int) -> Levels:
+    """alpha = 1 - t, sigma = t, with t from 1 down to 0 in equal steps that diffusers shifts as its config says.
+
+    (Not asked for equal steps, diffusers spaces t from 1 to 1 / num_train_timesteps, which leaves nothing to the last.)
+    """
+    config = scheduler.config
+    for name in ("use_dynamic_shifting", "stochastic_sampling", "invert_sigmas"):
+        if config.get(name):
+            raise ValueError(f"{name} is on, which is not supported; turn it off")
+    scheduler.set_timesteps(sigmas=np.linspace(1, 0, steps + 1)[:-1])
+    timesteps, time = scheduler.timesteps, scheduler.sigmas.double()  # (T,), (T + 1,)
+    if len(timesteps) != steps or not (time.diff() < 0).all():
+        raise ValueError(
+            f"{steps} steps with shift {config.shift} and shift_terminal {config.shift_terminal} do not give {steps} "
+            "distinct times from 1 to 0; take another number of steps or shift"
+        )
+    signal, noise = (1 - time) ** 2, time**2
+    return Levels(timesteps, signal[:-1], noise[:-1], signal[1:], noise[1:])
