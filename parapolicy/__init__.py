@@ -1,13 +1,14 @@
 """parapolicy: a trained Diffusion Policy in real time, all denoising steps in parallel."""
 
-from parapolicy.checkpoint.spec import PolicySpec
 from parapolicy.control import Controller, ControlRecord, Pacer
 from parapolicy.errors import CheckpointError, DataError, ObservationError
+from parapolicy.loading import load_policy, save_policy
 from parapolicy.noise import draw_noise
 from parapolicy.observation import ObservationHistory
 from parapolicy.planner import Plan, explain, make_plan
-from parapolicy.policy import Chunk, ChunkStats, Policy, load_policy, save_policy
+from parapolicy.policy import Chunk, ChunkStats, Policy
 from parapolicy.samplers import list_samplers
+from parapolicy.spec import Feature, PolicySpec
 from parapolicy.warm import WarmState
 
 __all__ = [
@@ -17,6 +18,7 @@ __all__ = [
     "ControlRecord",
     "Controller",
     "DataError",
+    "Feature",
     "ObservationError",
     "ObservationHistory",
     "Pacer",

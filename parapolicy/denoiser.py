@@ -1,71 +1,57 @@
 """The one function that samplers see: state and step in, estimate of the clean sample out."""
 
-from collections.abc import Callable
-from typing import Any
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor
 from torch.nn import functional
 
-from parapolicy.engine import Evaluate
 from parapolicy.schedule import Schedule
 
 # CPU and GPU libraries pick a kernel, and with it an order of summation, by batch size. Batches of a multiple of this
 # size were all seen to take the same kernels, whose results for one row do not depend on the other rows.
 REPRODUCIBLE_MULTIPLE = 4
 
+# (x (N, *sample_shape), step (N,), element (N,)) -> network output, of x's shape
+Evaluate = Callable[[Tensor, Tensor, Tensor], Tensor]
+
 
 class Denoiser:
-    """Runs the network on any mixture of batch elements and steps.
+    """Runs the network on any mixture of batch elements and steps. States are flat: (N, S), S numbers per sample.
 
     Args:
-        evaluate: the network at (x (N, H, D), step (N,), element (N,)), as an engine's ``bind`` gives it.
+        evaluate: the network, as an engine's ``bind`` gives it.
         schedule: says what the network predicts.
-        reproducible: pad every network call to a multiple of ``REPRODUCIBLE_MULTIPLE``, so that a row's result does
-            not depend on how many rows share its call.
-        max_batch: most rows per network call; None: no limit. Bounds the memory of the network's activations.
+        sample_shape: of one sample, as the network takes it.
+        reproducible: pad every network call to a multiple of ``REPRODUCIBLE_MULTIPLE``, so that a sample's result does
+            not depend on how many share its call.
+        max_batch: most samples per network call; None: no limit. Bounds the memory of the network's activations.
     """
 
     def __init__(
         self,
         evaluate: Evaluate,
         schedule: Schedule,
+        sample_shape: Sequence[int],
         reproducible: bool = False,
         max_batch: int | None = None,
     ) -> None:
-        self.evaluate = evaluate
-        self.schedule = schedule
-        self.reproducible = reproducible
-        self.max_batch = max_batch
-
-    @property
-    def keep(self) -> Callable[..., Any] | None:
-        """(key, make, *arguments) -> ``make(*arguments)``, the same object for the same key, on an engine that captures
-        rounds; None on others. See :class:`parapolicy.engine.CudaGraph`.
-        """
-        keep = getattr(self.evaluate, "keep", None)
-        return keep and (lambda key, *call: keep((self.reproducible, self.max_batch, key), *call))
-
-    @property
-    def compiles(self) -> bool:
-        """Whether a sampler should compile what it computes between two calls: with an engine that compiles, but not
-        where results must be the same in a batch of any size.
-        """
-        return getattr(self.evaluate, "compiles", False) and not self.reproducible
+        self.evaluate, self.schedule, self.sample_shape = evaluate, schedule, tuple(sample_shape)
+        self.reproducible, self.max_batch = reproducible, max_batch
 
     def __call__(self, x: Tensor, step: Tensor, element: Tensor) -> Tensor:
         """u_j at N states, in one network call or as few as ``max_batch`` allows.
 
         Args:
-            x: states, (N, H, D).
+            x: states, (N, S).
             step: (N,) int64, the step index j of each.
             element: (N,) int64, the batch element of each.
         """
-        inputs = (x, step, element)
+        inputs = (x.unflatten(1, self.sample_shape), step, element)
         parts = zip(*(value.split(self.max_batch or len(x)) for value in inputs), strict=True)
         outputs = [self._run(*part) for part in parts]
         output = outputs[0] if len(outputs) == 1 else torch.cat(outputs)
-        return self.schedule.estimate(output, x, step)
+        return self.schedule.estimate(output.flatten(1), x, step)
 
     def _run(self, *inputs: Tensor) -> Tensor:
         count = len(inputs[0])

@@ -18,9 +18,9 @@ def draw_noise(
     schedule: Schedule,
     batch: int = 1,
     seed: int | Sequence[int] = 0,
-    sample_shape: tuple[int, int] | None = None,
+    sample_shape: tuple[int, ...] | None = None,
 ) -> Tensor:
-    """Standard normal noise for a batch of chunks, (T + 1, B, H, Da), float32, on the CPU.
+    """Standard normal noise for a batch of chunks, (T + 1, B, H, Da), float32, on the CPU; other samples likewise.
 
     [0] is x_T and [j + 1] is z_j. Each element has its own generator, so its numbers depend neither on the batch size
     nor on the device; x_T does not depend on the number of steps either.
@@ -30,7 +30,7 @@ def draw_noise(
         batch: number of elements B; ignored where ``seed`` is a sequence.
         seed: one seed for the batch (element b draws from (seed, b)), or one per element (element b draws what
             ``seed=seeds[b]`` would draw for a batch of one).
-        sample_shape: (H, Da), for a schedule without one.
+        sample_shape: (H, Da), or that of any other sample, for a schedule without one.
 
     Raises:
         ValueError: no shape is known, or a seed is negative.

@@ -1,4 +1,4 @@
-"""From what the robot sees to the condition vector: checking, history, normalising, flattening."""
+"""From what the robot sees to what the network takes: checking, history, normalising."""
 
 from collections import deque
 from collections.abc import Mapping
@@ -8,9 +8,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from parapolicy.checkpoint.spec import PolicySpec
 from parapolicy.errors import ObservationError
 from parapolicy.normalizer import Normalizer
+from parapolicy.spec import Feature, PolicySpec
 
 
 class ObservationHistory:
@@ -25,7 +25,7 @@ class ObservationHistory:
         self._steps.clear()
 
     def push(self, observation: Mapping[str, Any]) -> None:
-        """Add one control step's observation, {key: (...)}.
+        """Add one control step's observation, {key: (...)}; see :meth:`parapolicy.Policy.predict` for its values.
 
         Raises:
             ObservationError: a missing or unknown key, a wrong shape, or a value that is not finite; the history
@@ -33,11 +33,16 @@ class ObservationHistory:
         """
         _check_keys(self.spec, observation)
         step = {}
-        for key, shape in self.spec.observation.items():
-            value = _as_array(key, observation[key])
-            if value.shape != shape:
-                raise ObservationError(f"observation {key!r} has shape {value.shape}, expected {shape} for one step")
-            _check_finite(key, value)
+        for key, feature in self.spec.observation.items():
+            value = _as_array(key, feature, observation[key])
+            expected = _step_shape(feature, value)
+            if value.shape != expected:
+                raise ObservationError(f"observation {key!r} has shape {value.shape}, expected {expected} for one step")
+            if self._steps and self._steps[-1][key].dtype != value.dtype:
+                raise ObservationError(
+                    f"observation {key!r} is {value.dtype}, expected {self._steps[-1][key].dtype} as in the step before"
+                )
+            _check_values(key, feature, value)
             step[key] = value.copy()
         while len(self._steps) < self.spec.n_obs_steps - 1:
             self._steps.append(step)
@@ -54,36 +59,40 @@ class ObservationHistory:
         return {key: np.stack([step[key] for step in self._steps]) for key in self.spec.observation}
 
 
-def encode(spec: PolicySpec, normalizer: Normalizer, observation: Mapping[str, Any]) -> tuple[Tensor, bool]:
-    """The condition vectors (B, C) of {key: (To, ...)} or {key: (B, To, ...)}, and whether there was a batch axis.
+def normalize_observation(
+    spec: PolicySpec, normalizer: Normalizer, observation: Mapping[str, Any]
+) -> tuple[dict[str, Tensor], bool]:
+    """What the network takes, {key: (B, To, ...)} normalised and on the normalizer's device, and whether there was a
+    batch axis in {key: (To, ...)} or {key: (B, To, ...)}.
 
     Raises:
         ObservationError: a missing or unknown key, a wrong shape, or a value that is not finite.
     """
     _check_keys(spec, observation)
-    parts: list[Tensor] = []
+    tensors: dict[str, Tensor] = {}
     batched: bool | None = None
-    for key, shape in spec.observation.items():
-        value = _as_array(key, observation[key])
-        expected = (spec.n_obs_steps, *shape)
+    batch = 1
+    for key, feature in spec.observation.items():
+        value = _as_array(key, feature, observation[key])
+        expected = (spec.n_obs_steps, *_step_shape(feature, value))
         has_batch = value.ndim == len(expected) + 1
         if value.shape[has_batch:] != expected or value.size == 0:
             raise ObservationError(
                 f"observation {key!r} has shape {value.shape}, expected {expected}, or that behind a batch axis"
             )
-        if batched is not None and (has_batch != batched or (batched and len(value) != len(parts[0]))):
+        if batched is not None and (has_batch != batched or (batched and len(value) != batch)):
             raise ObservationError(
                 f"observation {key!r} has shape {value.shape}, whose batch axis differs from that of the keys before it"
             )
-        batched = has_batch
-        _check_finite(key, value)
-        scale = normalizer.maps[key].scale
-        tensor = normalizer.normalize(key, torch.from_numpy(value).to(scale.device))
-        parts.append(tensor if has_batch else tensor[None])
-    steps = torch.cat(
-        [part.flatten(2) if part.ndim > 2 else part[..., None] for part in parts], dim=2
-    )  # (B, To, C / To)
-    return steps.flatten(1), bool(batched)
+        batched, batch = has_batch, len(value) if has_batch else 1
+        _check_values(key, feature, value)
+        tensor = torch.from_numpy(value).to(
+            normalizer.maps[key].scale.device
+        )  # images as uint8, a quarter of the bytes
+        if tensor.dtype == torch.uint8:
+            tensor = tensor.movedim(-1, -3) / 255
+        tensors[key] = normalizer.normalize(key, tensor if has_batch else tensor[None])
+    return tensors, bool(batched)
 
 
 def _check_keys(spec: PolicySpec, observation: Mapping[str, Any]) -> None:
@@ -95,20 +104,38 @@ def _check_keys(spec: PolicySpec, observation: Mapping[str, Any]) -> None:
         )
 
 
-def _as_array(key: str, value: Any) -> np.ndarray:
+def _as_array(key: str, feature: Feature, value: Any) -> np.ndarray:
+    """float32; an image that is uint8 stays so."""
     if isinstance(value, Tensor):
         value = value.detach().cpu().numpy()
     try:
-        return np.asarray(value, dtype=np.float32)
+        array = np.asarray(value, dtype=np.float32 if feature.kind == "state" else None)
     except (TypeError, ValueError) as error:
         raise ObservationError(f"observation {key!r} is no array of numbers: {error}") from error
+    if feature.kind == "image" and array.dtype != np.uint8 and array.dtype.kind != "f":
+        raise ObservationError(
+            f"the image {key!r} is {array.dtype}, expected uint8 (…, height, width, channels), or floating point "
+            "(…, channels, height, width) from 0 to 1"
+        )
+    return array if array.dtype == np.uint8 else np.asarray(array, dtype=np.float32)
 
 
-def _check_finite(key: str, value: np.ndarray) -> None:
+def _step_shape(feature: Feature, value: np.ndarray) -> tuple[int, ...]:
+    """Shape of one control step's value: images come as cameras give them, or as floats with the channels first."""
+    return feature.shape if feature.kind == "state" or value.dtype == np.uint8 else feature.tensor_shape
+
+
+def _check_values(key: str, feature: Feature, value: np.ndarray) -> None:
+    if value.dtype == np.uint8:
+        return
     finite = np.isfinite(value)
     if not finite.all():
         where = tuple(int(i) for i in np.argwhere(~finite)[0])
         raise ObservationError(
             f"observation {key!r} holds {value[where]} at index {where}, expected finite numbers; drop or repair the "
             "sensor reading before it reaches the policy"
+        )
+    if feature.kind == "image" and not (value.min() >= 0 and value.max() <= 1):
+        raise ObservationError(
+            f"the image {key!r} holds numbers from {value.min():g} to {value.max():g}, expected 0 to 1, or uint8"
         )

@@ -15,6 +15,7 @@ import torch
 
 from parapolicy.policy import Policy
 from parapolicy.samplers import Secant, Sequential
+from parapolicy.spec import Feature
 
 WINDOWS = (16, 24, 40, 100)
 TOLERANCE = 0.015  # of whose chunks the error's 95th percentile was seen to be within it on Push-T
@@ -91,12 +92,18 @@ def explain(policy: Policy, tolerance: float = TOLERANCE) -> None:
 def made_up_observations(policy: Policy, count: int) -> list[dict[str, np.ndarray]]:
     """Observations {key: (To, ...)} scattered around the middle of what the policy was trained on."""
     generator = torch.Generator().manual_seed(0)
-    observations = []
-    for _ in range(count):
-        shapes = {key: (policy.spec.n_obs_steps, *shape) for key, shape in policy.spec.observation.items()}
-        normal = {key: 0.3 * torch.randn(shape, generator=generator).to(policy.device) for key, shape in shapes.items()}
-        observations.append({k: policy.normalizer.unnormalize(k, value).cpu().numpy() for k, value in normal.items()})
-    return observations
+    return [
+        {key: _made_up(policy, key, feature, generator) for key, feature in policy.spec.observation.items()}
+        for _ in range(count)
+    ]
+
+
+def _made_up(policy: Policy, key: str, feature: Feature, generator: torch.Generator) -> np.ndarray:
+    shape = policy.spec.n_obs_steps, *feature.shape
+    if feature.kind == "image":
+        return torch.randint(256, shape, generator=generator, dtype=torch.uint8).numpy()
+    normal = 0.3 * torch.randn(shape, generator=generator).to(policy.device)
+    return policy.normalizer.unnormalize(key, normal).cpu().numpy()
 
 
 def _measure(policy: Policy, observations: Sequence[Mapping[str, Any]], tolerance: float) -> Plan:
@@ -123,8 +130,7 @@ def _key(policy: Policy, observations: Sequence[Mapping[str, Any]] | None, toler
     """A digest of all that a plan depends on."""
     digest = hashlib.sha256()
     device = torch.cuda.get_device_name(policy.device) if policy.device.type == "cuda" else str(policy.device)
-    engine = policy.engine.name if policy.engine else "eager"
-    facts = (device, torch.__version__, torch.get_num_threads(), engine, tolerance)
+    facts = (device, torch.__version__, torch.get_num_threads(), policy.engine.name, tolerance)
     digest.update(repr((*facts, policy.schedule.solver, policy.schedule.timesteps.tolist())).encode())
     for tensor in policy.network.state_dict().values():
         digest.update(tensor.detach().cpu().numpy().tobytes())

@@ -2,27 +2,24 @@
 
 import dataclasses
 import math
-import os
 import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from parapolicy.checkpoint.native import read_checkpoint, write_checkpoint
-from parapolicy.checkpoint.spec import PolicySpec
 from parapolicy.denoiser import Denoiser, check_finite
-from parapolicy.engine import Eager, Engine, make_engine
-from parapolicy.errors import CheckpointError
-from parapolicy.networks import ConditionalUnet1D
+from parapolicy.engine import Eager, Engine
+from parapolicy.networks import Network
 from parapolicy.noise import draw_noise
 from parapolicy.normalizer import Normalizer
-from parapolicy.observation import encode
-from parapolicy.samplers import Sampler, Speculative, make_sampler, never
+from parapolicy.observation import normalize_observation
+from parapolicy.samplers import Sampler, make_sampler
 from parapolicy.schedule import Schedule, make_schedule
+from parapolicy.spec import PolicySpec
 from parapolicy.warm import WarmState
 
 
@@ -89,21 +86,21 @@ class Policy:
         sampler: how the schedule is run.
         reproducible: make an element's result independent, to the bit on a CPU, of the batch it is computed in; costs
             up to three more network rows per call.
-        max_batch: most rows (states of all windows together) per network call; None: no limit. Bounds memory.
-        engine: how the network is computed; None: eagerly.
+        max_batch: most states (of all windows together) per network call; None: no limit. Bounds memory.
+        engine: how the network is computed.
         warm_start: a control loop should hand each chunk's ``warm_state`` to the next one. ``predict`` itself
             starts warm wherever it is given a state.
     """
 
     spec: PolicySpec
-    network: ConditionalUnet1D
+    network: Network
     normalizer: Normalizer
     schedule: Schedule
     sampler: Sampler
     device: torch.device
     reproducible: bool = False
     max_batch: int | None = None
-    engine: Engine | None = None
+    engine: Engine = field(default_factory=Eager)
     warm_start: bool = False
 
     def __post_init__(self) -> None:
@@ -116,8 +113,7 @@ class Policy:
 
     def with_schedule(self, solver: str | None = None, steps: int | None = None, **settings: Any) -> "Policy":
         """The same weights with another solver or number of steps; see :func:`parapolicy.schedule.make_schedule`."""
-        shape = (self.spec.horizon, self.spec.action_dim)
-        schedule = make_schedule(self.spec.scheduler, solver, steps, sample_shape=shape, **settings)
+        schedule = make_schedule(self.spec.scheduler, solver, steps, sample_shape=self.spec.sample_shape, **settings)
         return dataclasses.replace(self, schedule=schedule.to(self.device))
 
     @torch.inference_mode()
@@ -134,7 +130,8 @@ class Policy:
         """Sample one action chunk per observation history.
 
         Args:
-            observation: {key: (To, ...)} or {key: (B, To, ...)}, numbers in the environment's units.
+            observation: {key: (To, ...)} or {key: (B, To, ...)}: states in the environment's units; images as uint8
+                (…, height, width, channels), or as floats from 0 to 1 (…, channels, height, width).
             noise: (T + 1, B, H, Da) as :func:`parapolicy.draw_noise` gives it; None: drawn from ``seed``.
             seed: see :func:`parapolicy.draw_noise`.
             deadline: a time of ``time.monotonic()``, or a function that returns True when time is up. It is looked at
@@ -142,10 +139,10 @@ class Policy:
                 round is always run, however late it is.
             warm: ``warm_state`` of the chunk before. It saves rounds; the chunk is still a draw for this observation
                 alone.
-            shift_noise: with a warm state and no ``noise``, keep that state's noise for the control steps that both
-                chunks speak of and draw the rest from ``seed``: consecutive chunks then agree where the observations
-                do, and need fewer rounds. Each chunk's noise is still N(0, I). False: all noise is fresh, as it is
-                always for the speculative sampler, which is exact only where its draft knows nothing of the noise.
+            shift_noise: with a warm state and no ``noise``, keep that state's noise for the control steps where the
+                two chunks overlap and draw the rest from ``seed``: consecutive chunks then agree where the observations
+                do, and need fewer rounds. Each chunk's noise is still N(0, I). False: all noise is fresh, as it always
+                is for samplers that do not reuse noise, such as the speculative one.
             executed: control steps since the observation of the warm state's chunk; None: ``n_action_steps``.
 
         Raises:
@@ -154,9 +151,9 @@ class Policy:
             FloatingPointError: the computed chunk is not finite.
         """
         begin = time.perf_counter()
-        condition, batched = encode(self.spec, self.normalizer, observation)
-        batch = len(condition)
-        expected = (len(self.schedule) + 1, batch, self.spec.horizon, self.spec.action_dim)
+        inputs, batched = normalize_observation(self.spec, self.normalizer, observation)
+        batch = len(next(iter(inputs.values())))
+        expected = (len(self.schedule) + 1, batch, *self.spec.sample_shape)
         executed = self.spec.n_action_steps if executed is None else executed
         if warm is not None:
             warm.check(expected)
@@ -164,25 +161,26 @@ class Policy:
                 raise ValueError(f"executed is {executed}, expected 0 to {self.spec.horizon - 1}: the chunks overlap")
         if noise is None:
             noise = draw_noise(self.schedule, batch, seed)
-            if warm is not None and shift_noise and not isinstance(self.sampler, Speculative):
+            if warm is not None and shift_noise and self.sampler.reuses_noise:
                 noise = warm.shift_noise(noise, executed)
         if tuple(noise.shape) != expected:
             raise ValueError(f"noise has shape {tuple(noise.shape)}, expected {expected}: (T + 1, B, H, Da)")
-        evaluate = (self.engine or Eager(self.network)).bind(self.schedule.timesteps, condition)
-        denoiser = Denoiser(evaluate, self.schedule, self.reproducible, self.max_batch)
-        guess = None if warm is None else warm.guess(executed).to(self.device)
+        evaluate = self.engine.bind(self.network, self.schedule.timesteps, inputs)
+        denoiser = Denoiser(evaluate, self.schedule, self.spec.sample_shape, self.reproducible, self.max_batch)
+        guess = None if warm is None else warm.guess(executed).to(self.device).flatten(2)
         noise = noise.to(self.device, torch.float32)
         encoded = self._clock()
-        sample = self.sampler.sample(denoiser, self.schedule, noise, _stop_function(deadline), guess)
+        sample = self.engine.run(self.sampler, denoiser, noise.flatten(2), _stop_function(deadline), guess)
         sampled = self._clock()
         check_finite(sample.x, "action chunk")
 
-        trajectory = self.normalizer.unnormalize("action", sample.x).cpu().numpy()
+        actions_normalised = sample.x.unflatten(1, self.spec.sample_shape)
+        trajectory = self.normalizer.unnormalize("action", actions_normalised).cpu().numpy()
         first = self.spec.n_obs_steps - 1
         actions = trajectory[:, first : first + self.spec.n_action_steps]
         names = ("rounds", "evaluations", "residual", "complete", "error", "rejections")
         costs = {k: None if (cost := getattr(sample, k)) is None else cost.cpu().numpy() for k in names}
-        state = WarmState(sample.u, noise)
+        state = WarmState(sample.u.unflatten(2, self.spec.sample_shape), noise)
         end = time.perf_counter()
         stages = {"encode": encoded - begin, "sample": sampled - encoded, "post": end - sampled}
         stats = ChunkStats(**costs, stages=stages, seconds=end - begin)
@@ -196,81 +194,11 @@ class Policy:
         return time.perf_counter()
 
 
-def _stop_function(deadline: float | Callable[[], bool] | None) -> Callable[[], bool]:
+def _stop_function(deadline: float | Callable[[], bool] | None) -> Callable[[], bool] | None:
     if deadline is None:
-        return never
+        return None
     if callable(deadline):
         return deadline
     if math.isnan(deadline):
         raise ValueError("deadline is nan, expected a time of time.monotonic() or a function")
     return lambda: time.monotonic() >= deadline
-
-
-def load_policy(
-    folder: str | os.PathLike[str],
-    sampler: str = "secant",
-    device: str = "auto",
-    engine: str = "eager",
-    **parameters: Any,
-) -> Policy:
-    """Load a policy folder (``config.json`` and ``model.safetensors``).
-
-    Args:
-        folder: the policy folder.
-        sampler: one of :func:`parapolicy.list_samplers`; ``parameters`` are its own. ``auto``: the one that
-            :func:`parapolicy.make_plan` finds fastest here, at the ``tolerance`` given (or the plan's own default).
-        engine: one of :data:`parapolicy.engine.ENGINES`. ``compiled`` compiles at the first call, for about a minute
-            where torch's cache on disk does not know the network yet. ``compiled_bfloat16`` rounds the factors of its
-            matrix products to bfloat16: faster on CPUs with instructions for it. ``cuda_graph`` captures whole rounds
-            of the default sampler. ``sharded`` splits calls over the processes of ``torchrun``, each of which computes
-            by ``compiled``. ``auto``: see :func:`parapolicy.engine.make_engine`; under ``torchrun``, split like that.
-        device: ``auto`` (a GPU where there is one), ``cpu``, ``cuda``, ``cuda:1``, …
-
-    Raises:
-        CheckpointError: a file is missing, damaged, or does not match the other one.
-        ValueError: an unknown sampler, parameter, engine or device, or ``sharded`` outside of ``torchrun``.
-    """
-    if sampler == "auto" and set(parameters) - {"tolerance"}:
-        raise ValueError(f"sampler 'auto' has no parameters {sorted(set(parameters) - {'tolerance'})}, only tolerance")
-    chosen = make_sampler("secant" if sampler == "auto" else sampler, **parameters)
-    target = pick_device(device)
-    spec, network, normalizer = read_checkpoint(folder)
-    try:
-        schedule = make_schedule(spec.scheduler, sample_shape=(spec.horizon, spec.action_dim))
-    except (ValueError, TypeError, RuntimeError) as error:
-        raise CheckpointError(f"{folder}: its scheduler config gives no schedule: {error}") from error
-    network = network.to(target)
-    made = make_engine("compiled" if engine == "sharded" else engine, network)
-    policy = Policy(spec, network, normalizer.to(target), schedule.to(target), chosen, target, engine=made)
-    if engine == "sharded" or (engine == "auto" and int(os.environ.get("WORLD_SIZE", 1)) > 1):
-        from parapolicy.engine.sharded import join  # torch.distributed takes its time to load
-
-        policy = dataclasses.replace(policy, engine=join(policy))
-    if sampler == "auto":
-        from parapolicy.planner import make_plan  # which runs policies
-
-        return make_plan(policy, **parameters).apply(policy)
-    return policy
-
-
-def save_policy(policy: Policy, folder: str | os.PathLike[str]) -> None:
-    """Write a policy folder that :func:`load_policy` reads back, weights equal to the bit."""
-    write_checkpoint(folder, policy.spec, policy.network.state_dict(), policy.normalizer)
-
-
-def pick_device(name: str) -> torch.device:
-    """A device by name, with ``auto`` for a GPU or else the CPU. Under ``torchrun`` each process has its own GPU.
-
-    Raises:
-        ValueError: not a device name, or a device that is not there.
-    """
-    if name == "auto":
-        name = "cuda" if torch.cuda.is_available() else "cpu"
-    if name == "cuda" and "LOCAL_RANK" in os.environ:
-        name = f"cuda:{os.environ['LOCAL_RANK']}"
-    try:
-        device = torch.device(name)
-        torch.empty(0, device=device)
-    except (RuntimeError, AssertionError) as error:
-        raise ValueError(f"device {name!r} is not to be had here ({error}); take 'auto' or 'cpu'") from error
-    return device

@@ -1,0 +1,49 @@
+"""Checkpoint readers, tried in order. Each file holds one format and recognises its own.
+
+Other packages add theirs under the entry point ``parapolicy.readers``: an object with the methods of :class:`Reader`.
+"""
+
+import os
+from importlib.metadata import entry_points
+from pathlib import Path
+from typing import NamedTuple, Protocol
+
+from parapolicy.checkpoint import native
+from parapolicy.networks import Network
+from parapolicy.normalizer import Normalizer
+from parapolicy.spec import PolicySpec
+
+
+class Loaded(NamedTuple):
+    """A policy's parts, on the CPU."""
+
+    spec: PolicySpec
+    network: Network
+    normalizer: Normalizer
+
+
+class Reader(Protocol):
+    """One checkpoint format, such as the module :mod:`parapolicy.checkpoint.native`."""
+
+    def recognises(self, path: Path) -> bool:
+        """Whether a file or folder is of this format, by its content."""
+        ...
+
+    def read(self, path: Path) -> tuple[PolicySpec, Network, Normalizer]:
+        """The policy; raises :class:`parapolicy.CheckpointError` where it cannot be trusted."""
+        ...
+
+
+READERS: tuple[Reader, ...] = (native,)
+
+
+def read_checkpoint(path: str | os.PathLike[str]) -> Loaded:
+    """Read a checkpoint by the first reader that recognises it.
+
+    Raises:
+        CheckpointError: no checkpoint, or one that is damaged or does not match its configuration.
+    """
+    path = Path(path)
+    installed = [entry.load() for entry in entry_points(group="parapolicy.readers")]
+    found = [reader for reader in (*READERS, *installed) if reader.recognises(path)]
+    return Loaded(*(found[0] if found else native).read(path))  # the native one names what is missing

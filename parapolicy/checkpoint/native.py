@@ -16,12 +16,13 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from parapolicy.checkpoint.spec import PolicySpec
 from parapolicy.errors import CheckpointError
-from parapolicy.networks import ConditionalUnet1D
+from parapolicy.networks import Network, build_network
 from parapolicy.normalizer import Affine, Normalizer
+from parapolicy.spec import PolicySpec
 
-FORMAT, VERSION = "parapolicy", 1
+FORMAT, VERSION = "parapolicy", 2
+READABLE = (1, 2)  # version 1 has its observations in a map, whose order counts
 CONFIG, WEIGHTS = "config.json", "model.safetensors"
 
 
@@ -45,7 +46,12 @@ def write_checkpoint(
     partial.replace(folder / CONFIG)
 
 
-def read_checkpoint(folder: str | os.PathLike[str]) -> tuple[PolicySpec, ConditionalUnet1D, Normalizer]:
+def recognises(path: Path) -> bool:
+    """Whether a folder has the native configuration file."""
+    return (path / CONFIG).is_file()
+
+
+def read(folder: str | os.PathLike[str]) -> tuple[PolicySpec, Network, Normalizer]:
     """Read a policy folder onto the CPU.
 
     Raises:
@@ -56,20 +62,20 @@ def read_checkpoint(folder: str | os.PathLike[str]) -> tuple[PolicySpec, Conditi
     try:
         spec = PolicySpec.from_dict(config["spec"])
         with torch.device("meta"):
-            network = spec.build_network()
+            network = build_network(spec)
     except (ValueError, TypeError, AttributeError, RuntimeError, ArithmeticError) as error:
         raise CheckpointError(f"{folder / CONFIG} describes no policy: {error}") from error
 
     expected = {f"network.{name}": tuple(value.shape) for name, value in network.state_dict().items()}
-    for key, shape in {**spec.observation, "action": (spec.action_dim,)}.items():
-        expected |= {f"normalizer.{key}.scale": tuple(shape), f"normalizer.{key}.offset": tuple(shape)}
+    for key, shape in spec.normalizer_shapes.items():
+        expected |= {f"normalizer.{key}.scale": shape, f"normalizer.{key}.offset": shape}
     tensors = _read_weights(folder / WEIGHTS, expected)
 
     network.load_state_dict({name: tensors[f"network.{name}"] for name in network.state_dict()}, assign=True)
     network.requires_grad_(False).eval()
     maps = {
         key: Affine(tensors[f"normalizer.{key}.scale"], tensors[f"normalizer.{key}.offset"])
-        for key in (*spec.observation, "action")
+        for key in spec.normalizer_shapes
     }
     try:
         return spec, network, Normalizer(maps)
@@ -91,9 +97,9 @@ def _read_config(folder: Path) -> dict[str, Any]:
         raise CheckpointError(f"{path} is no JSON text ({error}); copy the folder again") from error
     if not isinstance(config, dict) or config.get("format") != FORMAT or not isinstance(config.get("spec"), dict):
         raise CheckpointError(f"{path} is not the configuration of a parapolicy checkpoint (format {FORMAT!r})")
-    if config.get("version") != VERSION:
+    if config.get("version") not in READABLE:
         raise CheckpointError(
-            f"{path} has version {config.get('version')!r}, this release reads version {VERSION}; update parapolicy"
+            f"{path} has version {config.get('version')!r}, this release reads {READABLE}; update parapolicy"
         )
     return config
 

@@ -8,11 +8,10 @@ from typing import Any, Protocol
 
 import numpy as np
 
-from parapolicy.checkpoint.spec import PolicySpec
 from parapolicy.control.latency import ChunkRecord, ControlRecord
-from parapolicy.noise import mix_seeds
-from parapolicy.observation import ObservationHistory
+from parapolicy.episode import Episode, Request
 from parapolicy.policy import Chunk
+from parapolicy.spec import PolicySpec
 from parapolicy.warm import WarmState
 
 
@@ -34,14 +33,15 @@ class ChunkPolicy(Protocol):
 
 
 @dataclass
-class _Plan:
+class _Execution:
     """A chunk on the clock of control steps."""
 
     record: ChunkRecord
+    request: Request
+    chunk: Chunk
     actions: np.ndarray  # (n, Da), the first one for the control step ``record.begin``
-    state: WarmState
     taken_at: int = -1  # the control step at which it replaced ``previous``
-    previous: "_Plan | None" = None  # kept while its actions are blended in
+    previous: "_Execution | None" = None  # kept while its actions are blended in
 
     def action(self, step: int) -> np.ndarray:
         """For a control step, its last one beyond its end."""
@@ -103,17 +103,15 @@ class Controller:
         if self._own_executor is not None:  # its thread is there from now on, with the priority that this one has now
             self._own_executor.submit(lambda: None).result()
         self._executor = executor or self._own_executor
-        self.history = ObservationHistory(policy.spec)
         self.reset()
 
     def reset(self, seed: int | tuple[int, ...] = 0) -> None:
         """Begin an episode, with noise of ``seed``; a computation that is under way is dropped when it ends."""
-        self.seed: tuple[int, ...] = seed if isinstance(seed, tuple) else (seed,)
-        self.step, self.chunks = -1, 0
-        self.history.reset()
+        seeds = seed if isinstance(seed, tuple) else (seed,)
+        self.episode = Episode(self.policy.spec, seeds, self.warm_start)
         self.record = ControlRecord()
-        self._plan: _Plan | None = None
-        self._under_way: tuple[ChunkRecord, Future[_Plan]] | None = None
+        self._plan: _Execution | None = None
+        self._under_way: tuple[ChunkRecord, Future[_Execution]] | None = None
         self._last_begin: float | None = None
 
     def act(self, observation: Mapping[str, Any]) -> np.ndarray:
@@ -124,8 +122,7 @@ class Controller:
             Exception: what the episode's first computation raised.
         """
         begin = self.clock()
-        self.history.push(observation)
-        self.step += 1
+        self.episode.push(observation)
         self.record.times["observe"].add(self.clock() - begin)
         self._collect()
         if self._plan is None:
@@ -153,6 +150,11 @@ class Controller:
         return self._plan.actions[index:].copy()
 
     @property
+    def step(self) -> int:
+        """Control steps since the reset, the present one being 0 at first; -1 before it."""
+        return self.episode.step
+
+    @property
     def latency(self) -> dict[str, Any]:
         """Times in ms and counts since the last reset; see :meth:`ControlRecord.summary`."""
         return self.record.summary()
@@ -176,26 +178,21 @@ class Controller:
         last = next((c.seconds for c in reversed(self.record.chunks) if c.stats is not None), 0.0)
         return max(1, steps - max(1, int(np.ceil(last * self.control_hz))))
 
-    def _start(self, plan: _Plan | None, now: float) -> tuple[ChunkRecord, "Future[_Plan]"]:
+    def _start(self, plan: _Execution | None, now: float) -> tuple[ChunkRecord, "Future[_Execution]"]:
         """Begin the chunk that follows ``plan``; only an episode's later chunks, when asynchronous, are not awaited."""
-        record = ChunkRecord(self.chunks, mix_seeds(*self.seed, self.chunks), self.step, now, None, None)
-        self.chunks += 1
-        state = None
-        if self.warm_start and plan is not None and self.step - plan.record.begin < self.policy.spec.horizon:
-            record.warm_from, record.executed = plan.record.number, self.step - plan.record.begin
-            state = plan.state
-        history = self.history.stacked()
+        request = self.episode.request()
+        record = ChunkRecord(request.number, request.seed, request.begin, now, request.warm_from, request.executed)
         if self.asynchronous and plan is not None and self._executor is not None:
-            return record, self._executor.submit(self._compute, history, record, state)
-        future: Future[_Plan] = Future()
+            return record, self._executor.submit(self._compute, request, record)
+        future: Future[_Execution] = Future()
         try:
-            future.set_result(self._compute(history, record, state))
+            future.set_result(self._compute(request, record))
         except Exception as error:
             future.set_exception(error)
         return record, future
 
-    def _compute(self, observation: Mapping[str, Any], record: ChunkRecord, state: WarmState | None) -> _Plan:
-        """A chunk for the observation of control step ``record.begin``; runs in the thread when asynchronous."""
+    def _compute(self, request: Request, record: ChunkRecord) -> _Execution:
+        """A request's chunk; runs in the thread when asynchronous."""
         started = self.clock()
         stop = None
         if self.deadline is not None:
@@ -204,10 +201,12 @@ class Controller:
             def stop() -> bool:
                 return self.clock() >= end
 
-        chunk = self.policy.predict(observation, seed=record.seed, deadline=stop, warm=state, executed=record.executed)
+        chunk = self.policy.predict(
+            request.observation, seed=request.seed, deadline=stop, warm=request.warm, executed=request.executed
+        )
         record.seconds, record.stats = self.clock() - started, chunk.stats
         record.finished_at = started + record.seconds
-        return _Plan(record, chunk.trajectory[self.policy.spec.n_obs_steps - 1 :], chunk.warm_state)
+        return _Execution(record, request, chunk, chunk.trajectory[self.policy.spec.n_obs_steps - 1 :])
 
     def _collect(self) -> None:
         """Take over a computation that has ended; after a failed one the old chunk goes on."""
@@ -217,7 +216,7 @@ class Controller:
         if self._settle(record, future) is None:
             self._take(future.result())
 
-    def _settle(self, record: ChunkRecord, future: "Future[_Plan]") -> BaseException | None:
+    def _settle(self, record: ChunkRecord, future: "Future[_Execution]") -> BaseException | None:
         """Record a computation that has ended; returns what it raised."""
         error = future.exception()
         if error is not None:
@@ -225,16 +224,17 @@ class Controller:
         self.record.add_chunk(record, self.deadline)
         return error
 
-    def _take(self, plan: _Plan) -> None:
+    def _take(self, plan: _Execution) -> None:
         """Execute ``plan`` from now on."""
         plan.taken_at, plan.previous = self.step, self._plan
+        self.episode.accept(plan.request, plan.chunk)
         if plan.previous is not None:
             plan.previous.previous = None
         self._plan = plan
         self.record.times["queue"].add(self.clock() - plan.record.finished_at)
         self.record.stale += min(self.step - plan.record.begin, len(plan.actions))
 
-    def _next_action(self, plan: _Plan) -> tuple[np.ndarray, str]:
+    def _next_action(self, plan: _Execution) -> tuple[np.ndarray, str]:
         """This step's action, and what it is: planned, continued or held."""
         index, kind = self.step - plan.record.begin, "planned"
         if index >= len(plan.actions):

@@ -1,37 +1,52 @@
 """What an engine is, and the plainest one."""
 
-from collections.abc import Callable
-from typing import Protocol
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Mapping
 
 from torch import Tensor
 
-from parapolicy.networks import ConditionalUnet1D
+from parapolicy.denoiser import Denoiser, Evaluate
+from parapolicy.networks import Network
+from parapolicy.samplers import Rounds, Sample, Sampler, run_rounds
 
-# (x (N, H, D), step (N,), element (N,)) -> network output (N, H, D)
-Evaluate = Callable[[Tensor, Tensor, Tensor], Tensor]
 
-
-class Engine(Protocol):
-    """A network made ready for a device.
+class Engine(ABC):
+    """How a network is computed and a sampler's rounds are run.
 
     Attributes:
-        name: what it is called, for what is remembered about it.
+        name: identifier, used in cache keys.
     """
 
     name: str
 
-    def bind(self, timesteps: Tensor, condition: Tensor) -> Evaluate:
-        """The network at a schedule's timesteps (T,) and a batch's conditions (B, C); called once per chunk."""
-        ...
+    @abstractmethod
+    def bind(self, network: Network, timesteps: Tensor, observation: Mapping[str, Tensor]) -> Evaluate:
+        """The network at a schedule's timesteps (T,) and a batch's observations {key: (B, To, …)}, normalised.
+
+        Called once per chunk.
+        """
+
+    def rounds(self, sampler: Sampler, denoiser: Denoiser, noise: Tensor) -> Rounds:
+        """The sampler's rounds for noise (T + 1, B, S), made as this engine runs them."""
+        return sampler.rounds(denoiser.schedule, noise)
+
+    def run(
+        self,
+        sampler: Sampler,
+        denoiser: Denoiser,
+        noise: Tensor,
+        stop: Callable[[], bool] | None = None,
+        guess: Tensor | None = None,
+    ) -> Sample:
+        """Draw a batch of samples; see :meth:`parapolicy.samplers.Sampler.sample`."""
+        return run_rounds(self.rounds(sampler, denoiser, noise), denoiser, noise, stop, guess)
 
 
-class Eager:
+class Eager(Engine):
     """The network as it was trained: the reference."""
 
     name = "eager"
 
-    def __init__(self, network: ConditionalUnet1D) -> None:
-        self.network = network
-
-    def bind(self, timesteps: Tensor, condition: Tensor) -> Evaluate:
-        return lambda x, step, element: self.network(x, timesteps[step], condition[element])
+    def bind(self, network: Network, timesteps: Tensor, observation: Mapping[str, Tensor]) -> Evaluate:
+        steps, condition = network.embed_steps(timesteps), network.embed_condition(observation)
+        return lambda x, step, element: network(x, steps, condition, step, element)

@@ -1,85 +1,90 @@
 """The network rewritten and compiled: fewer and larger pieces of work."""
 
+from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import ClassVar
 
 import torch
 from torch import Tensor
 from torch.nn import functional
 
 from parapolicy.compiling import Compiling
-from parapolicy.engine.unet_gemm import GemmUnet1D
-from parapolicy.networks import ConditionalUnet1D
+from parapolicy.denoiser import Denoiser
+from parapolicy.engine.base import Engine
+from parapolicy.engine.lowered import lower
+from parapolicy.networks import Embedding, Network, map_embedding
+from parapolicy.samplers import Rounds, Sampler
 
-ROWS = 4  # numbers of rows from here on are rounded up to its multiples
+ROWS = 4  # numbers of network rows from here on are rounded up to its multiples
 
 
-class Compiled:
-    """The network as matrix products, compiled by torch for any number of rows; see :class:`GemmUnet1D`.
+class Compiled(Engine):
+    """The network in its lowered form, compiled by torch for any number of rows; see :mod:`parapolicy.engine.lowered`.
 
     The first call compiles; see :class:`parapolicy.compiling.Compiling`.
 
     Args:
-        network: whose function this is.
-        products: ``torch.bfloat16`` multiplies faster where the device has instructions for it, and rounds more.
+        dtype: what the factors of matrix products are rounded to. ``torch.bfloat16`` multiplies faster where the
+            device has instructions for it, and rounds more.
     """
 
-    def __init__(self, network: ConditionalUnet1D, products: torch.dtype = torch.float32) -> None:
-        self.name = "compiled_bfloat16" if products == torch.bfloat16 else "compiled"
-        self.network = GemmUnet1D(network, products).requires_grad_(False)
-        self._forward = Compiling(self.network)
-        self._called = False
+    def __init__(self, dtype: torch.dtype = torch.float32) -> None:
+        self.name = "compiled_bfloat16" if dtype == torch.bfloat16 else "compiled"
+        self.dtype = dtype
+        self.network: Network | None = None
+        self._source: Network | None = None
         self._timesteps: Tensor | None = None
-        self._table: Tensor
 
-    def bind(self, timesteps: Tensor, condition: Tensor) -> "Bound":
-        """As :meth:`parapolicy.engine.Engine.bind`."""
+    def bind(self, network: Network, timesteps: Tensor, observation: Mapping[str, Tensor]) -> "Bound":
+        if network is not self._source:
+            self._source, self._timesteps = network, None
+            with torch.inference_mode(False), torch.no_grad():  # weights outlive the mode of the first call
+                self.network = lower(network, self.dtype).requires_grad_(False)
+            self._forward, self._called = Compiling(self.network), False
+        assert self.network is not None
         if timesteps is not self._timesteps:
-            self._timesteps, self._table = timesteps, self.table(timesteps)
-        return Bound(self, self._table, self.film(condition))
+            self._timesteps = timesteps
+            self._steps = map_embedding(_twice, self.network.embed_steps(timesteps))
+        return Bound(self, self._steps, map_embedding(_twice, self.network.embed_condition(observation)))
 
-    def table(self, timesteps: Tensor) -> Tensor:
-        """FiLM values by step, (T, F); see :meth:`run`."""
-        return _twice(self.network.step_film(timesteps))
+    def rounds(self, sampler: Sampler, denoiser: Denoiser, noise: Tensor) -> Rounds:
+        # Compiled rounds differ by roundings from the plain ones that larger batches take.
+        return sampler.rounds(denoiser.schedule, noise, compiled=not denoiser.reproducible)
 
-    def film(self, condition: Tensor) -> Tensor:
-        """FiLM values by batch element, (B, F); see :meth:`run`."""
-        return _twice(self.network.condition_film(condition))
-
-    def run(self, x: Tensor, table: Tensor, step: Tensor, film: Tensor, element: Tensor) -> Tensor:
-        """The network's output at x (N, H, D), with rows ``step`` of ``table`` and ``element`` of ``film``, (N,)."""
+    def forward(self, x: Tensor, steps: Embedding, condition: Embedding, step: Tensor, element: Tensor) -> Tensor:
+        """The network's forward pass; see :meth:`parapolicy.networks.Network.forward`."""
         # Filled up, because torch compiles anew for a single row, and oneDNN prepares for every number of them.
         fill = 1 if len(x) == 1 else -len(x) % ROWS if len(x) > 2 else 0
         if fill:
-            x = functional.pad(x, (0, 0, 0, 0, 0, fill))
+            x = functional.pad(x, (0, 0) * (x.ndim - 1) + (0, fill))
             step, element = functional.pad(step, (0, fill)), functional.pad(element, (0, fill))
-            return self.run(x, table, step, film, element)[:-fill]
-        inputs = (x, table, step, film, element)
+            return self.forward(x, steps, condition, step, element)[:-fill]
         if not self._called:  # one graph for every number of rows, steps and elements, and only those vary
             self._called = True
-            for value in inputs:
+            for value in (x, step, element):
                 torch._dynamo.mark_dynamic(value, 0)
-        output: Tensor = self._forward(*inputs)
+            for embedding in (steps, condition):
+                map_embedding(_mark_dynamic, embedding)
+        output: Tensor = self._forward(x, steps, condition, step, element)
         return output
 
 
 @dataclass(frozen=True)
 class Bound:
-    """The network at one schedule and batch of conditions.
+    """The network at one schedule and batch of observations."""
 
-    Attributes:
-        compiles: samplers should compile their own part of a round, too; see :class:`parapolicy.denoiser.Denoiser`.
-    """
-
-    compiles: ClassVar[bool] = True
     engine: Compiled
-    table: Tensor
-    film: Tensor
+    steps: Embedding
+    condition: Embedding
 
     def __call__(self, x: Tensor, step: Tensor, element: Tensor) -> Tensor:
-        return self.engine.run(x, self.table, step, self.film, element)
+        return self.engine.forward(x, self.steps, self.condition, step, element)
+
+
+def _mark_dynamic(value: Tensor) -> Tensor:
+    torch._dynamo.mark_dynamic(value, 0)
+    return value
 
 
 def _twice(values: Tensor) -> Tensor:
-    """A single row two times over: torch compiles anew for it."""
-    return values.expand(2, -1).contiguous() if len(values) == 1 else values
+    """A single entry two times over: torch compiles anew for it."""
+    return torch.cat((values, values)) if len(values) == 1 else values

@@ -1,93 +1,104 @@
 """Whole sampling rounds as one CUDA graph: a round of small kernels costs one launch instead of a few hundred."""
 
 from collections import OrderedDict
-from collections.abc import Callable, Hashable
-from typing import Any, Protocol
+from collections.abc import Hashable, Mapping
+from typing import Any
 
 import torch
 from torch import Tensor
 
+from parapolicy.denoiser import Denoiser
+from parapolicy.engine.base import Engine
 from parapolicy.engine.compiled import Compiled
-from parapolicy.networks import ConditionalUnet1D
+from parapolicy.networks import Embedding, Network, map_embedding
+from parapolicy.samplers import DenoiserLike, Rounds, Sample, Sampler
 
-KEPT = 8  # schedules and batch sizes whose graphs are kept at a time
-
-
-class Rounds(Protocol):
-    """What can be captured: rounds on memory that stays where it is, such as a sampler's ``SecantRounds``."""
-
-    done: Tensor
-
-    def begin(self, noise: Tensor, guess: Tensor | None) -> None: ...
-
-    def advance(self, denoiser: Any) -> None: ...
-
-    def result(self) -> Any: ...
+CACHED = 8  # schedules and batch sizes whose graphs are cached at a time
 
 
-class CudaGraph:
+class CudaGraph(Engine):
     """The compiled network; samplers that work on fixed memory have their rounds captured and replayed.
 
-    The first chunk of a batch size runs as it is, which also warms up what a capture must not do; the second one
-    captures. Between rounds the host reads one flag. Graphs work on memory of their own: one chunk at a time, so that a
-    policy with this engine belongs to one thread.
-
-    Raises:
-        ValueError: the network is not on a CUDA device.
+    The first chunk of a batch size runs eagerly: warm-up must not be captured. The second one captures. Between rounds
+    the host reads one flag. Graphs work on memory of their own: one chunk at a time, so that a policy with this engine
+    belongs to one thread.
     """
 
     name = "cuda_graph"
 
-    def __init__(self, network: ConditionalUnet1D) -> None:
-        device = next(network.parameters()).device
-        if device.type != "cuda":
-            raise ValueError(f"engine 'cuda_graph' needs a CUDA device, and the policy is on {device}; take 'compiled'")
-        self.compiled = Compiled(network)
-        self._bound: OrderedDict[tuple[int, int], Bound] = OrderedDict()
+    def __init__(self) -> None:
+        self.compiled = Compiled()
+        self._bound: OrderedDict[Hashable, Bound] = OrderedDict()
 
-    def bind(self, timesteps: Tensor, condition: Tensor) -> "Bound":
-        """As :meth:`parapolicy.engine.Engine.bind`; the same memory for every chunk of a schedule and batch size."""
-        key = id(timesteps), len(condition)
+    def bind(self, network: Network, timesteps: Tensor, observation: Mapping[str, Tensor]) -> "Bound":
+        """As :meth:`parapolicy.engine.Engine.bind`; the same memory for every chunk of a schedule and batch size.
+
+        Raises:
+            ValueError: the network is not on a CUDA device.
+        """
+        if timesteps.device.type != "cuda":
+            raise ValueError(
+                f"engine 'cuda_graph' needs a CUDA device, and the policy is on {timesteps.device}; take 'compiled'"
+            )
+        bound = self.compiled.bind(network, timesteps, observation)
+        key = id(network), id(timesteps), tuple(len(value) for value in observation.values())
         if key not in self._bound:
-            self._bound[key] = Bound(self.compiled, timesteps, condition)
-            if len(self._bound) > KEPT:
+            self._bound[key] = Bound(self.compiled, (network, timesteps), bound.steps, bound.condition)
+            if len(self._bound) > CACHED:
                 self._bound.popitem(last=False)
         self._bound.move_to_end(key)
-        self._bound[key].film.copy_(self.compiled.film(condition))
+        self._bound[key].update(bound.condition)
         return self._bound[key]
+
+    def rounds(self, sampler: Sampler, denoiser: Denoiser, noise: Tensor) -> Rounds:
+        bound = denoiser.evaluate
+        assert isinstance(bound, Bound)
+        key = sampler, denoiser.reproducible, denoiser.max_batch, noise.shape
+        if key not in bound.cached:
+            rounds = sampler.rounds(denoiser.schedule, noise)
+            bound.cached[key] = Captured(rounds) if rounds.fixed_shapes else rounds
+        return bound.cached[key]
 
 
 class Bound:
-    """The network at one schedule and batch size, with the rounds captured on it."""
+    """The network at one schedule and batch size, with the rounds captured on it.
 
-    def __init__(self, compiled: Compiled, timesteps: Tensor, condition: Tensor) -> None:
-        self.compiled, self.timesteps = compiled, timesteps  # held, so that its id is not another's
-        self.table, self.film = compiled.table(timesteps), compiled.film(condition).clone()
-        self.kept: dict[Hashable, Captured] = {}
+    Args:
+        compiled: computes.
+        key: held, so that no other object has its id.
+        steps, condition: of the lowered network; the condition is copied.
+    """
+
+    def __init__(self, compiled: Compiled, key: Any, steps: Embedding, condition: Embedding) -> None:
+        self.compiled, self.key, self.steps = compiled, key, steps
+        self.condition = map_embedding(torch.clone, condition)
+        self.cached: dict[Hashable, Rounds] = {}
+
+    def update(self, condition: Embedding) -> None:
+        """Take a new chunk's condition into the memory that graphs read."""
+        for mine, value in zip(_tensors(self.condition), _tensors(condition), strict=True):
+            mine.copy_(value)
 
     def __call__(self, x: Tensor, step: Tensor, element: Tensor) -> Tensor:
-        return self.compiled.run(x, self.table, step, self.film, element)
-
-    def keep(self, key: Hashable, make: Callable[..., Rounds], *arguments: Any) -> "Captured":
-        """The rounds that ``make`` makes, once for every key."""
-        if key not in self.kept:
-            self.kept[key] = Captured(make(*arguments))
-        return self.kept[key]
+        return self.compiled.forward(x, self.steps, self.condition, step, element)
 
 
-class Captured:
-    """Rounds, the second chunk's and later ones replayed from a graph."""
+class Captured(Rounds):
+    """Rounds that are replayed from a graph from the second chunk on."""
 
     def __init__(self, rounds: Rounds) -> None:
-        self.rounds, self.done, self.result = rounds, rounds.done, rounds.result
-        self.chunks = 0
+        self.rounds, self.chunks = rounds, 0
         self.graph: torch.cuda.CUDAGraph | None = None
+
+    @property
+    def done(self) -> bool | Tensor:
+        return self.rounds.done
 
     def begin(self, noise: Tensor, guess: Tensor | None) -> None:
         self.chunks += 1
         self.rounds.begin(noise, guess)
 
-    def advance(self, denoiser: Any) -> None:
+    def advance(self, denoiser: DenoiserLike) -> None:
         if self.chunks == 1:
             self.rounds.advance(denoiser)
             return
@@ -97,3 +108,10 @@ class Captured:
                 self.rounds.advance(denoiser)
             self.graph = graph
         self.graph.replay()
+
+    def result(self) -> Sample:
+        return self.rounds.result()
+
+
+def _tensors(embedding: Embedding) -> tuple[Tensor, ...]:
+    return embedding if isinstance(embedding, tuple) else (embedding,)

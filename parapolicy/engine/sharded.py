@@ -1,26 +1,26 @@
-"""A round's rows split over several processes, each with its own device or cores, by torch.distributed.
+"""A round's network rows split over several processes, each with its own device or cores, by torch.distributed.
 
-Rank 0 samples; the others answer its calls. Under ``torchrun``, :func:`join` does either. From Python,
-:func:`start_workers` starts the others.
+Rank 0 samples; the others answer its calls. :mod:`parapolicy.launch` starts them.
 """
 
 import atexit
 import contextlib
 import dataclasses
 import os
-import socket
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from datetime import timedelta
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import Any, NamedTuple, Protocol
 
 import torch
 import torch.distributed as dist
-import torch.multiprocessing as mp
 from torch import Tensor
 
-if TYPE_CHECKING:
-    from parapolicy.engine import Engine, Evaluate
-    from parapolicy.policy import Policy
+from parapolicy.denoiser import Denoiser, Evaluate
+from parapolicy.engine.base import Engine
+from parapolicy.networks import Network
+from parapolicy.samplers import Rounds, Sampler
+from parapolicy.schedule import Schedule
+from parapolicy.spec import PolicySpec
 
 STOP, BIND, EVALUATE = range(3)
 START = 120.0  # seconds in which all processes must have started
@@ -30,12 +30,27 @@ class WorkerLostError(RuntimeError):
     """A worker died or did not answer in time. No chunk was computed; start the processes anew."""
 
 
+class Part(Protocol):
+    """What a rank computes with, such as a :class:`parapolicy.Policy`."""
+
+    @property
+    def spec(self) -> PolicySpec: ...
+    @property
+    def network(self) -> Network: ...
+    @property
+    def schedule(self) -> Schedule: ...
+    @property
+    def engine(self) -> Engine: ...
+    @property
+    def device(self) -> torch.device: ...
+
+
 class Groups(NamedTuple):
     """Process groups of all ranks.
 
     Attributes:
-        control: for headers; a robot may stand still for as long as it likes before the next one, so that workers wait
-            for it without end, but rank 0 no longer than the timeout for their taking it.
+        control: for headers. A robot may pause for any time before the next one: workers wait for it without end,
+            rank 0 at most ``timeout`` for a worker to take it.
         data: for what follows a header at once, within the timeout.
     """
 
@@ -43,7 +58,7 @@ class Groups(NamedTuple):
     data: Any
 
 
-class Sharded:
+class Sharded(Engine):
     """Rank 0's engine: every rank evaluates an equal part of the rows.
 
     Args:
@@ -52,28 +67,33 @@ class Sharded:
         timeout: seconds after which a silent worker counts as lost, as the data group was made with.
     """
 
-    def __init__(self, engine: "Engine", groups: Groups, timeout: float) -> None:
+    def __init__(self, engine: Engine, groups: Groups, timeout: float) -> None:
         self.engine, self.groups, self.timeout = engine, groups, timeout
         self.ranks = dist.get_world_size()
         self.name = f"{self.ranks} times {engine.name}"
         self.lost: str | None = None
 
-    def bind(self, timesteps: Tensor, condition: Tensor) -> "Evaluate":
+    def bind(self, network: Network, timesteps: Tensor, observation: Mapping[str, Tensor]) -> "Split":
         """As :meth:`parapolicy.engine.Engine.bind`; it and what it returns raise :class:`WorkerLostError`."""
+        batch = len(next(iter(observation.values())))
         with self._answered():
-            self._announce(BIND, len(timesteps), *condition.shape)
+            self._announce(BIND, len(timesteps), batch, int(timesteps.is_floating_point()))
             dist.broadcast(timesteps.clone(), 0, self.groups.data)
-            dist.broadcast(condition.contiguous(), 0, self.groups.data)
-        return Split(self, self.engine.bind(timesteps, condition))
+            for value in observation.values():
+                dist.broadcast(value.contiguous(), 0, self.groups.data)
+        return Split(self, self.engine.bind(network, timesteps, observation))
 
-    def run(self, evaluate: "Evaluate", x: Tensor, step: Tensor, element: Tensor) -> Tensor:
+    def rounds(self, sampler: Sampler, denoiser: Denoiser, noise: Tensor) -> Rounds:
+        return self.engine.rounds(sampler, denoiser, noise)
+
+    def run_split(self, evaluate: Evaluate, x: Tensor, step: Tensor, element: Tensor) -> Tensor:
         """What ``evaluate`` gives, each rank with its part of the rows."""
         share = -(-len(x) // self.ranks)
         rows = _pack(x, step, element)
         fill = rows[:1].expand(share * self.ranks - len(x), -1)  # the last parts are filled up with the first row
         parts = list(torch.cat((rows, fill)).chunk(self.ranks))
         with self._answered():
-            self._announce(EVALUATE, share, *x.shape[1:])
+            self._announce(EVALUATE, share)
             dist.scatter(torch.empty_like(parts[0]), parts, 0, self.groups.data)
             output = evaluate(x[:share], step[:share], element[:share]).contiguous()
             gathered = [torch.empty_like(output) for _ in range(self.ranks)]
@@ -105,63 +125,58 @@ class Sharded:
 
 @dataclasses.dataclass(frozen=True)
 class Split:
-    """Rank 0's ``evaluate``, with the other ranks' help.
-
-    Attributes:
-        compiles: as of ``evaluate``.
-    """
+    """Rank 0's ``evaluate``, with the other ranks' help."""
 
     sharded: Sharded
-    evaluate: "Evaluate"
-
-    @property
-    def compiles(self) -> bool:
-        return getattr(self.evaluate, "compiles", False)
+    evaluate: Evaluate
 
     def __call__(self, x: Tensor, step: Tensor, element: Tensor) -> Tensor:
-        return self.sharded.run(self.evaluate, x, step, element)
+        return self.sharded.run_split(self.evaluate, x, step, element)
 
 
 @torch.inference_mode()
-def answer(engine: "Engine", groups: Groups, device: torch.device) -> None:
+def _answer(part: Part, groups: Groups) -> None:
     """The other ranks' work: compute what rank 0 sends, until it says stop or is gone."""
+    spec, device = part.spec, part.device
     evaluate: Evaluate | None = None
     header = torch.empty(4, dtype=torch.int64)
+    shapes = {key: (spec.n_obs_steps, *feature.tensor_shape) for key, feature in spec.observation.items()}
     with contextlib.suppress(RuntimeError):  # rank 0 is gone: it has said why
         while True:
             dist.broadcast(header, 0, groups.control)
-            command, first, second, third = header.tolist()
+            command, count, batch, floating = header.tolist()
             if command == STOP:
                 return
             if command == BIND:
-                timesteps = torch.empty(first, dtype=torch.int64, device=device)
-                condition = torch.empty(second, third, device=device)
+                timesteps = torch.empty(count, dtype=torch.float32 if floating else torch.int64, device=device)
                 dist.broadcast(timesteps, 0, groups.data)
-                dist.broadcast(condition, 0, groups.data)
-                evaluate = engine.bind(timesteps, condition)
+                observation = {key: torch.empty(batch, *shape, device=device) for key, shape in shapes.items()}
+                for value in observation.values():
+                    dist.broadcast(value, 0, groups.data)
+                evaluate = part.engine.bind(part.network, timesteps, observation)
             else:
                 assert evaluate is not None
-                rows = torch.empty(first, second * third + 2, device=device)
+                rows = torch.empty(count, torch.Size(spec.sample_shape).numel() + 2, device=device)
                 dist.scatter(rows, None, 0, groups.data)
-                dist.gather(evaluate(*_unpack(rows, second, third)).contiguous(), None, 0, groups.data)
+                dist.gather(evaluate(*_unpack(rows, spec.sample_shape)).contiguous(), None, 0, groups.data)
 
 
 def _pack(x: Tensor, step: Tensor, element: Tensor) -> Tensor:
-    """One tensor (N, H D + 2) to send, because each one that is sent takes its time; float32 holds numbers of steps and
+    """One tensor (N, S + 2) to send, because each one that is sent takes its time; float32 holds numbers of steps and
     elements exactly."""
     return torch.cat((x.flatten(1), step[:, None].to(x.dtype), element[:, None].to(x.dtype)), 1)
 
 
-def _unpack(rows: Tensor, horizon: int, dim: int) -> tuple[Tensor, Tensor, Tensor]:
-    x, step, element = rows[:, :-2].unflatten(1, (horizon, dim)), rows[:, -2], rows[:, -1]
+def _unpack(rows: Tensor, shape: tuple[int, ...]) -> tuple[Tensor, Tensor, Tensor]:
+    x, step, element = rows[:, :-2].unflatten(1, shape), rows[:, -2], rows[:, -1]
     return x.contiguous(), step.long(), element.long()
 
 
-def join(policy: "Policy", timeout: float = 10.0) -> Sharded:
+def join(part: Part, timeout: float = 10.0) -> Sharded:
     """Under ``torchrun``: rank 0 gets its engine; the other ranks answer until it ends, and then end too.
 
     Args:
-        policy: this rank's, with the engine that computes its part.
+        part: this rank's.
         timeout: seconds after which a silent rank counts as lost.
 
     Raises:
@@ -171,102 +186,40 @@ def join(policy: "Policy", timeout: float = 10.0) -> Sharded:
     if "RANK" not in os.environ or "WORLD_SIZE" not in os.environ:
         raise ValueError(
             "engine 'sharded' needs one process per device: torchrun --nproc-per-node=N …; from Python see "
-            "parapolicy.engine.sharded.start_workers"
+            "parapolicy.launch.start_workers"
         )
-    engine = _warm_up(policy)
-    groups = _connect("env://", int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"]), policy.device, timeout)
-    if dist.get_rank() > 0:
-        answer(engine, groups, policy.device)
+    sharded = take_part(part, "env://", int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"]), timeout)
+    if sharded is None:
         raise SystemExit(0)
-    sharded = Sharded(engine, groups, timeout)
     atexit.register(sharded.stop)
     return sharded
 
 
-def free_address() -> str:
-    """Where processes of this machine can meet: the loopback address with a port that nobody uses."""
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return f"tcp://127.0.0.1:{probe.getsockname()[1]}"
+def take_part(part: Part, address: str, rank: int, processes: int, timeout: float) -> Sharded | None:
+    """Meet the other ranks. Rank 0 gets its engine; on the others this returns None when rank 0 has ended."""
+    _warm_up(part)
+    groups = connect(address, rank, processes, part.device, timeout)
+    if rank == 0:
+        return Sharded(part.engine, groups, timeout)
+    _answer(part, groups)
+    return None
 
 
-@contextlib.contextmanager
-def start_workers(
-    folder: str | os.PathLike[str],
-    processes: int = 2,
-    engine: str = "eager",
-    device: str = "cpu",
-    timeout: float = 10.0,
-) -> Iterator["Policy"]:
-    """A policy whose network calls are split over this process and ``processes - 1`` others, which end with the block.
-
-    On the CPU every process computes with as many threads as this one: divide the machine's cores before.
-
-    Args:
-        folder: the policy folder.
-        engine: what each process computes with.
-        device: of every process; ``cuda`` gives each its own GPU.
-        timeout: seconds after which a silent worker counts as lost.
-    """
-    from parapolicy.policy import load_policy
-
-    address = free_address()
-    context = mp.get_context("spawn")
-    names = [f"cuda:{rank}" if device == "cuda" else device for rank in range(processes)]
-    workers = [
-        context.Process(
-            target=_work,
-            args=(folder, engine, name, address, rank, processes, timeout, torch.get_num_threads()),
-            daemon=True,
-        )
-        for rank, name in enumerate(names)
-        if rank > 0
-    ]
-    for worker in workers:
-        worker.start()
-    sharded: Sharded | None = None
-    try:
-        policy = load_policy(folder, device=names[0], engine=engine)
-        own = _warm_up(policy)
-        groups = _connect(address, 0, processes, policy.device, timeout)
-        sharded = Sharded(own, groups, timeout)
-        yield dataclasses.replace(policy, engine=sharded)
-    finally:
-        if sharded is not None:
-            sharded.stop()
-        for worker in workers:
-            worker.join(1.0)
-            worker.kill()
-            worker.join()
-        if dist.is_initialized():
-            dist.destroy_process_group()
-
-
-def _work(
-    folder: str, engine: str, device: str, address: str, rank: int, processes: int, timeout: float, threads: int
-) -> None:
-    from parapolicy.policy import load_policy
-
-    torch.set_num_threads(threads)
-    policy = load_policy(folder, device=device, engine=engine)
-    answer(_warm_up(policy), _connect(address, rank, processes, policy.device, timeout), policy.device)
-
-
-@torch.inference_mode()
-def _warm_up(policy: "Policy") -> "Engine":
-    """The policy's engine, compiled where it does that before anybody waits for an answer."""
-    spec, device = policy.spec, policy.device
-    assert policy.engine is not None
-    evaluate = policy.engine.bind(policy.schedule.timesteps, torch.zeros(1, spec.condition_dim, device=device))
-    rows = torch.zeros(4, dtype=torch.int64, device=device)
-    # Not the same tensor twice, for which dynamo would compile a graph of its own.
-    evaluate(torch.zeros(4, spec.horizon, spec.action_dim, device=device), rows, rows.clone())
-    return policy.engine
-
-
-def _connect(address: str, rank: int, processes: int, device: torch.device, timeout: float) -> Groups:
+def connect(address: str, rank: int, processes: int, device: torch.device, timeout: float) -> Groups:
     """Meet the other processes; raises torch's ``DistStoreError`` where they do not come within ``START`` seconds."""
     dist.init_process_group("gloo", address, timedelta(seconds=START), processes, rank)
     limit = timedelta(seconds=timeout)
     data = dist.new_group(backend="nccl" if device.type == "cuda" else "gloo", timeout=limit)
     return Groups(dist.new_group(backend="gloo", timeout=timedelta(days=365) if rank else limit), data)
+
+
+@torch.inference_mode()
+def _warm_up(part: Part) -> None:
+    """Have the engine compile, where it does, before anybody waits for an answer."""
+    spec, device = part.spec, part.device
+    shapes = {key: (spec.n_obs_steps, *feature.tensor_shape) for key, feature in spec.observation.items()}
+    observation = {key: torch.zeros(1, *shape, device=device) for key, shape in shapes.items()}
+    evaluate = part.engine.bind(part.network, part.schedule.timesteps, observation)
+    rows = torch.zeros(4, dtype=torch.int64, device=device)
+    # Not the same tensor twice, for which dynamo would compile a graph of its own.
+    evaluate(torch.zeros(4, *spec.sample_shape, device=device), rows, rows.clone())

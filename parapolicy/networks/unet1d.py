@@ -6,10 +6,14 @@ The module tree is that of the published code, name for name, so that a publishe
 
 import itertools
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor, nn
+
+from parapolicy.networks.base import Embedding, Network, flatten_observation
+from parapolicy.spec import PolicySpec
 
 
 class SinusoidalPosEmb(nn.Module):
@@ -88,8 +92,8 @@ class ConditionalResidualBlock1D(nn.Module):
         return self.blocks[1](hidden) + self.residual_conv(x)
 
 
-class ConditionalUnet1D(nn.Module):
-    """Predicts noise (or sample, or velocity) from a noisy action sequence, its timestep and a condition.
+class ConditionalUnet1D(Network):
+    """Predicts noise (or sample, or velocity) from a noisy action sequence, its timestep and observed states.
 
     Args:
         input_dim: action dimension Da.
@@ -151,10 +155,32 @@ class ConditionalUnet1D(nn.Module):
             Conv1dBlock(down_dims[0], down_dims[0], kernel_size, n_groups), nn.Conv1d(down_dims[0], input_dim, 1)
         )
 
-    def forward(self, sample: Tensor, timestep: Tensor, global_cond: Tensor) -> Tensor:
-        """(N, H, Da), (N,), (N, C) -> (N, H, Da). H must be a multiple of ``2 ** (levels - 1)``."""
-        cond = torch.cat((self.diffusion_step_encoder(timestep), global_cond), dim=-1)
-        x = sample.movedim(-1, -2)
+    @classmethod
+    def build(cls, spec: PolicySpec, **arguments: Any) -> "ConditionalUnet1D":
+        """As :meth:`parapolicy.networks.Network.build`."""
+        images = [key for key, feature in spec.observation.items() if feature.kind == "image"]
+        if images:
+            raise ValueError(f"'unet1d' observes states, and {images} are images")
+        network = cls(spec.action_dim, spec.condition_dim, **arguments)
+        if spec.horizon % network.horizon_multiple:
+            raise ValueError(f"horizon is {spec.horizon}, 'unet1d' takes multiples of {network.horizon_multiple}")
+        return network
+
+    def embed_steps(self, timesteps: Tensor) -> Tensor:
+        """(T,) -> (T, diffusion_step_embed_dim)."""
+        embedding: Tensor = self.diffusion_step_encoder(timesteps)
+        return embedding
+
+    def embed_condition(self, observation: Mapping[str, Tensor]) -> Tensor:
+        """{key: (B, To, …)} -> the condition vector (B, C)."""
+        return flatten_observation(observation)
+
+    def forward(self, x: Tensor, steps: Embedding, condition: Embedding, step: Tensor, element: Tensor) -> Tensor:
+        """(N, H, Da) -> the same. H must be a multiple of ``2 ** (levels - 1)``."""
+        assert isinstance(steps, Tensor)
+        assert isinstance(condition, Tensor)
+        cond = torch.cat((steps[step], condition[element]), dim=-1)
+        x = x.movedim(-1, -2)
         skips: list[Tensor] = []
         for level in self.down_modules:
             first, second, downsample = level.children()

@@ -4,7 +4,7 @@ import dataclasses
 from typing import Any
 
 from parapolicy.samplers.anderson import Anderson
-from parapolicy.samplers.base import DenoiserLike, Sample, Sampler, never
+from parapolicy.samplers.base import DenoiserLike, Rounds, Sample, Sampler, run_rounds
 from parapolicy.samplers.paradigms import ParaDiGMS
 from parapolicy.samplers.parareal import Parareal
 from parapolicy.samplers.secant import Secant
@@ -12,7 +12,7 @@ from parapolicy.samplers.semi_implicit import SemiImplicit
 from parapolicy.samplers.sequential import Sequential
 from parapolicy.samplers.speculative import Speculative
 
-SAMPLERS: dict[str, Any] = {
+SAMPLERS: dict[str, type[Any]] = {
     "sequential": Sequential,
     "paradigms": ParaDiGMS,
     "semi_implicit": SemiImplicit,
@@ -28,6 +28,7 @@ __all__ = [
     "DenoiserLike",
     "ParaDiGMS",
     "Parareal",
+    "Rounds",
     "Sample",
     "Sampler",
     "Secant",
@@ -36,7 +37,7 @@ __all__ = [
     "Speculative",
     "list_samplers",
     "make_sampler",
-    "never",
+    "run_rounds",
 ]
 
 

@@ -1,14 +1,13 @@
 """Semi-implicit Picard iteration with Anderson acceleration of the estimates (ParaTAA, Tang et al., ICML 2024)."""
 
-from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
-from parapolicy.samplers.base import DenoiserLike, Sample, never
+from parapolicy.samplers.base import DenoiserLike, Sampler, check_count, check_tolerance
 from parapolicy.samplers.semi_implicit import settling_variance
-from parapolicy.samplers.window import SlidingWindows, check_window
+from parapolicy.samplers.window import Entries, WindowRounds
 from parapolicy.schedule import Schedule
 
 ROUNDING = 1e-6  # residuals this small, of values of order 1, are float32 roundings: nothing to extrapolate
@@ -16,7 +15,7 @@ REGULARIZATION = 1e-3  # of the least-squares fit, as a part of the trace of its
 
 
 @dataclass(frozen=True)
-class Anderson:
+class Anderson(Sampler):
     """Anderson acceleration on u, each batch element on its own.
 
     With R = F(u) - u the residuals of a round and d the differences between rounds, the next estimates are
@@ -37,80 +36,100 @@ class Anderson:
     triangular: bool = True
 
     def __post_init__(self) -> None:
-        check_window(self.window, self.tolerance)
-        if isinstance(self.history, bool) or not isinstance(self.history, int) or self.history < 1:
-            raise ValueError(f"history is {self.history!r}, expected a whole number of at least 1")
+        check_count("window", self.window)
+        check_tolerance(self.tolerance)
+        check_count("history", self.history)
+        if not isinstance(self.triangular, bool):
+            raise ValueError(f"triangular is {self.triangular!r}, expected True or False")
 
-    def sample(
-        self,
-        denoiser: DenoiserLike,
-        schedule: Schedule,
-        noise: Tensor,
-        stop: Callable[[], bool] = never,
-        guess: Tensor | None = None,
-    ) -> Sample:
-        windows = SlidingWindows(schedule, noise, self.window, guess)
-        x, u, z = windows.x, windows.u, windows.z
-        limit = self.tolerance**2 * settling_variance(schedule)  # (T,)
-        batch, steps, *shape = z.shape
-        # Last round's F(u) and residual at every step, then their differences, newest first; zero where unknown.
-        last_f, last_r = torch.zeros_like(z), torch.zeros_like(z)
-        df, dr = (z.new_zeros(self.history, batch, steps, *shape) for _ in range(2))
-        seen = torch.zeros(batch, steps, dtype=torch.bool, device=z.device)
+    def rounds(self, schedule: Schedule, noise: Tensor, compiled: bool = False) -> "AndersonRounds":
+        return AndersonRounds(self, schedule)
 
-        while (entries := windows.next_round()) is not None:
-            row, step, valid = entries
-            windows.extrapolate(row, step[:, -1] + 1)
-            used = u[row, step + 1]
-            value = used.clone()
-            value[valid] = denoiser(x[row, step][valid], step[valid], row.expand_as(step)[valid])
-            residual = value - used
 
-            known = (seen[row, step] & valid)[..., None, None]
-            risen = _norm(residual * known) > _norm(last_r[row, step] * known)  # (A,)
-            for differences, now, last in ((df, value, last_f), (dr, residual, last_r)):
-                past = torch.cat((torch.where(known, now - last[row, step], 0.0)[None], differences[:-1, row, step]))
-                differences[:, row, step] = torch.where(risen[:, None, None, None], 0.0, past)
-                last[row, step] = now
-            seen[row, step] = True
+class AndersonRounds(WindowRounds):
+    """Rounds of :class:`Anderson`.
 
-            accelerated = value - self._correction(residual * known, df[:, row, step], dr[:, row, step])
-            before, move = x[row, step + 1], schedule.transitions(step, z[row, step])
-            state, previous_u = x[row[:, 0], step[:, 0]], u[row[:, 0], step[:, 0]]
-            settled = torch.ones_like(row[:, 0], dtype=torch.bool)
-            rounded = residual.square().mean((2, 3)) <= ROUNDING**2  # (A, W)
-            changes, states, estimates = [], [], []
-            for k in range(step.shape[1]):
-                # At a state that stands still F(u) is final: acceleration never touches what will be accepted.
-                plain = (settled | rounded[:, k])[:, None, None]
-                estimate = torch.where(plain, value[:, k], accelerated[:, k])
-                state = move(k, state, estimate, previous_u)
-                changes.append((state - before[:, k]).square().mean((1, 2)))
-                settled = settled & (changes[-1] <= limit[step[:, k]])
-                states.append(state)
-                estimates.append(estimate)
-                previous_u = estimate
-            change = torch.stack(changes, 1)  # (A, W)
-            target = row.expand_as(step)[valid], step[valid] + 1
-            x[target], u[target] = torch.stack(states, 1)[valid], torch.stack(estimates, 1)[valid]
-            windows.advance(entries, change <= limit[step])
-            if stop():
-                break
-        return windows.result()
+    Attributes:
+        last_f, last_r: (B, T, S) the last round's F(u) and residual at every step.
+        df, dr: (history, B, T, S) their differences, newest first; zero where unknown.
+        seen: (B, T) whether a step has been evaluated.
+    """
+
+    def __init__(self, sampler: Anderson, schedule: Schedule) -> None:
+        super().__init__(schedule, sampler.window)
+        self.sampler = sampler
+        self.limit = sampler.tolerance**2 * settling_variance(schedule)  # (T,)
+
+    def begin(self, noise: Tensor, guess: Tensor | None) -> None:
+        super().begin(noise, guess)
+        z = self.z
+        self.last_f, self.last_r = torch.zeros_like(z), torch.zeros_like(z)
+        self.df, self.dr = (z.new_zeros(self.sampler.history, *z.shape) for _ in range(2))
+        self.seen = torch.zeros(z.shape[:2], dtype=torch.bool, device=z.device)
+
+    def advance(self, denoiser: DenoiserLike) -> None:
+        entries = self.entries()
+        element, step, valid = entries
+        self.extrapolate(element, step[:, -1] + 1)
+        elements, steps = entries.inside
+        used = self.u[element, step + 1]
+        value = used.clone()
+        value[valid] = denoiser(self.x[elements, steps], steps, elements)
+        residual = value - used
+        known = self._remember(entries, value, residual)
+        accelerated = value - self._correction(residual * known, self.df[:, element, step], self.dr[:, element, step])
+        self._follow(entries, value, residual, accelerated)
+
+    def _remember(self, entries: Entries, value: Tensor, residual: Tensor) -> Tensor:
+        """Note this round's differences; where there are any, (A, W, 1)."""
+        element, step, valid = entries
+        known = (self.seen[element, step] & valid)[..., None]
+        risen = _norm(residual * known) > _norm(self.last_r[element, step] * known)  # (A,)
+        for differences, now, last in ((self.df, value, self.last_f), (self.dr, residual, self.last_r)):
+            past = torch.cat(
+                (torch.where(known, now - last[element, step], 0.0)[None], differences[:-1, element, step])
+            )
+            differences[:, element, step] = torch.where(risen[:, None, None], 0.0, past)
+            last[element, step] = now
+        self.seen[element, step] = True
+        return known
 
     def _correction(self, residual: Tensor, df: Tensor, dr: Tensor) -> Tensor:
-        """dF gamma at every entry, (A, W, H, D), from residuals (A, W, H, D) and differences (m, A, W, H, D)."""
-        columns = dr.permute(1, 2, 0, 3, 4).flatten(3)  # (A, W, m, H D)
+        """dF gamma at every entry, (A, W, S), from residuals (A, W, S) and differences (m, A, W, S)."""
+        columns = dr.permute(1, 2, 0, 3)  # (A, W, m, S)
         normal = columns @ columns.transpose(-1, -2)  # (A, W, m, m)
-        right = columns @ residual.flatten(2)[..., None]  # (A, W, m, 1)
+        right = columns @ residual[..., None]  # (A, W, m, 1)
         normal, right = normal.cumsum(1), right.cumsum(1)
-        if not self.triangular:
+        if not self.sampler.triangular:
             normal, right = normal[:, -1:].expand_as(normal), right[:, -1:].expand_as(right)
         damping = REGULARIZATION * normal.diagonal(dim1=-2, dim2=-1).sum(-1) + 1e-12
         gamma = torch.linalg.solve(normal + damping[..., None, None] * torch.eye(len(df), device=df.device), right)
-        return torch.einsum("mawhd,awm->awhd", df, gamma[..., 0])
+        return torch.einsum("maws,awm->aws", df, gamma[..., 0])
+
+    def _follow(self, entries: Entries, value: Tensor, residual: Tensor, accelerated: Tensor) -> None:
+        """The window's states by the accelerated estimates."""
+        element, step, valid = entries
+        before, move = self.x[element, step + 1], self.schedule.transitions(step, self.z[element, step])
+        state, previous_u = self.x[element[:, 0], step[:, 0]], self.u[element[:, 0], step[:, 0]]
+        settled = torch.ones_like(element[:, 0], dtype=torch.bool)
+        rounded = residual.square().mean(2) <= ROUNDING**2  # (A, W)
+        changes, states, estimates = [], [], []
+        for k in range(step.shape[1]):
+            # At a state that stands still F(u) is final: acceleration never touches what will be accepted.
+            plain = (settled | rounded[:, k])[:, None]
+            estimate = torch.where(plain, value[:, k], accelerated[:, k])
+            state = move(k, state, estimate, previous_u)
+            changes.append((state - before[:, k]).square().mean(1))
+            settled = settled & (changes[-1] <= self.limit[step[:, k]])
+            states.append(state)
+            estimates.append(estimate)
+            previous_u = estimate
+        elements, steps = entries.inside
+        target = elements, steps + 1
+        self.x[target], self.u[target] = torch.stack(states, 1)[valid], torch.stack(estimates, 1)[valid]
+        self.move(entries, torch.stack(changes, 1) <= self.limit[step])
 
 
 def _norm(value: Tensor) -> Tensor:
-    """(A, W, H, D) -> (A,)."""
-    return value.square().sum((1, 2, 3))
+    """(A, W, S) -> (A,)."""
+    return value.square().sum((1, 2))

@@ -1,8 +1,10 @@
-"""What every sampler takes and returns."""
+"""What every sampler is: parameters, and rounds over a batch of flat states."""
 
+from abc import ABC, abstractmethod
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Protocol
+from numbers import Real
+from typing import ClassVar, Protocol
 
 from torch import Tensor
 
@@ -10,7 +12,7 @@ from parapolicy.schedule import Schedule
 
 
 class DenoiserLike(Protocol):
-    """``(x (N, H, D), step (N,), element (N,)) -> u (N, H, D)``; see :class:`parapolicy.denoiser.Denoiser`."""
+    """``(x (N, S), step (N,), element (N,)) -> u (N, S)``; see :class:`parapolicy.denoiser.Denoiser`."""
 
     def __call__(self, x: Tensor, step: Tensor, element: Tensor) -> Tensor: ...
 
@@ -20,8 +22,8 @@ class Sample:
     """A batch of samples and what they cost.
 
     Attributes:
-        x: the last states, (B, H, D); the best estimate of them where sampling was stopped early.
-        u: the estimates u_j that led there, (B, T, H, D): a guess for the next chunk.
+        x: the last states, (B, S); the best estimate of them where sampling was stopped early.
+        u: the estimates u_j that led there, (B, T, S): a guess for the next chunk.
         rounds: batched network calls that each element took part in one after the other, (B,) int64.
         evaluations: network evaluations spent on each element, (B,) int64.
         residual: root mean square change of the estimate of x in its last round, (B,); 0 where x is exact.
@@ -41,34 +43,107 @@ class Sample:
     rejections: Tensor | None = None
 
 
-def never() -> bool:
-    """The ``stop`` of a sampler that may take its time."""
-    return False
+class Rounds(ABC):
+    """A sampler at work on one batch, one round (one batched network call) at a time.
+
+    Attributes:
+        fixed_shapes: :meth:`advance` works on the same memory in every round of every chunk and never waits for the
+            device, so that a CUDA graph can replay it.
+    """
+
+    fixed_shapes: ClassVar[bool] = False
+
+    @property
+    @abstractmethod
+    def done(self) -> bool | Tensor:
+        """Whether every element has its sample; a () bool tensor where the answer is on the device."""
+
+    @abstractmethod
+    def begin(self, noise: Tensor, guess: Tensor | None) -> None:
+        """Start a batch of samples; see :meth:`Sampler.sample`."""
+
+    @abstractmethod
+    def advance(self, denoiser: DenoiserLike) -> None:
+        """One round of every element that is not done."""
+
+    @abstractmethod
+    def result(self) -> Sample:
+        """The samples, estimated as well as the rounds so far allow; the caller's own memory."""
 
 
-class Sampler(Protocol):
-    """A pure function of denoiser, schedule and noise; its parameters are dataclass fields."""
+class Sampler(ABC):
+    """An algorithm and its parameters, which are dataclass fields.
+
+    Attributes:
+        is_reference: it computes the schedule step by step: what the others are measured against.
+        reuses_noise: it stays exact where the noise of the chunk before is used again.
+    """
+
+    is_reference: ClassVar[bool] = False
+    reuses_noise: ClassVar[bool] = True
+
+    @property
+    def asked_error(self) -> float | None:
+        """The error of the sample that a sampler with an error estimate was asked for; None for the others."""
+        return None
+
+    @abstractmethod
+    def rounds(self, schedule: Schedule, noise: Tensor, compiled: bool = False) -> Rounds:
+        """The rounds of a batch.
+
+        Args:
+            schedule: the steps.
+            noise: (T + 1, B, S), for its shape and device.
+            compiled: compile what lies between two network calls, where the sampler can.
+        """
 
     def sample(
         self,
         denoiser: DenoiserLike,
         schedule: Schedule,
         noise: Tensor,
-        stop: Callable[[], bool] = never,
+        stop: Callable[[], bool] | None = None,
         guess: Tensor | None = None,
     ) -> Sample:
-        """Draw a batch of samples.
+        """Draw a batch of samples. A pure function of denoiser, schedule and noise.
 
         Args:
-            noise: (T + 1, B, H, D): [0] is the first state, [j + 1] the noise of step j.
+            noise: (T + 1, B, S): [0] is the first state, [j + 1] the noise of step j.
             stop: asked after every round; True ends sampling there with the best estimate so far. One round is
-                always run.
-            guess: (B, T, H, D) what the estimates u_j may turn out to be, from the chunk before; None: a cold start.
+                always run. None: never.
+            guess: (B, T, S) what the estimates u_j may turn out to be, from the chunk before; None: a cold start.
                 It changes what sampling costs, not what is sampled.
         """
-        ...
+        return run_rounds(self.rounds(schedule, noise), denoiser, noise, stop, guess)
+
+
+def run_rounds(
+    rounds: Rounds,
+    denoiser: DenoiserLike,
+    noise: Tensor,
+    stop: Callable[[], bool] | None = None,
+    guess: Tensor | None = None,
+) -> Sample:
+    """Begin a batch and run its rounds until they are done or ``stop`` says so; see :meth:`Sampler.sample`."""
+    rounds.begin(noise, guess)
+    while True:
+        rounds.advance(denoiser)
+        if (stop is not None and stop()) or bool(rounds.done):
+            return rounds.result()
 
 
 def root_mean_square(value: Tensor) -> Tensor:
-    """(B, H, D) -> (B,)."""
-    return value.square().mean((1, 2)).sqrt()
+    """(…, S) -> (…)."""
+    return value.square().mean(-1).sqrt()
+
+
+def check_count(name: str, value: object, least: int = 1) -> None:
+    """Raise ``ValueError`` unless a sampler's parameter is a whole number of at least ``least``."""
+    if isinstance(value, bool) or not isinstance(value, int) or value < least:
+        raise ValueError(f"{name} is {value!r}, expected a whole number of at least {least}")
+
+
+def check_tolerance(value: float) -> None:
+    """Raise ``ValueError`` unless a tolerance is a finite number of at least 0."""
+    if isinstance(value, bool) or not isinstance(value, Real) or not 0 <= value < float("inf"):
+        raise ValueError(f"tolerance is {value!r}, expected a number of at least 0 (0: exact)")

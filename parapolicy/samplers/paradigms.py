@@ -1,18 +1,17 @@
 """ParaDiGMS: Picard iteration over a sliding window (Shih et al., NeurIPS 2023, Algorithm 1)."""
 
-from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
-from parapolicy.samplers.base import DenoiserLike, Sample, never
-from parapolicy.samplers.window import SlidingWindows, check_window
+from parapolicy.samplers.base import DenoiserLike, Sampler, check_count, check_tolerance
+from parapolicy.samplers.window import WindowRounds
 from parapolicy.schedule import Schedule
 
 
 @dataclass(frozen=True)
-class ParaDiGMS:
+class ParaDiGMS(Sampler):
     """Picard iteration on the states.
 
     A round evaluates the network at every state of the window and sums the increments from the window's start:
@@ -29,36 +28,39 @@ class ParaDiGMS:
     tolerance: float = 0.1
 
     def __post_init__(self) -> None:
-        check_window(self.window, self.tolerance)
+        check_count("window", self.window)
+        check_tolerance(self.tolerance)
 
-    def sample(
-        self,
-        denoiser: DenoiserLike,
-        schedule: Schedule,
-        noise: Tensor,
-        stop: Callable[[], bool] = never,
-        guess: Tensor | None = None,
-    ) -> Sample:
-        windows = SlidingWindows(schedule, noise, self.window, guess)
-        x, u, z = windows.x, windows.u, windows.z
-        limit = self.tolerance**2 * torch.cat((schedule.variance, schedule.variance.new_zeros(1)))  # (T + 1,)
+    def rounds(self, schedule: Schedule, noise: Tensor, compiled: bool = False) -> "ParaDiGMSRounds":
+        return ParaDiGMSRounds(self, schedule)
 
-        while (entries := windows.next_round()) is not None:
-            row, step, valid = entries
-            if guess is None:
-                end = windows.end[row]  # states after it are still equal to it
-            else:
-                windows.extrapolate(row, step[:, -1] + 1)
-                end = torch.full_like(row, len(schedule))
-            before = x[row, torch.minimum(step, end)]  # (A, W, H, D)
-            target = row.expand_as(step)[valid], step[valid] + 1
-            u[target] = denoiser(before[valid], step[valid], target[0])
-            drift = schedule.drive(u[row, step + 1], u[row, step], z[row, step], step)
-            drift = drift + (schedule.A[step] - 1)[..., None, None] * before
-            after = before[:, :1] + drift.cumsum(1)
-            change = (after - x[row, torch.minimum(step + 1, end)]).square().mean((2, 3))  # (A, W)
-            x[target] = after[valid]
-            windows.advance(entries, change <= limit[step + 1])
-            if stop():
-                break
-        return windows.result()
+
+class ParaDiGMSRounds(WindowRounds):
+    """Rounds of :class:`ParaDiGMS`."""
+
+    def __init__(self, sampler: ParaDiGMS, schedule: Schedule) -> None:
+        super().__init__(schedule, sampler.window)
+        variance = torch.cat((schedule.variance, schedule.variance.new_zeros(1)))
+        self.limit = sampler.tolerance**2 * variance  # (T + 1,)
+
+    def begin(self, noise: Tensor, guess: Tensor | None) -> None:
+        super().begin(noise, guess)
+        self.cold = guess is None
+
+    def advance(self, denoiser: DenoiserLike) -> None:
+        entries, x, u = self.entries(), self.x, self.u
+        element, step, valid = entries
+        if self.cold:
+            end = self.end[element]  # states after it are still equal to it
+        else:
+            self.extrapolate(element, step[:, -1] + 1)
+            end = torch.full_like(element, self.steps)
+        before = x[element, torch.minimum(step, end)]  # (A, W, S)
+        elements, steps = entries.inside
+        u[elements, steps + 1] = denoiser(before[valid], steps, elements)
+        drift = self.schedule.increment(u[element, step + 1], u[element, step], self.z[element, step], step)
+        drift = drift + (self.schedule.A[step] - 1)[..., None] * before
+        after = before[:, :1] + drift.cumsum(1)
+        change = (after - x[element, torch.minimum(step + 1, end)]).square().mean(2)  # (A, W)
+        x[elements, steps + 1] = after[valid]
+        self.move(entries, change <= self.limit[step + 1])

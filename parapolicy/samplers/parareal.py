@@ -1,20 +1,31 @@
 """Parareal sampling (SRDS, Selvam et al., NeurIPS 2024): a coarse chain over blocks, corrected by fine solves."""
 
 import math
-from collections.abc import Callable
+from collections.abc import Generator
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
-from parapolicy.samplers.base import DenoiserLike, Sample, never, root_mean_square
+from parapolicy.samplers.base import (
+    DenoiserLike,
+    Rounds,
+    Sample,
+    Sampler,
+    check_count,
+    check_tolerance,
+    root_mean_square,
+)
 from parapolicy.samplers.semi_implicit import settling_variance
-from parapolicy.samplers.window import check_window
 from parapolicy.schedule import Schedule
+
+# A part of the algorithm: yields a network call's (elements at work, states, steps, batch elements), is sent its
+# estimates, and returns its result.
+Script = Generator[tuple[Tensor, Tensor, Tensor, Tensor], Tensor, Tensor]
 
 
 @dataclass(frozen=True)
-class Parareal:
+class Parareal(Sampler):
     """Blocks of steps, solved finely side by side and joined by a coarse solver: x' = fine(x) + coarse(new x) -
     coarse(x) at every block's end, sweep after sweep.
 
@@ -31,99 +42,110 @@ class Parareal:
     blocks: int | None = None
 
     def __post_init__(self) -> None:
-        check_window(1 if self.blocks is None else self.blocks, self.tolerance)
+        check_tolerance(self.tolerance)
+        if self.blocks is not None:
+            check_count("blocks", self.blocks)
 
-    def sample(
-        self,
-        denoiser: DenoiserLike,
-        schedule: Schedule,
-        noise: Tensor,
-        stop: Callable[[], bool] = never,
-        guess: Tensor | None = None,
-    ) -> Sample:
-        run = _Run(denoiser, schedule, noise, stop, self.blocks or math.ceil(len(schedule) ** 0.5), guess)
-        limit = self.tolerance * float(settling_variance(schedule)[-1].sqrt())
-        row = torch.arange(noise.shape[1], device=noise.device)
-        if guess is None:
-            run.chain(row, 0, None)
-        for sweep in range(1, run.blocks + 1):
-            last = run.state[row, -1, 0].clone()
-            fine = run.solve(row, sweep - 1)
-            if fine is None:
-                break
-            run.chain(row, sweep, fine)
-            run.residual[row] = root_mean_square(run.state[row, -1, 0] - last)
-            if run.stopped:
-                break
-            run.complete[row] = (run.residual[row] < limit) | (sweep == run.blocks)
-            if sweep == run.blocks:
-                run.residual[row] = 0.0
-            row = row[~run.complete[row]]
-            if len(row) == 0:
-                break
-        return Sample(run.state[:, -1, 0], run.u, run.rounds, run.evaluations, run.residual, run.complete)
+    def rounds(self, schedule: Schedule, noise: Tensor, compiled: bool = False) -> "PararealRounds":
+        return PararealRounds(self, schedule)
 
 
-class _Run:
-    """The blocks' states of a batch, and the two solvers.
+class PararealRounds(Rounds):
+    """Rounds of :class:`Parareal`. The algorithm is one generator, which yields wherever it needs the network.
 
-    A state is x and the estimate before it, which second-order solvers look at: (2, H, D). ``state`` (B, K + 1, 2, H,
-    D) are those at the blocks' bounds, ``coarse`` (B, K, 2, H, D) what the coarse solver makes of them, ``u``
-    (B, T, H, D) the estimates.
+    A block's state is x and the estimate before it, which second-order solvers look at: (2, S).
+
+    Attributes:
+        state: (B, K + 1, 2, S) at the blocks' bounds.
+        coarse: (B, K, 2, S) what the coarse solver makes of each block's state.
+        u: (B, T, S) the estimates.
     """
 
-    def __init__(
-        self,
-        denoiser: DenoiserLike,
-        schedule: Schedule,
-        noise: Tensor,
-        stop: Callable[[], bool],
-        blocks: int,
-        guess: Tensor | None,
-    ) -> None:
-        self.denoiser, self.schedule, self.stop, self.stopped = denoiser, schedule, stop, False
-        self.z = noise[1:].transpose(0, 1)
-        steps, batch, *shape = noise[1:].shape
-        self.length = -(-steps // blocks)
+    def __init__(self, sampler: Parareal, schedule: Schedule) -> None:
+        self.schedule, steps = schedule, len(schedule)
+        self.length = -(-steps // (sampler.blocks or math.ceil(steps**0.5)))
         self.blocks = -(-steps // self.length)
-        self.u = noise.new_zeros(batch, steps, *shape) if guess is None else guess.clone()
-        self.state = noise.new_zeros(batch, self.blocks + 1, 2, *shape)
+        self.limit = sampler.tolerance * float(settling_variance(schedule)[-1].sqrt())
+
+    @property
+    def done(self) -> bool:
+        return self._call is None
+
+    def begin(self, noise: Tensor, guess: Tensor | None) -> None:
+        self.z = noise[1:].transpose(0, 1)
+        steps, batch, size = noise[1:].shape
+        self.u = noise.new_zeros(batch, steps, size) if guess is None else guess.clone()
+        self.state = noise.new_zeros(batch, self.blocks + 1, 2, size)
         self.state[:, 0, 0] = noise[0]
         self.coarse = torch.zeros_like(self.state[:, 1:])
         self.evaluated = guess is None  # whether ``u`` at the blocks' starts belongs to ``state``
-        self.rounds, self.evaluations = (torch.zeros(batch, dtype=torch.int64, device=noise.device) for _ in range(2))
-        self.residual = noise.new_zeros(batch)
-        self.complete = torch.zeros(batch, dtype=torch.bool, device=noise.device)
+        self.chained = 0 if guess is None else self.blocks  # blocks that the first coarse chain has reached the end of
         every = torch.arange(batch, device=noise.device)
+        self.rounds, self.evaluations = (torch.zeros_like(every) for _ in range(2))
+        self.residual = noise.new_zeros(batch)
+        self.complete = torch.zeros_like(every, dtype=torch.bool)
         if guess is not None:
             for i in range(self.blocks):
-                self.state[:, i + 1] = self._advance(every, i, self.state[:, i], guess[:, i * self.length :])
+                self.state[:, i + 1] = self._solve_block(every, i, self.state[:, i], guess[:, i * self.length :])
+        self._script = self._sweep(every)
+        self._call: tuple[Tensor, Tensor, Tensor, Tensor] | None = next(self._script)
 
-    def chain(self, row: Tensor, first: int, fine: Tensor | None) -> None:
-        """The coarse solver from block to block, corrected by the fine solutions (A, K, 2, H, D) where there are any.
+    def advance(self, denoiser: DenoiserLike) -> None:
+        assert self._call is not None
+        active, x, step, element = self._call
+        estimates = denoiser(x, step, element)
+        self.rounds[active] += 1
+        self.evaluations[active] += len(x) // len(active)
+        try:
+            self._call = self._script.send(estimates)
+        except StopIteration:
+            self._call = None
 
-        Stopped early, it goes on with the last estimate.
-        """
+    def result(self) -> Sample:
+        """Stopped within the first coarse chain, that chain goes on with its last estimate."""
+        every = torch.arange(len(self.state), device=self.state.device)
+        held = self.u[:, (self.chained - 1) * self.length][:, None].expand(-1, self.length, -1)
+        for i in range(self.chained, self.blocks):
+            self.state[:, i + 1] = self._solve_block(every, i, self.state[:, i], held)
+            self.u[:, i * self.length : (i + 1) * self.length] = held[:, : len(self.schedule) - i * self.length]
+        return Sample(self.state[:, -1, 0], self.u, self.rounds, self.evaluations, self.residual, self.complete)
+
+    def _sweep(self, active: Tensor) -> Script:
+        """The whole algorithm, for the elements that are still at work."""
+        if self.evaluated:
+            yield from self._chain(active, 0, None)
+        for sweep in range(1, self.blocks + 1):
+            last = self.state[active, -1, 0].clone()
+            fine = yield from self._solve(active, sweep - 1)
+            yield from self._chain(active, sweep, fine)
+            self.residual[active] = root_mean_square(self.state[active, -1, 0] - last)
+            self.complete[active] = (self.residual[active] < self.limit) | (sweep == self.blocks)
+            if sweep == self.blocks:
+                self.residual[active] = 0.0
+            active = active[~self.complete[active]]
+            if len(active) == 0:
+                return active
+        return active
+
+    def _chain(self, active: Tensor, first: int, fine: Tensor | None) -> Script:
+        """The coarse solver from block to block, corrected by the fine solutions (A, K, 2, S) where there are any."""
         if fine is not None:
-            self.state[row, first] = fine[:, first - 1]
+            self.state[active, first] = fine[:, first - 1]
         for i in range(first, self.blocks):
-            state, start = self.state[row, i], i * self.length
-            if not self.stopped:
-                estimate = self._evaluate(row, state[:, 0], torch.full_like(row, start), row)
-            elif fine is not None:
-                return
-            coarse = self._advance(row, i, state, estimate[:, None].expand(-1, self.length, -1, -1))
-            self.u[row, start : start + self.length] = estimate[:, None]
-            self.state[row, i + 1] = coarse if fine is None else fine[:, i] + coarse - self.coarse[row, i]
-            self.coarse[row, i] = coarse
+            state, start = self.state[active, i], i * self.length
+            estimate = yield active, state[:, 0], torch.full_like(active, start), active
+            coarse = self._solve_block(active, i, state, estimate[:, None].expand(-1, self.length, -1))
+            self.u[active, start : start + self.length] = estimate[:, None]
+            self.state[active, i + 1] = coarse if fine is None else fine[:, i] + coarse - self.coarse[active, i]
+            self.coarse[active, i] = coarse
+            self.chained = max(self.chained, i + 1)
+        return active
 
-    def solve(self, row: Tensor, first: int) -> Tensor | None:
-        """The fine solutions of blocks ``first`` and later, side by side, (A, K, 2, H, D); None when time is up."""
-        if self.stopped:
-            return None
+    def _solve(self, active: Tensor, first: int) -> Script:
+        """The fine solutions of blocks ``first`` and later, side by side, (A, K, 2, S)."""
         count = self.blocks - first
-        block = torch.arange(first, self.blocks, device=row.device).repeat(len(row))
-        element = row.repeat_interleave(count)  # (A K,)
+        block = torch.arange(first, self.blocks, device=active.device).repeat(len(active))
+        element = active.repeat_interleave(count)  # (A K,)
         state, previous_u = self.state[element, block].unbind(1)
         for k in range(self.length):
             step = block * self.length + k
@@ -132,35 +154,25 @@ class _Run:
             if len(j) == 0:
                 break
             if k > 0 or not self.evaluated:
-                self.u[e, j] = self._evaluate(row, state[inside], j, e)
-                if self.stopped:
-                    return None
+                self.u[e, j] = yield active, state[inside], j, e
             state, previous_u = state.clone(), previous_u.clone()
             state[inside] = self.schedule.step(state[inside], self.u[e, j], previous_u[inside], self.z[e, j], j)
             previous_u[inside] = self.u[e, j]
         if not self.evaluated:
             for i in range(self.blocks):
-                held = self.u[row, i * self.length][:, None].expand(-1, self.length, -1, -1)
-                self.coarse[row, i] = self._advance(row, i, self.state[row, i], held)
+                held = self.u[active, i * self.length][:, None].expand(-1, self.length, -1)
+                self.coarse[active, i] = self._solve_block(active, i, self.state[active, i], held)
             self.evaluated = True
-        fine = self.state[row, 1:].clone()
-        fine[:, first:] = torch.stack((state, previous_u), 1).view(len(row), count, *fine.shape[2:])
+        fine = self.state[active, 1:].clone()
+        fine[:, first:] = torch.stack((state, previous_u), 1).view(len(active), count, *fine.shape[2:])
         return fine
 
-    def _evaluate(self, row: Tensor, x: Tensor, step: Tensor, element: Tensor) -> Tensor:
-        """One network call, counted for the elements ``row``."""
-        value = self.denoiser(x, step, element)
-        self.rounds[row] += 1
-        self.evaluations[row] += len(x) // len(row)
-        self.stopped = self.stop()
-        return value
-
-    def _advance(self, row: Tensor, block: int, state: Tensor, u: Tensor) -> Tensor:
-        """A block's steps from state (A, 2, H, D) with estimates (A, at least as many, H, D), without the network."""
+    def _solve_block(self, active: Tensor, block: int, state: Tensor, u: Tensor) -> Tensor:
+        """A block's steps from state (A, 2, S) with estimates (A, at least as many, S), without the network."""
         x, previous_u = state.unbind(1)
         start = block * self.length
         for k in range(min(self.length, len(self.schedule) - start)):
-            step = torch.full_like(row, start + k)
-            x = self.schedule.step(x, u[:, k], previous_u, self.z[row, start + k], step)
+            step = torch.full_like(active, start + k)
+            x = self.schedule.step(x, u[:, k], previous_u, self.z[active, start + k], step)
             previous_u = u[:, k]
         return torch.stack((x, previous_u), 1)

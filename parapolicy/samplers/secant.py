@@ -5,33 +5,31 @@ Here the same differences of past rounds are used *inside* the recurrence, as a 
 al., ICLR 2024, with Broyden's multisecant approximation for the Jacobian).
 """
 
-from collections.abc import Callable
 from dataclasses import dataclass
+from typing import ClassVar
 
 import torch
 from torch import Tensor
 from torch.nn import functional
 
 from parapolicy.compiling import Compiling
-from parapolicy.samplers.base import DenoiserLike, Sample, never
+from parapolicy.samplers.base import DenoiserLike, Rounds, Sample, Sampler, check_count, check_tolerance
 from parapolicy.samplers.secant_model import SecantModel
 from parapolicy.samplers.semi_implicit import settling_variance
-from parapolicy.samplers.window import check_window
 from parapolicy.schedule import Schedule
 
 BLOCK = 25  # states whose model is solved at once, which costs their square
 
-# What the tolerance asks of the path: of the largest change of a state's numbers, in standard deviations of its step's
-# noise, per unit of tolerance. The largest, because one number may change alone, such as when a gripper closes. A state
-# leaves the window when it changes by less than SETTLED times the tolerance; errors left behind can grow tenfold, in
-# the last steps more, so that there only FINAL times the tolerance lets it go. A result is believed only while no state
-# of the window still moves by more than MOVING times the tolerance: around a choice between modes, single rounds stand
-# still.
+# Settling thresholds, in standard deviations of the step's noise per unit of tolerance. They apply to the largest
+# change among a state's numbers, because one number may change alone, such as when a gripper closes. A state leaves the
+# window when it changes by less than SETTLED. Errors that are left behind can grow tenfold, and more in the last steps,
+# where the threshold is FINAL. A result is accepted only while no state of the window moves by more than MOVING: near
+# a bifurcation between modes, a single round can stand still.
 SETTLED, FINAL, MOVING = 10.0, 3.0, 90.0
 
 
 @dataclass(frozen=True)
-class Secant:
+class Secant(Sampler):
     """Quasi-Newton iteration on the estimates u, which stops by the estimated error of the final sample.
 
     A round evaluates u_j = F_j(x_j) at every state of the window, then recomputes the states one after the other with
@@ -56,29 +54,16 @@ class Secant:
     history: int = 1
 
     def __post_init__(self) -> None:
-        check_window(self.window, self.tolerance)
-        if isinstance(self.history, bool) or not isinstance(self.history, int) or self.history < 0:
-            raise ValueError(f"history is {self.history!r}, expected a whole number of at least 0")
+        check_count("window", self.window)
+        check_tolerance(self.tolerance)
+        check_count("history", self.history, least=0)
 
-    def sample(
-        self,
-        denoiser: DenoiserLike,
-        schedule: Schedule,
-        noise: Tensor,
-        stop: Callable[[], bool] = never,
-        guess: Tensor | None = None,
-    ) -> Sample:
-        keep = getattr(denoiser, "keep", None)  # an engine's way to run the same rounds on the same memory again
-        key = (self, noise.shape[1:])
-        if keep is None:
-            rounds = SecantRounds(self, schedule, noise, getattr(denoiser, "compiles", False))
-        else:
-            rounds = keep(key, SecantRounds, self, schedule, noise)
-        rounds.begin(noise, guess)
-        while True:
-            rounds.advance(denoiser)
-            if stop() or rounds.done.item():
-                return rounds.result()
+    @property
+    def asked_error(self) -> float:
+        return self.tolerance
+
+    def rounds(self, schedule: Schedule, noise: Tensor, compiled: bool = False) -> "SecantRounds":
+        return SecantRounds(self, schedule, noise, compiled)
 
 
 def _remaining(ratio: Tensor) -> Tensor:
@@ -87,32 +72,32 @@ def _remaining(ratio: Tensor) -> Tensor:
     return torch.where(ratio.isnan(), 1.0, remaining)
 
 
-class SecantRounds:
+class SecantRounds(Rounds):
     """Rounds of :class:`Secant` on memory of fixed shapes, so that a round is the same work every time.
 
     All arrays reach one window past the last step. What stands there never comes back: a window that passes the end,
-    or that of an element which is done, works on it and changes nothing else. Nothing in :meth:`advance` waits for a
-    value, which is what CUDA graphs ask for.
+    or that of an element which is done, works on it and changes nothing else.
 
     Args:
-        sampler, schedule: whose rounds.
-        noise: (T + 1, B, H, D), for its shape and device.
-        compiles: compile what is between two calls of the network, for a single sample.
+        sampler, schedule: their parameters and steps.
+        noise: (T + 1, B, S), for its shape and device.
+        compiled: compile what lies between two network calls, for a single sample.
 
     Attributes:
-        done: () bool, whether every element is.
-        sparse: leave rows past the end out of the network's calls, which on a GPU cost less than asking their number.
+        sparse: leave entries past the end out of the network's calls; on a GPU, padding is cheaper than the
+            synchronisation needed to count them.
     """
 
-    def __init__(self, sampler: Secant, schedule: Schedule, noise: Tensor, compiles: bool = False) -> None:
+    fixed_shapes: ClassVar[bool] = True
+
+    def __init__(self, sampler: Secant, schedule: Schedule, noise: Tensor, compiled: bool = False) -> None:
         self.sampler, self.schedule, self.steps = sampler, schedule, len(schedule)
         self.tolerance = noise.new_tensor(sampler.tolerance)  # a constant would be compiled in
-        self.shape = noise.shape[2:]
-        batch, size, device = noise.shape[1], self.shape.numel(), noise.device
+        batch, size, device = noise.shape[1], noise.shape[2], noise.device
         window = min(sampler.window, self.steps)
         self.offsets = torch.arange(window, device=device)
-        self.row = torch.arange(batch, device=device)[:, None]
-        self.element = self.row.flatten().repeat_interleave(window)  # of each entry
+        self.element = torch.arange(batch, device=device)[:, None]
+        self.entry_element = self.element.flatten().repeat_interleave(window)
         # x_j, z_j and u_{j-1} at index j: the estimate before the first is 0.
         self.x, self.u, self.z, self.guess = (noise.new_zeros(batch, self.steps + window + 1, size) for _ in range(4))
         beyond = (0, window + 1)
@@ -120,52 +105,54 @@ class SecantRounds:
         self.propagators = functional.pad(schedule.propagators, beyond + beyond)
         self.deviation = functional.pad(settling_variance(schedule).sqrt(), beyond, value=1.0)
         self.model = SecantModel(self.x, self.steps, sampler.history)
-        self.start, self.end, self.rounds, self.evaluations = (torch.zeros_like(self.row[:, 0]) for _ in range(4))
+        self.start, self.end, self.rounds, self.evaluations = (torch.zeros_like(self.element[:, 0]) for _ in range(4))
         self.error, self.last_change, self.residual = (noise.new_zeros(batch) for _ in range(3))
-        self.done = torch.zeros((), dtype=torch.bool, device=device)
+        self._done = torch.zeros((), dtype=torch.bool, device=device)
         self.sparse = not noise.is_cuda
-        # One sample at a time is what a robot waits for. Compiled for every size of batch, it would wait for that.
-        self.compiled = compiles and batch == 1
+        # A robot waits for one sample at a time; compiling for every batch size would take longer than it saves.
+        self.compiled = compiled and batch == 1
         self.bound = torch.inf if schedule.clip is None or schedule.overshoot.any() else schedule.clip
 
+    @property
+    def done(self) -> Tensor:
+        return self._done
+
     def begin(self, noise: Tensor, guess: Tensor | None) -> None:
-        """Start a batch of samples; see :meth:`parapolicy.samplers.base.Sampler.sample`."""
         for value in (self.x, self.u, self.z, self.guess, self.start, self.end, self.rounds, self.evaluations):
             value.zero_()
-        self.done.fill_(False)
-        self.x[:, 0] = noise[0].flatten(1)
-        self.z[:, : self.steps] = noise[1:].flatten(2).transpose(0, 1)
+        self._done.fill_(False)
+        self.x[:, 0] = noise[0]
+        self.z[:, : self.steps] = noise[1:].transpose(0, 1)
         if guess is not None:
-            self.guess[:, 1 : self.steps + 1] = guess.flatten(2)
+            self.guess[:, 1 : self.steps + 1] = guess
         self.error.fill_(torch.inf)
         self.last_change.fill_(torch.nan)
         self.residual.zero_()
         self.model.forget()
 
     def advance(self, denoiser: DenoiserLike) -> None:
-        """One round of every element that is not done."""
         prepare, correct = COMPILED if self.compiled else (SecantRounds._prepare, SecantRounds._correct)
         step, before = prepare(self)
         correct(self, step, before, self._evaluate(denoiser, before, step))
 
     def _prepare(self) -> tuple[Tensor, Tensor]:
-        """The steps (B, W) of the window and their states (B, W, H D)."""
+        """The steps (B, W) of the window and their states (B, W, S)."""
         self._extrapolate()
         step = self.start[:, None] + self.offsets
-        return step, self.x[self.row, step]
+        return step, self.x[self.element, step]
 
     def _correct(self, step: Tensor, before: Tensor, estimates: Tensor) -> None:
         """What follows from the estimates at these states, and where the window goes next."""
-        x, u, row, tolerance = self.x, self.u, self.row, self.tolerance
+        x, u, element, tolerance = self.x, self.u, self.element, self.tolerance
         active, valid = self.start < self.steps, step < self.steps
-        newest_u = u[row[:, 0], self.end]
-        self.model.record(row, step, before, estimates)
-        u[row, step + 1] = estimates
+        newest_u = u[element[:, 0], self.end]
+        self.model.record(element, step, before, estimates)
+        u[element, step + 1] = estimates
 
         new = self._follow(step, before, estimates)
-        moved = (new - x[row, step + 1]).abs().amax(2) / self.deviation[step]
+        moved = (new - x[element, step + 1]).abs().amax(2) / self.deviation[step]
         final = x[:, self.steps].clone()
-        x[row, step + 1] = new
+        x[element, step + 1] = new
 
         reached = self.start + len(self.offsets) >= self.steps
         reaches_end = active & reached
@@ -180,53 +167,50 @@ class SecantRounds:
         still = ((moved <= MOVING * tolerance) | ~valid).all(1)
         passed = torch.where(reached & still & (self.error <= tolerance), self.steps, passed)
         self.end.copy_(torch.where(active, self.start + len(self.offsets), self.end).clamp(max=self.steps))
-        change_u = (u[row[:, 0], self.end] - newest_u).square().mean(1).sqrt()
+        change_u = (u[element[:, 0], self.end] - newest_u).square().mean(1).sqrt()
         self.residual.copy_(torch.where(active, change_u, self.residual))
         self.rounds.add_(active)
         self.evaluations.add_(valid.sum(1))
         self.start.copy_(torch.where(active, passed, self.start).clamp(max=self.steps))
-        self.done.copy_((self.start >= self.steps).all())
+        self._done.copy_((self.start >= self.steps).all())
 
     def result(self) -> Sample:
-        """The last states, extrapolated where sampling was stopped early; the caller's own memory."""
+        """The last states, extrapolated where sampling was stopped early."""
         complete = self.start >= self.steps
         while not bool((self.end >= self.steps).all()):
             self._extrapolate()
             self.end.copy_((self.end + len(self.offsets)).clamp(max=self.steps))
-        x, u = self.x[:, self.steps].unflatten(1, self.shape), self.u[:, 1 : self.steps + 1].unflatten(2, self.shape)
+        x, u = self.x[:, self.steps], self.u[:, 1 : self.steps + 1]
         error = torch.where(complete & (self.sampler.tolerance == 0), 0.0, self.error)
         costs = (self.rounds.clone(), self.evaluations.clone(), self.residual.clone())
         return Sample(x.clone(), u.clone(), *costs, complete, error)
 
     def _evaluate(self, denoiser: DenoiserLike, states: Tensor, step: Tensor) -> Tensor:
-        """The estimates (B, W, H D) at states likewise."""
+        """The estimates (B, W, S) at states likewise."""
         valid = step < self.steps
-        inputs = states.flatten(0, 1).unflatten(1, self.shape), step.flatten(), self.element
-        if not self.sparse:
-            x, steps, element = inputs
-            return denoiser(x, steps.clamp(max=self.steps - 1), element).flatten(1).view_as(states)
-        if valid.all():
-            return denoiser(*inputs).flatten(1).view_as(states)
+        inputs = states.flatten(0, 1), step.flatten().clamp(max=self.steps - 1), self.entry_element
+        if not self.sparse or valid.all():
+            return denoiser(*inputs).view_as(states)
         inside = valid.flatten().nonzero()[:, 0]
         estimates = torch.zeros_like(states).flatten(0, 1)
-        estimates[inside] = denoiser(*(value[inside] for value in inputs)).flatten(1)
+        estimates[inside] = denoiser(*(value[inside] for value in inputs))
         return estimates.view_as(states)
 
     def _extrapolate(self) -> None:
         """Fill a window's states and estimates after ``end``: the guess, moved by what the last one differs from it."""
         first = self.end[:, None]
         step = first + self.offsets
-        correction = self.u[self.row, first] - self.guess[self.row, first]
-        estimates = self.guess[self.row, step + 1] + correction
-        self.u[self.row, step + 1] = estimates
-        at = self.row[:, 0], self.end
+        correction = self.u[self.element, first] - self.guess[self.element, first]
+        estimates = self.guess[self.element, step + 1] + correction
+        self.u[self.element, step + 1] = estimates
+        at = self.element[:, 0], self.end
         still, gain = self._propagate(step, self.x[at], self.u[at])
-        self.x[self.row, step + 1] = torch.baddbmm(still, gain, estimates)
+        self.x[self.element, step + 1] = torch.baddbmm(still, gain, estimates)
 
     def _follow(self, step: Tensor, before: Tensor, estimates: Tensor) -> Tensor:
-        """The W states (B, W, H D) after the window's first, with the model's estimates along the way."""
-        weights, du = self.model.fit(self.row, step)
-        state, previous_u, states = before[:, 0], self.u[self.row[:, 0], self.start], []
+        """The W states (B, W, S) after the window's first, with the model's estimates along the way."""
+        weights, du = self.model.fit(self.element, step)
+        state, previous_u, states = before[:, 0], self.u[self.element[:, 0], self.start], []
         for entries in zip(*(v.split(BLOCK, 1) for v in (step, before, estimates, weights, du)), strict=True):
             block, previous_u = self._follow_block(state, previous_u, *entries)
             states.append(block)
@@ -264,14 +248,14 @@ class SecantRounds:
         return torch.baddbmm(still, gain, estimates), estimates[:, -1]
 
     def _propagate(self, step: Tensor, state: Tensor, previous_u: Tensor) -> tuple[Tensor, Tensor]:
-        """What the states after steps (B, K) come to without their estimates (B, K, H D), and what each estimate adds
-        to each state (B, K, K). ``state`` and ``previous_u`` are those before the first step, (B, H D).
+        """What the states after steps (B, K) come to without their estimates (B, K, S), and what each estimate adds
+        to each state (B, K, K). ``state`` and ``previous_u`` are those before the first step, (B, S).
         """
         spread, gain = self.propagators[:, step[:, :, None], step[:, None]]
-        carry, previous_gain, kick = self.tables[:, step][..., None]  # (B, K, 1) each
-        drive = kick * self.z[self.row, step]
-        drive[:, 0] += torch.addcmul(carry[:, 0] * state, previous_gain[:, 0], previous_u)
-        return spread @ drive, gain
+        a, c, s = self.tables[:, step][..., None]  # (B, K, 1) each
+        increment = s * self.z[self.element, step]
+        increment[:, 0] += torch.addcmul(a[:, 0] * state, c[:, 0], previous_u)
+        return spread @ increment, gain
 
 
 COMPILED = Compiling(SecantRounds._prepare, dynamic=False), Compiling(SecantRounds._correct, dynamic=False)

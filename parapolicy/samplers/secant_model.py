@@ -10,7 +10,7 @@ class SecantModel:
     """The last evaluations at every step, and the linear map that fits their differences.
 
     Args:
-        x: (B, N, H D), for its shape; N is larger than ``steps``.
+        x: (B, N, S), for its shape; N is larger than ``steps``.
         steps: T.
         history: differences to keep.
     """
@@ -26,19 +26,21 @@ class SecantModel:
         self.seen.zero_()
         self.pairs.zero_()
 
-    def record(self, row: Tensor, step: Tensor, states: Tensor, estimates: Tensor) -> None:
-        """Take evaluations at batch elements ``row`` (B, 1) and ``step`` (B, W): states and estimates (B, W, H D)."""
+    def record(self, element: Tensor, step: Tensor, states: Tensor, estimates: Tensor) -> None:
+        """Take evaluations at batch elements ``element`` (B, 1) and ``step`` (B, W): states and estimates (B, W, S)."""
         newest = torch.stack((states, estimates), 2)[:, :, :, None]
-        past = torch.where(self.seen[row, step][..., None, None, None], self.pairs[row, step][:, :, :, :-1], newest)
-        self.pairs[row, step] = torch.cat((newest, past), 3)
-        self.seen[row, step] = True
+        past = torch.where(
+            self.seen[element, step][..., None, None, None], self.pairs[element, step][:, :, :, :-1], newest
+        )
+        self.pairs[element, step] = torch.cat((newest, past), 3)
+        self.seen[element, step] = True
 
-    def fit(self, row: Tensor, step: Tensor) -> tuple[Tensor, Tensor]:
-        """The model J = du^T weights at each step of a window (B, W): weights and du, (B, W, m, H D) each."""
+    def fit(self, element: Tensor, step: Tensor) -> tuple[Tensor, Tensor]:
+        """The model J = du^T weights at each step of a window (B, W): weights and du, (B, W, m, S) each."""
         around = torch.cat((step[:, :1] - 1, step, step[:, -1:] + 1), 1).clamp(0, self.last)
-        pairs = self.pairs[row, around]
-        own = pairs[:, :, :, :-1] - pairs[:, :, :, 1:]  # (B, W + 2, 2, history, H D)
-        dx, du = torch.cat((own[:, 1:-1], own[:, :-2], own[:, 2:]), 3).unbind(2)  # with the neighbours': (B, W, m, H D)
+        pairs = self.pairs[element, around]
+        own = pairs[:, :, :, :-1] - pairs[:, :, :, 1:]  # (B, W + 2, 2, history, S)
+        dx, du = torch.cat((own[:, 1:-1], own[:, :-2], own[:, 2:]), 3).unbind(2)  # with the neighbours': (B, W, m, S)
         normal = dx @ dx.mT  # (B, W, m, m)
         damping = REGULARIZATION * normal.diagonal(dim1=-2, dim2=-1).sum(-1) + 1e-12
         normal.diagonal(dim1=-2, dim2=-1).add_(damping[..., None])

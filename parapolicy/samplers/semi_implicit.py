@@ -4,18 +4,17 @@ This is the "order T" fixed-point system of ParaTAA (Tang et al., ICML 2024) wit
 sliding window of ParaDiGMS (Shih et al., NeurIPS 2023).
 """
 
-from collections.abc import Callable
 from dataclasses import dataclass
 
 from torch import Tensor
 
-from parapolicy.samplers.base import DenoiserLike, Sample, never
-from parapolicy.samplers.window import SlidingWindows, check_window, recurrence
+from parapolicy.samplers.base import DenoiserLike, Sampler, check_count, check_tolerance
+from parapolicy.samplers.window import WindowRounds, recurrence
 from parapolicy.schedule import Schedule
 
 
 @dataclass(frozen=True)
-class SemiImplicit:
+class SemiImplicit(Sampler):
     """Fixed-point iteration on the estimates u.
 
     A round evaluates u at every state of the window, then recomputes the states from the window's start by the
@@ -31,33 +30,31 @@ class SemiImplicit:
     tolerance: float = 0.1
 
     def __post_init__(self) -> None:
-        check_window(self.window, self.tolerance)
+        check_count("window", self.window)
+        check_tolerance(self.tolerance)
 
-    def sample(
-        self,
-        denoiser: DenoiserLike,
-        schedule: Schedule,
-        noise: Tensor,
-        stop: Callable[[], bool] = never,
-        guess: Tensor | None = None,
-    ) -> Sample:
-        windows = SlidingWindows(schedule, noise, self.window, guess)
-        x, u, z = windows.x, windows.u, windows.z
-        limit = self.tolerance**2 * settling_variance(schedule)  # (T,)
+    def rounds(self, schedule: Schedule, noise: Tensor, compiled: bool = False) -> "SemiImplicitRounds":
+        return SemiImplicitRounds(self, schedule)
 
-        while (entries := windows.next_round()) is not None:
-            row, step, valid = entries
-            windows.extrapolate(row, step[:, -1] + 1)
-            target = row.expand_as(step)[valid], step[valid] + 1
-            u[target] = denoiser(x[target[0], step[valid]], step[valid], target[0])
-            drive = schedule.drive(u[row, step + 1], u[row, step], z[row, step], step)
-            after = recurrence(x[row[:, 0], step[:, 0]], schedule.A[step], drive)  # (A, W, H, D)
-            change = (after - x[row, step + 1]).square().mean((2, 3))  # (A, W)
-            x[target] = after[valid]
-            windows.advance(entries, change <= limit[step])
-            if stop():
-                break
-        return windows.result()
+
+class SemiImplicitRounds(WindowRounds):
+    """Rounds of :class:`SemiImplicit`."""
+
+    def __init__(self, sampler: SemiImplicit, schedule: Schedule) -> None:
+        super().__init__(schedule, sampler.window)
+        self.limit = sampler.tolerance**2 * settling_variance(schedule)  # (T,)
+
+    def advance(self, denoiser: DenoiserLike) -> None:
+        entries, x, u = self.entries(), self.x, self.u
+        element, step, valid = entries
+        self.extrapolate(element, step[:, -1] + 1)
+        elements, steps = entries.inside
+        u[elements, steps + 1] = denoiser(x[elements, steps], steps, elements)
+        increment = self.schedule.increment(u[element, step + 1], u[element, step], self.z[element, step], step)
+        after = recurrence(x[element[:, 0], step[:, 0]], self.schedule.A[step], increment)  # (A, W, S)
+        change = (after - x[element, step + 1]).square().mean(2)  # (A, W)
+        x[elements, steps + 1] = after[valid]
+        self.move(entries, change <= self.limit[step])
 
 
 def settling_variance(schedule: Schedule) -> Tensor:

@@ -1,42 +1,56 @@
 """One step after the other: the reference that every other sampler is measured against."""
 
-from collections.abc import Callable
 from dataclasses import dataclass
+from typing import ClassVar
 
 import torch
 from torch import Tensor
 
-from parapolicy.samplers.base import DenoiserLike, Sample, never, root_mean_square
+from parapolicy.samplers.base import DenoiserLike, Rounds, Sample, Sampler, root_mean_square
 from parapolicy.schedule import Schedule
 
 
 @dataclass(frozen=True)
-class Sequential:
+class Sequential(Sampler):
     """Ancestral sampling (Ho et al., 2020) or whichever solver the schedule holds; T rounds.
 
     Stopped early, it returns the last estimate of the clean sample. A guess is of no use to it.
     """
 
-    def sample(
-        self,
-        denoiser: DenoiserLike,
-        schedule: Schedule,
-        noise: Tensor,
-        stop: Callable[[], bool] = never,
-        guess: Tensor | None = None,
-    ) -> Sample:
-        x = noise[0]
-        u = torch.zeros_like(x)
-        estimates = noise.new_zeros(noise.shape[1], len(schedule), *noise.shape[2:])
-        element = torch.arange(len(x), device=x.device)
-        for j in range(len(schedule)):
-            step = torch.full_like(element, j)
-            previous_u, u = u, denoiser(x, step, element)
-            estimates[:, j:] = u[:, None]
-            x = schedule.step(x, u, previous_u, noise[j + 1], step)
-            if stop():
-                break
-        complete = torch.full_like(element, j + 1 == len(schedule), dtype=torch.bool)
-        residual = torch.where(complete, 0.0, root_mean_square(u - previous_u))
-        count = torch.full_like(element, j + 1)
-        return Sample(x if j + 1 == len(schedule) else u, estimates, count, count, residual, complete)
+    is_reference: ClassVar[bool] = True
+
+    def rounds(self, schedule: Schedule, noise: Tensor, compiled: bool = False) -> "SequentialRounds":
+        return SequentialRounds(schedule)
+
+
+class SequentialRounds(Rounds):
+    """A round is a step."""
+
+    def __init__(self, schedule: Schedule) -> None:
+        self.schedule = schedule
+
+    @property
+    def done(self) -> bool:
+        return self.steps_taken == len(self.schedule)
+
+    def begin(self, noise: Tensor, guess: Tensor | None) -> None:
+        self.noise, self.steps_taken = noise, 0
+        self.x, self.u = noise[0], torch.zeros_like(noise[0])
+        self.estimates = noise.new_zeros(noise.shape[1], len(self.schedule), noise.shape[2])
+        self.element = torch.arange(len(self.x), device=noise.device)
+
+    def advance(self, denoiser: DenoiserLike) -> None:
+        j = self.steps_taken
+        step = torch.full_like(self.element, j)
+        self.previous_u, self.u = self.u, denoiser(self.x, step, self.element)
+        self.estimates[:, j] = self.u
+        self.x = self.schedule.step(self.x, self.u, self.previous_u, self.noise[j + 1], step)
+        self.steps_taken += 1
+
+    def result(self) -> Sample:
+        self.estimates[:, self.steps_taken :] = self.u[:, None]
+        complete = torch.full_like(self.element, self.done, dtype=torch.bool)
+        residual = torch.where(complete, 0.0, root_mean_square(self.u - self.previous_u))
+        count = torch.full_like(self.element, self.steps_taken)
+        x = self.x if self.done else self.u
+        return Sample(x, self.estimates, count, count, residual, complete)

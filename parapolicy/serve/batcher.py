@@ -6,12 +6,9 @@ import time
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 
-import numpy as np
-
+from parapolicy.episode import Request, group_requests, predict_together
 from parapolicy.policy import Chunk, Policy
 from parapolicy.serve.metrics import ServerMetrics
-from parapolicy.serve.session import Request
-from parapolicy.warm import WarmState
 
 
 class Batcher:
@@ -57,11 +54,8 @@ class Batcher:
 
     def _compute(self, requests: Sequence[Request]) -> list[Chunk | Exception]:
         """Each request's chunk, or what went wrong with it alone."""
-        groups: dict[tuple[bool, int], list[int]] = {}
-        for i, request in enumerate(requests):
-            groups.setdefault((request.warm is not None, request.executed if request.warm else 0), []).append(i)
         outcomes: dict[int, Chunk | Exception] = {}
-        for members in groups.values():
+        for members in group_requests(requests):
             try:
                 chunks = self._predict([requests[i] for i in members])
                 outcomes |= dict(zip(members, chunks, strict=True))
@@ -74,16 +68,7 @@ class Batcher:
         return [outcomes[i] for i in range(len(requests))]
 
     def _predict(self, requests: Sequence[Request]) -> list[Chunk]:
-        observation = {
-            key: np.stack([request.observation[key] for request in requests]) for key in self.policy.spec.observation
-        }
-        states = [request.warm for request in requests if request.warm is not None]
-        chunk = self.policy.predict(
-            observation,
-            seed=[request.seed for request in requests],
-            deadline=None if self.deadline_ms is None else time.monotonic() + self.deadline_ms / 1e3,
-            warm=WarmState.stack(states) if states else None,
-            executed=requests[0].executed if states else None,
-        )
-        self.metrics.batch(len(requests), chunk.stats)
-        return [chunk[i] for i in range(len(requests))]
+        deadline = None if self.deadline_ms is None else time.monotonic() + self.deadline_ms / 1e3
+        chunks = predict_together(self.policy, requests, deadline)
+        self.metrics.batch([chunk.stats for chunk in chunks])
+        return chunks

@@ -1,5 +1,7 @@
 """What a server counts, in Prometheus' text format."""
 
+from collections.abc import Sequence
+
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, generate_latest
 
 from parapolicy.policy import ChunkStats
@@ -26,13 +28,13 @@ class ServerMetrics:
     def _histogram(self, name: str, text: str, buckets: tuple[float, ...]) -> Histogram:
         return Histogram(f"parapolicy_{name}", text, registry=self._registry, buckets=buckets)
 
-    def batch(self, size: int, stats: ChunkStats) -> None:
-        """Count a computed batch."""
-        self.batch_size.observe(size)
-        self.batch_seconds.observe(stats.seconds)
-        for rounds, complete in zip(stats.rounds, stats.complete, strict=True):
-            self.rounds.observe(int(rounds))
-            if not complete:
+    def batch(self, chunks: Sequence[ChunkStats]) -> None:
+        """Count the chunks of a computed batch."""
+        self.batch_size.observe(len(chunks))
+        self.batch_seconds.observe(chunks[0].seconds)
+        for stats in chunks:
+            self.rounds.observe(stats.rounds)
+            if not stats.complete:
                 self.incomplete.inc()
 
     def text(self) -> bytes:

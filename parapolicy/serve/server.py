@@ -10,14 +10,15 @@ import time
 from dataclasses import dataclass
 from typing import Any
 
-import numpy as np
 from websockets.asyncio.server import Server, ServerConnection, serve
 from websockets.datastructures import Headers
 from websockets.exceptions import ConnectionClosed
 from websockets.http11 import Request as HttpRequest
 from websockets.http11 import Response
 
-from parapolicy.policy import Policy, load_policy
+from parapolicy.loading import load_policy
+from parapolicy.planner import made_up_observations
+from parapolicy.policy import Policy
 from parapolicy.serve.batcher import Batcher
 from parapolicy.serve.metrics import ServerMetrics
 from parapolicy.serve.session import Session
@@ -108,7 +109,7 @@ class PolicyServer:
         spec = self.policy.spec
         return {
             "policy": "parapolicy",
-            "observation": {key: list(shape) for key, shape in spec.observation.items()},
+            "observation": {key: list(feature.shape) for key, feature in spec.observation.items()},
             "n_obs_steps": spec.n_obs_steps,
             "n_action_steps": spec.n_action_steps,
             "action_horizon": spec.horizon - spec.n_obs_steps + 1,
@@ -197,6 +198,5 @@ def run_server(config: ServeConfig) -> None:
     """
     policy = load_policy(config.checkpoint, config.sampler, config.device, config.engine)
     server = PolicyServer(policy, config)
-    shapes = policy.spec.observation.items()
-    policy.predict({key: np.zeros((policy.spec.n_obs_steps, *shape), np.float32) for key, shape in shapes})
+    policy.predict(made_up_observations(policy, 1)[0])
     asyncio.run(_serve_until_told(server))

@@ -6,31 +6,13 @@ from typing import Any
 
 import numpy as np
 
-from parapolicy.checkpoint.spec import PolicySpec
+from parapolicy.episode import Episode, Request
 from parapolicy.errors import ObservationError
-from parapolicy.noise import mix_seeds
 from parapolicy.observation import ObservationHistory
 from parapolicy.policy import Chunk
-from parapolicy.warm import WarmState
+from parapolicy.spec import PolicySpec
 
 OPTIONS = ("reset", "seed", "executed")
-
-
-@dataclass
-class Request:
-    """What a chunk is computed from.
-
-    Attributes:
-        observation: {key: (To, ...)}.
-        seed: of its noise.
-        warm: the state of the episode's chunk before; None: cold.
-        executed: control steps since that chunk's observation.
-    """
-
-    observation: dict[str, np.ndarray]
-    seed: int
-    warm: WarmState | None
-    executed: int
 
 
 @dataclass
@@ -50,16 +32,13 @@ class Session:
 
     spec: PolicySpec
     warm_start: bool
-    seed: int = 0
-    chunks: int = 0
-    warm: WarmState | None = None
-    history: ObservationHistory = field(init=False)
+    episode: Episode = field(init=False)
 
     def __post_init__(self) -> None:
         clash = [key for key in OPTIONS if key in self.spec.observation]
         if clash:
             raise ValueError(f"the policy observes {clash}, which are options of a message to the server")
-        self.history = ObservationHistory(self.spec)
+        self.episode = Episode(self.spec, warm_start=self.warm_start)
 
     def request(self, message: Any) -> Request:
         """What a message asks for.
@@ -71,27 +50,25 @@ class Session:
             raise ObservationError(f"the message is a {type(message).__name__}, expected a map of observations")
         options = {key: message[key] for key in OPTIONS if key in message}
         observation = {key: value for key, value in message.items() if key not in OPTIONS}
-        seed = _integer(options, "seed", self.seed, 2**63 - 1)
+        seed = _integer(options, "seed", self.episode.seed[0], 2**63 - 1)
         executed = _integer(options, "executed", self.spec.n_action_steps, 2**31)
         reset = options.get("reset", False)
         if not isinstance(reset, bool | np.bool_):
             raise ObservationError(f"reset is {reset!r}, expected true or false")
-        if "seed" in options and not reset and self.chunks:
+        begins = bool(reset) or self.episode.chunks == 0
+        if "seed" in options and not begins:
             raise ObservationError("a seed came in the middle of an episode; it goes with reset, or into the first one")
-
-        history = ObservationHistory(self.spec) if reset else self.history
-        for step in self._steps(observation):
-            history.push(step)
-        if reset:
-            self.chunks, self.warm = 0, None
-        self.history, self.seed = history, seed
-        warm = self.warm if executed < self.spec.horizon else None
-        return Request(history.stacked(), mix_seeds(seed, self.chunks), warm, executed)
+        steps = self._steps(observation)
+        if begins:
+            self.episode = Episode(self.spec, (seed,), self.warm_start)
+        for step in steps:
+            self.episode.push(step)
+        self.last = self.episode.request(executed)
+        return self.last
 
     def answer(self, chunk: Chunk) -> dict[str, Any]:
         """The reply to the last request: actions (n, Da), the first one for its observation. The episode goes on."""
-        self.chunks += 1
-        self.warm = chunk.warm_state if self.warm_start else None
+        self.episode.accept(self.last, chunk)
         return {
             "actions": chunk.trajectory[self.spec.n_obs_steps - 1 :],
             "rounds": int(chunk.stats.rounds),
@@ -104,8 +81,9 @@ class Session:
         count = self.spec.n_obs_steps
         stacked = {
             key
-            for key, shape in self.spec.observation.items()
-            if key in observation and _shape(observation[key]) == (count, *shape)
+            for key, feature in self.spec.observation.items()
+            if key in observation
+            and _shape(observation[key]) in ((count, *feature.shape), (count, *feature.tensor_shape))
         }
         steps = [observation]
         if stacked:  # a key that is not is left as it came, for the history to name

@@ -4,7 +4,8 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from parapolicy.checkpoint.spec import PolicySpec
+from parapolicy.networks import build_network
+from parapolicy.spec import PolicySpec
 from parapolicy.train.trainer import TrainResult
 
 
@@ -22,8 +23,8 @@ def write_card(
     first_seed: int,
 ) -> None:
     """Write ``README.md`` into the policy's folder: what it is, how it was made, how well it does."""
-    parameters = sum(value.numel() for value in spec.build_network().parameters())
-    observed = ", ".join(f"{key} {list(shape)}" for key, shape in spec.observation.items())
+    parameters = sum(value.numel() for value in build_network(spec).parameters())
+    observed = ", ".join(f"{key} {list(feature.shape)}" for key, feature in spec.observation.items())
     lines = [
         f"# {folder.name}",
         "",

@@ -18,12 +18,13 @@ from torch import Tensor
 from torch.nn import functional
 from tqdm import tqdm
 
-from parapolicy.checkpoint.native import read_checkpoint, write_checkpoint
-from parapolicy.checkpoint.spec import PolicySpec
+from parapolicy.checkpoint import read_checkpoint
+from parapolicy.checkpoint.native import write_checkpoint
 from parapolicy.errors import DataError
-from parapolicy.networks import ConditionalUnet1D
+from parapolicy.networks import Network, build_network
 from parapolicy.noise import mix_seeds
 from parapolicy.normalizer import Normalizer
+from parapolicy.spec import PolicySpec
 from parapolicy.train.data import Demonstrations
 
 STATE = "training.pt"
@@ -91,7 +92,7 @@ def train(
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
     torch.manual_seed(config.seed)
-    network = spec.build_network().to(device)
+    network = build_network(spec).to(device)
     normalizer = Normalizer.fit(data.arrays)
     if config.init is not None:
         normalizer = _take_over(config.init, spec, network)
@@ -164,7 +165,7 @@ def train(
     return TrainResult(smooth, seconds + time.perf_counter() - begin)
 
 
-def _take_over(folder: str, spec: PolicySpec, network: ConditionalUnet1D) -> Normalizer:
+def _take_over(folder: str, spec: PolicySpec, network: Network) -> Normalizer:
     """Copy a trained policy's weights into ``network``; its normalizer belongs to them."""
     other, trained, normalizer = read_checkpoint(folder)
     for name in ("observation", "action_dim", "n_obs_steps", "horizon", "network", "scheduler"):
@@ -184,17 +185,17 @@ class _Loss:
         data: Demonstrations,
         normalizer: Normalizer,
         config: TrainConfig,
-        network: ConditionalUnet1D,
+        network: Network,
         device: torch.device,
     ) -> None:
         values = {key: normalizer.normalize(key, value) for key, value in data.arrays.items()}
-        self.steps_condition = torch.cat([values[key].flatten(1) for key in spec.observation], dim=1).to(device)
+        self.observation = {key: values[key].to(device) for key in spec.observation}
         self.actions = values["action"].to(device)
         self.windows = data.windows(spec.horizon, spec.n_obs_steps, spec.n_action_steps)
         if len(self.windows) == 0:
             raise DataError(f"no episode is long enough for a horizon of {spec.horizon}; shorten it or add data")
         self.scheduler = DDPMScheduler.from_config(dict(spec.scheduler))
-        self.network = torch.compile(network) if config.compile else network
+        self.predict = torch.compile(network.predict) if config.compile else network.predict
         self.spec, self.config, self.device = spec, config, device
         self.bfloat16 = config.precision == "bfloat16" or (config.precision == "auto" and _computes_bfloat16(device))
 
@@ -203,13 +204,13 @@ class _Loss:
         batch = torch.randint(len(self.windows), (self.config.batch_size,), generator=generator)
         steps = self.windows[batch].to(self.device)  # (B, H)
         action = self.actions[steps]
-        condition = self.steps_condition[steps[:, : self.spec.n_obs_steps]].flatten(1)
+        observation = {key: value[steps[:, : self.spec.n_obs_steps]] for key, value in self.observation.items()}
         noise = torch.randn(action.shape, generator=generator).to(self.device)
         count = self.scheduler.config.num_train_timesteps
         timestep = torch.randint(count, (len(action),), generator=generator).to(self.device)
         noisy = self.scheduler.add_noise(action, noise, timestep)
         with torch.autocast(self.device.type, torch.bfloat16, enabled=self.bfloat16):
-            prediction = self.network(noisy, timestep, condition)
+            prediction = self.predict(noisy, timestep, observation)
         match self.scheduler.config.prediction_type:
             case "epsilon":
                 target = noise

@@ -19,22 +19,24 @@ _library.impl(
 torch.library.register_fake("parapolicy::product", lambda x, w, b: x.new_empty(x.shape[0], b.shape[0]), lib=_library)
 
 
-class Product(nn.Module):
+class PackedLinear(nn.Module):
     """x (M, K) -> x W + b (M, N), in b's precision.
 
     Args:
         weight, bias: (K, N) and (N,).
-        factors: what x and W are rounded to before they are multiplied.
+        dtype: what x and W are rounded to before they are multiplied.
     """
 
     weight: Tensor
     bias: Tensor
 
-    def __init__(self, weight: Tensor, bias: Tensor, factors: torch.dtype) -> None:
+    def __init__(self, weight: Tensor, bias: Tensor, dtype: torch.dtype) -> None:
         super().__init__()
-        self.factors = factors
+        self.dtype = dtype
         self.packed = weight.device.type == "cpu" and torch.backends.mkldnn.is_available()
-        weight = weight.to(factors)
+        if dtype == torch.bfloat16 and not torch.ops.mkldnn._is_mkldnn_bf16_supported():
+            self.packed = False  # torch's own product rounds likewise, slowly
+        weight = weight.to(dtype)
         if self.packed:
             weight = torch.ops.mkldnn._reorder_linear_weight(weight.t().contiguous(), None)
         self.register_buffer("weight", weight)
@@ -42,8 +44,8 @@ class Product(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         if self.packed:
-            product = torch.ops.parapolicy.product(x.to(self.factors), self.weight, self.bias.to(self.factors))
+            product = torch.ops.parapolicy.product(x.to(self.dtype), self.weight, self.bias.to(self.dtype))
             return product.to(self.bias.dtype)
-        if self.factors == self.bias.dtype:
+        if self.dtype == self.bias.dtype:
             return torch.addmm(self.bias, x, self.weight)
-        return torch.mm(x.to(self.factors), self.weight).to(self.bias.dtype) + self.bias
+        return torch.mm(x.to(self.dtype), self.weight).to(self.bias.dtype) + self.bias

@@ -1,36 +1,36 @@
 """The conditional UNet's forward pass rewritten for small batches: matrix products, and no work done twice.
 
-A convolution over (N, H, C) is one matrix product of its windows (N H, k C): at the sizes of an action chunk that beats
+A convolution over (N, H, C) is one matrix product of its patches (N H, k C): at the sizes of an action chunk that beats
 convolution kernels, and compilers fuse what stands between the products. FiLM's linear layers see the concatenation of
 a timestep's and an observation's features through an elementwise function, so that they split into a part per timestep,
 computed once per schedule, and a part per observation, computed once per chunk.
 """
 
 import itertools
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from parapolicy.engine.product import Product
-from parapolicy.networks import ConditionalUnet1D
-from parapolicy.networks.unet1d import ConditionalResidualBlock1D
+from parapolicy.engine.lowered.packed_linear import PackedLinear
+from parapolicy.networks import Embedding, Network, flatten_observation
+from parapolicy.networks.unet1d import ConditionalResidualBlock1D, ConditionalUnet1D
 
 
-class GemmUnet1D(nn.Module):
+class LoweredUnet1D(Network):
     """The function of a :class:`ConditionalUnet1D`, of (N, H, Da) and FiLM values by step and by batch element.
 
     Args:
         network: whose weights are taken, as they are now.
-        products: what the matrix products' factors are rounded to; all else stays in the weights' own precision.
+        dtype: what the matrix products' factors are rounded to; all else stays in the weights' own precision.
     """
 
     film_weight: Tensor
     film_bias: Tensor
 
-    def __init__(self, network: ConditionalUnet1D, products: torch.dtype = torch.float32) -> None:
+    def __init__(self, network: ConditionalUnet1D, dtype: torch.dtype = torch.float32) -> None:
         super().__init__()
         encoder: Any = network.diffusion_step_encoder
         self.step_dim = encoder[-1].out_features
@@ -43,10 +43,10 @@ class GemmUnet1D(nn.Module):
         place = {block: slice(a, b) for block, a, b in zip(blocks, starts[:-1], starts[1:], strict=True)}
 
         def residual(block: Any) -> _Residual:
-            return _Residual(block, place[block], products)
+            return _Residual(block, place[block], dtype)
 
         def level(first: Any, second: Any, sample: Any) -> tuple[nn.Module, nn.Module, nn.Module]:
-            return residual(first), residual(second), _resampling(sample, products)
+            return residual(first), residual(second), _resampling(sample, dtype)
 
         def levels(modules: Any) -> list[tuple[nn.Module, nn.Module, nn.Module]]:
             return [level(*part.children()) for part in modules]
@@ -55,27 +55,25 @@ class GemmUnet1D(nn.Module):
         self.mid = [residual(block) for block in network.mid_modules]
         self.parts = nn.ModuleList([*itertools.chain(*self.down, *self.up), *self.mid])  # what ``to`` moves
         final: Any = network.final_conv
-        self.final, self.last = _Block(final[0], products), _Window(final[1], products)
+        self.final, self.last = _Block(final[0], dtype), _Convolution(final[1], dtype)
 
-    def step_film(self, timesteps: Tensor) -> Tensor:
+    def embed_steps(self, timesteps: Tensor) -> Tensor:
         """The timesteps' part of the FiLM values, bias included: (T,) -> (T, F)."""
         features = functional.mish(self.step_encoder(timesteps))
         return functional.linear(features, self.film_weight[:, : self.step_dim], self.film_bias)
 
-    def condition_film(self, condition: Tensor) -> Tensor:
-        """The conditions' part: (B, C) -> (B, F)."""
+    def embed_condition(self, observation: Mapping[str, Tensor]) -> Tensor:
+        """The observations' part: {key: (B, To, …)} -> (B, F)."""
+        condition = flatten_observation(observation)
         return functional.linear(functional.mish(condition), self.film_weight[:, self.step_dim :])
 
-    def forward(self, x: Tensor, table: Tensor, step: Tensor, film: Tensor, element: Tensor) -> Tensor:
-        """The output (N, H, Da) at states likewise.
-
-        Args:
-            table, film: of :meth:`step_film` (T, F) and :meth:`condition_film` (B, F).
-            step, element: their rows to add, (N,) each.
-        """
+    def forward(self, x: Tensor, steps: Embedding, condition: Embedding, step: Tensor, element: Tensor) -> Tensor:
+        """(N, H, Da) -> the same."""
+        assert isinstance(steps, Tensor)
+        assert isinstance(condition, Tensor)
 
         def values(place: slice) -> Tensor:  # by blocks, so that a compiler looks them up where it needs them
-            return (table[:, place][step] + film[:, place][element])[:, None]
+            return (steps[:, place][step] + condition[:, place][element])[:, None]
 
         skips: list[Tensor] = []
         for first, second, sample in self.down:
@@ -96,15 +94,15 @@ def _mish(x: Tensor) -> Tensor:
     return x * (n / (n + 2))
 
 
-class _Window(nn.Module):
-    """Conv1d over (N, H, C) as one product with the windows' weights (k C, C')."""
+class _Convolution(nn.Module):
+    """Conv1d over (N, H, C) as one product with the patches' weights (k C, C')."""
 
-    def __init__(self, conv: nn.Conv1d, products: torch.dtype) -> None:
+    def __init__(self, conv: nn.Conv1d, dtype: torch.dtype) -> None:
         super().__init__()
         self.kernel, self.stride, self.padding = conv.kernel_size[0], conv.stride[0], int(conv.padding[0])
         weight = conv.weight.detach().permute(2, 1, 0).flatten(0, 1).contiguous()
         bias = torch.zeros_like(weight[0]) if conv.bias is None else conv.bias.detach().clone()
-        self.product = Product(weight, bias, products)
+        self.linear = PackedLinear(weight, bias, dtype)
 
     def forward(self, x: Tensor) -> Tensor:
         count = (x.shape[1] + 2 * self.padding - self.kernel) // self.stride + 1
@@ -112,7 +110,7 @@ class _Window(nn.Module):
             x = functional.pad(x, (0, 0, self.padding, self.padding))
             stop = self.stride * (count - 1) + 1
             x = torch.cat([x[:, k : k + stop : self.stride] for k in range(self.kernel)], -1)
-        return self.product(x.reshape(len(x) * count, -1)).unflatten(0, (len(x), count))
+        return self.linear(x.reshape(len(x) * count, -1)).unflatten(0, (len(x), count))
 
 
 class _Doubling(nn.Module):
@@ -121,19 +119,19 @@ class _Doubling(nn.Module):
     Output 2 i sees x_i by tap 1 and x_{i-1} by tap 3, output 2 i + 1 sees x_i by tap 2 and x_{i+1} by tap 0.
     """
 
-    def __init__(self, conv: nn.ConvTranspose1d, products: torch.dtype) -> None:
+    def __init__(self, conv: nn.ConvTranspose1d, dtype: torch.dtype) -> None:
         super().__init__()
         taps = conv.weight.detach().permute(2, 0, 1)  # (4, C, C')
         none = torch.zeros_like(taps[0])
         even, odd = torch.cat((taps[3], taps[1], none)), torch.cat((none, taps[2], taps[0]))
         bias = torch.zeros_like(taps[0, 0]) if conv.bias is None else conv.bias.detach()
-        self.product = Product(torch.cat((even, odd), 1), torch.cat((bias, bias)), products)  # (3 C, 2 C')
+        self.linear = PackedLinear(torch.cat((even, odd), 1), torch.cat((bias, bias)), dtype)  # (3 C, 2 C')
 
     def forward(self, x: Tensor) -> Tensor:
         batch, length, _ = x.shape
         x = functional.pad(x, (0, 0, 1, 1))
-        windows = torch.cat((x[:, :-2], x[:, 1:-1], x[:, 2:]), -1).reshape(batch * length, -1)
-        return self.product(windows).view(batch, 2 * length, -1)
+        patches = torch.cat((x[:, :-2], x[:, 1:-1], x[:, 2:]), -1).reshape(batch * length, -1)
+        return self.linear(patches).view(batch, 2 * length, -1)
 
 
 class _Block(nn.Module):
@@ -142,10 +140,10 @@ class _Block(nn.Module):
     weight: Tensor
     bias: Tensor
 
-    def __init__(self, block: Any, products: torch.dtype) -> None:
+    def __init__(self, block: Any, dtype: torch.dtype) -> None:
         super().__init__()
         conv, norm, _ = block.block
-        self.conv = _Window(conv, products)
+        self.conv = _Convolution(conv, dtype)
         self.groups, self.eps = norm.num_groups, norm.eps
         self.register_buffer("weight", norm.weight.detach().clone())
         self.register_buffer("bias", norm.bias.detach().clone())
@@ -162,13 +160,13 @@ class _Block(nn.Module):
 class _Residual(nn.Module):
     """Two blocks with FiLM between them, and a residual path."""
 
-    def __init__(self, block: ConditionalResidualBlock1D, place: slice, products: torch.dtype) -> None:
+    def __init__(self, block: ConditionalResidualBlock1D, place: slice, dtype: torch.dtype) -> None:
         super().__init__()
         first, second = block.blocks
-        self.first, self.second = _Block(first, products), _Block(second, products)
+        self.first, self.second = _Block(first, dtype), _Block(second, dtype)
         self.film_scale, self.place = block.film_scale, place
         shortcut = block.residual_conv
-        self.shortcut = _Window(shortcut, products) if isinstance(shortcut, nn.Conv1d) else nn.Identity()
+        self.shortcut = _Convolution(shortcut, dtype) if isinstance(shortcut, nn.Conv1d) else nn.Identity()
 
     def forward(self, x: Tensor, values: Callable[[slice], Tensor]) -> Tensor:
         hidden, film = self.first(x), values(self.place)
@@ -180,7 +178,7 @@ class _Residual(nn.Module):
         return self.second(hidden) + self.shortcut(x)
 
 
-def _resampling(module: Any, products: torch.dtype) -> nn.Module:
+def _resampling(module: Any, dtype: torch.dtype) -> nn.Module:
     if isinstance(module, nn.Identity):
         return nn.Identity()
-    return (_Window if isinstance(module.conv, nn.Conv1d) else _Doubling)(module.conv, products)
+    return (_Convolution if isinstance(module.conv, nn.Conv1d) else _Doubling)(module.conv, dtype)

@@ -1,0 +1,108 @@
+"""One episode of one robot: its observations, the noise of each chunk, and what one chunk leaves to the next."""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from parapolicy.noise import mix_seeds
+from parapolicy.observation import ObservationHistory
+from parapolicy.policy import Chunk, Policy
+from parapolicy.spec import PolicySpec
+from parapolicy.warm import WarmState
+
+
+@dataclass(frozen=True)
+class Request:
+    """What one chunk is computed from.
+
+    Attributes:
+        observation: {key: (To, ...)}.
+        number: of the chunk in its episode.
+        seed: of its noise.
+        begin: the control step of its observation.
+        warm: what it starts from; None: cold.
+        warm_from: number of the chunk that left it.
+        executed: control steps between the two observations; None: cold.
+    """
+
+    observation: dict[str, np.ndarray]
+    number: int
+    seed: int
+    begin: int
+    warm: WarmState | None = None
+    warm_from: int | None = None
+    executed: int | None = None
+
+
+class Episode:
+    """History, chunk numbers, seeds and warm state of one episode, for the controller, the server and the rollout.
+
+    The noise of chunk k is seeded by (*seed, k): the same for every sampler, different for every chunk and episode.
+
+    Args:
+        spec: the policy's.
+        seed: of the episode's noise.
+        warm_start: start each chunk from the one before.
+    """
+
+    def __init__(self, spec: PolicySpec, seed: tuple[int, ...] = (0,), warm_start: bool = False) -> None:
+        self.spec, self.seed, self.warm_start = spec, seed, warm_start
+        self.history = ObservationHistory(spec)
+        self.step, self.chunks = -1, 0
+        self._last: tuple[Request, WarmState] | None = None
+
+    def push(self, observation: Mapping[str, Any]) -> None:
+        """Add one control step's observation, {key: (...)}.
+
+        Raises:
+            ObservationError: it does not fit; the episode stays as it was.
+        """
+        self.history.push(observation)
+        self.step += 1
+
+    def request(self, executed: int | None = None) -> Request:
+        """What the next chunk is computed from.
+
+        Args:
+            executed: control steps since the observation of the accepted chunk, for a caller that does not push at
+                every step; None: as many as were pushed since then.
+        """
+        number, self.chunks = self.chunks, self.chunks + 1
+        cold = Request(self.history.stacked(), number, mix_seeds(*self.seed, number), self.step)
+        if self._last is None:
+            return cold
+        before, warm = self._last
+        executed = self.step - before.begin if executed is None else executed
+        if executed >= self.spec.horizon:  # the two chunks do not overlap
+            return cold
+        return Request(cold.observation, number, cold.seed, self.step, warm, before.number, executed)
+
+    def accept(self, request: Request, chunk: Chunk) -> None:
+        """The chunk of a request is executed from now on; the next one may start from it."""
+        if self.warm_start:
+            self._last = request, chunk.warm_state
+
+
+def group_requests(requests: Sequence[Request]) -> list[list[int]]:
+    """Indices of requests that one ``predict`` can answer: all cold, or all warm after as many control steps."""
+    groups: dict[int | None, list[int]] = {}
+    for i, request in enumerate(requests):
+        groups.setdefault(request.executed, []).append(i)
+    return list(groups.values())
+
+
+def predict_together(policy: Policy, requests: Sequence[Request], deadline: float | None = None) -> list[Chunk]:
+    """The chunks of one group of requests, in one batch; see :meth:`parapolicy.Policy.predict`."""
+    keys = policy.spec.observation
+    observation = {key: np.stack([request.observation[key] for request in requests]) for key in keys}
+    states = [request.warm for request in requests if request.warm is not None]
+    chunk = policy.predict(
+        observation,
+        seed=[request.seed for request in requests],
+        deadline=deadline,
+        warm=WarmState.stack(states) if states else None,
+        executed=requests[0].executed,
+    )
+    return [chunk[i] for i in range(len(requests))]

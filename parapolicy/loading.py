@@ -1,0 +1,82 @@
+"""A policy from its files, on a device, with a sampler and an engine."""
+
+import dataclasses
+import os
+from typing import Any
+
+import torch
+
+from parapolicy.checkpoint import read_checkpoint
+from parapolicy.checkpoint.native import write_checkpoint
+from parapolicy.engine import make_engine
+from parapolicy.errors import CheckpointError
+from parapolicy.planner import make_plan
+from parapolicy.policy import Policy
+from parapolicy.samplers import make_sampler
+from parapolicy.schedule import make_schedule
+
+
+def load_policy(
+    folder: str | os.PathLike[str],
+    sampler: str = "secant",
+    device: str = "auto",
+    engine: str = "eager",
+    **parameters: Any,
+) -> Policy:
+    """Load a policy folder (``config.json`` and ``model.safetensors``), or what an installed reader recognises.
+
+    Args:
+        folder: the policy folder.
+        sampler: one of :func:`parapolicy.list_samplers`; ``parameters`` are its own. ``auto``: the one that
+            :func:`parapolicy.make_plan` finds fastest here, at the ``tolerance`` given (or the plan's own default).
+        engine: one of :data:`parapolicy.engine.ENGINES`. ``compiled`` compiles at the first call, for about a minute
+            where torch's cache on disk does not know the network yet. ``compiled_bfloat16`` rounds the factors of its
+            matrix products to bfloat16: faster on CPUs with instructions for it. ``cuda_graph`` captures whole rounds
+            of the default sampler. ``sharded`` splits calls over the processes of ``torchrun``, each of which computes
+            by ``compiled``. ``auto``: see :func:`parapolicy.engine.make_engine`; under ``torchrun``, split like that.
+        device: ``auto`` (a GPU where there is one), ``cpu``, ``cuda``, ``cuda:1``, …
+
+    Raises:
+        CheckpointError: a file is missing, damaged, or does not match the other one.
+        ValueError: an unknown sampler, parameter, engine or device, or ``sharded`` outside of ``torchrun``.
+    """
+    if sampler == "auto" and set(parameters) - {"tolerance"}:
+        raise ValueError(f"sampler 'auto' has no parameters {sorted(set(parameters) - {'tolerance'})}, only tolerance")
+    chosen = make_sampler("secant" if sampler == "auto" else sampler, **parameters)
+    target = pick_device(device)
+    made = make_engine("compiled" if engine == "sharded" else engine, target)
+    spec, network, normalizer = read_checkpoint(folder)
+    try:
+        schedule = make_schedule(spec.scheduler, sample_shape=spec.sample_shape)
+    except (ValueError, TypeError, RuntimeError) as error:
+        raise CheckpointError(f"{folder}: its scheduler config gives no schedule: {error}") from error
+    network = network.to(target)
+    policy = Policy(spec, network, normalizer.to(target), schedule.to(target), chosen, target, engine=made)
+    if engine == "sharded" or (engine == "auto" and int(os.environ.get("WORLD_SIZE", 1)) > 1):
+        from parapolicy.engine.sharded import join  # torch.distributed takes its time to load
+
+        policy = dataclasses.replace(policy, engine=join(policy))
+    return make_plan(policy, **parameters).apply(policy) if sampler == "auto" else policy
+
+
+def save_policy(policy: Policy, folder: str | os.PathLike[str]) -> None:
+    """Write a policy folder that :func:`load_policy` reads back, weights equal to the bit."""
+    write_checkpoint(folder, policy.spec, policy.network.state_dict(), policy.normalizer)
+
+
+def pick_device(name: str) -> torch.device:
+    """A device by name, with ``auto`` for a GPU or else the CPU. Under ``torchrun`` each process has its own GPU.
+
+    Raises:
+        ValueError: not a device name, or a device that is not available.
+    """
+    if name == "auto":
+        name = "cuda" if torch.cuda.is_available() else "cpu"
+    if name == "cuda" and "LOCAL_RANK" in os.environ:
+        name = f"cuda:{os.environ['LOCAL_RANK']}"
+    try:
+        device = torch.device(name)
+        torch.empty(0, device=device)
+    except (RuntimeError, AssertionError) as error:
+        raise ValueError(f"device {name!r} is not available ({error}); take 'auto' or 'cpu'") from error
+    return device

@@ -1,0 +1,73 @@
+"""What a network is: work at three rates."""
+
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from parapolicy.spec import PolicySpec
+
+# What a network has computed ahead of its forward pass: tensors whose first axis is the step or the batch element.
+Embedding = Tensor | tuple[Tensor, ...]
+
+
+class Network(nn.Module):
+    """Predicts noise (or sample, or velocity) from noisy samples, their steps and an observation.
+
+    Its work is done at three rates: once per schedule, once per chunk, and in every round.
+    """
+
+    @classmethod
+    def build(cls, spec: PolicySpec, **arguments: Any) -> "Network":
+        """A network for a policy, with fresh weights, on torch's current default device.
+
+        Args:
+            spec: what the policy observes and predicts.
+            arguments: those of ``spec.network``.
+
+        Raises:
+            ValueError, TypeError: arguments or a spec that this network cannot take.
+        """
+        raise NotImplementedError
+
+    def embed_steps(self, timesteps: Tensor) -> Embedding:
+        """What depends on the timestep alone, once per schedule: (T,) -> (T, …)."""
+        raise NotImplementedError
+
+    def embed_condition(self, observation: Mapping[str, Tensor]) -> Embedding:
+        """What depends on the observation alone, once per chunk: {key: (B, To, …)}, normalised -> (B, …).
+
+        Images come as (B, To, C, H, W).
+        """
+        raise NotImplementedError
+
+    def forward(self, x: Tensor, steps: Embedding, condition: Embedding, step: Tensor, element: Tensor) -> Tensor:
+        """The prediction at N noisy samples (N, *sample_shape), of the same shape.
+
+        Args:
+            x: noisy samples.
+            steps, condition: of :meth:`embed_steps` (T, …) and :meth:`embed_condition` (B, …).
+            step, element: (N,) int64, which of their entries belongs to each sample.
+        """
+        raise NotImplementedError
+
+    def predict(self, x: Tensor, timesteps: Tensor, observation: Mapping[str, Tensor]) -> Tensor:
+        """The prediction at B noisy samples (B, …), each with a timestep (B,) and an observation of its own.
+
+        This is how training and the published samplers call a network.
+        """
+        entry = torch.arange(len(x), device=x.device)
+        prediction: Tensor = self(x, self.embed_steps(timesteps), self.embed_condition(observation), entry, entry)
+        return prediction
+
+
+def flatten_observation(observation: Mapping[str, Tensor]) -> Tensor:
+    """{key: (B, To, …)} -> (B, To · D): the steps one after the other, the keys of each in the mapping's order."""
+    parts = [value.flatten(2) if value.ndim > 2 else value[..., None] for value in observation.values()]
+    return torch.cat(parts, dim=2).flatten(1)
+
+
+def map_embedding(function: Callable[[Tensor], Tensor], embedding: Embedding) -> Embedding:
+    """``function`` of each tensor."""
+    return tuple(map(function, embedding)) if isinstance(embedding, tuple) else function(embedding)
