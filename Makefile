@@ -6,7 +6,7 @@ BIN := $(VENV)/bin
 ENV ?= pusht
 DEMONSTRATIONS ?= ../shared/data
 
-.PHONY: setup client eval test test-distributed
+.PHONY: setup client eval test test-distributed mutate
 setup: $(VENV)/.done
 
 $(VENV)/.done: pyproject.toml constraints.txt
@@ -31,9 +31,17 @@ eval: setup
 test: setup client
 	$(BIN)/ruff check
 	$(BIN)/ruff format --check
+	$(BIN)/lint-imports
 	$(BIN)/mypy
 	OMP_NUM_THREADS=1 PARAPOLICY_DEMONSTRATIONS=$(DEMONSTRATIONS) $(BIN)/python -m pytest -n auto --maxprocesses 4 --dist loadfile $(ARGS)
 
 # Sweeps on a Ray cluster of this machine: a minute on an idle machine, and more processes than the other tests.
 test-distributed: setup
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m distributed $(ARGS)
+
+# Which small changes of the code no test notices, by mutmut: FILE=parapolicy/noise.py, or about an hour for all. What
+# is known already is not run again; mutants/ keeps it. bin/mutmut show NAME prints the change of one that survived.
+mutate: setup
+	$(BIN)/python -m pip install --disable-pip-version-check -c constraints.txt mutmut
+	OMP_NUM_THREADS=1 $(BIN)/mutmut run $(if $(FILE),'$(subst /,.,$(FILE:.py=)).*')
+	$(BIN)/mutmut results | grep -v 'not checked' || echo none

@@ -1,6 +1,7 @@
 """Small policies, denoisers, observations and configurations that tests share."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -9,12 +10,17 @@ import torch
 from hydra import compose, initialize_config_dir
 from omegaconf import DictConfig
 from torch import Tensor
+from torch.nn.modules.module import register_module_forward_pre_hook
 
-from parapolicy.checkpoint.spec import PolicySpec
+from parapolicy.denoiser import Denoiser
+from parapolicy.networks import Network, build_network
+from parapolicy.networks.unet1d import ConditionalUnet1D
+from parapolicy.noise import draw_noise
 from parapolicy.normalizer import Affine, Normalizer
 from parapolicy.policy import Policy
 from parapolicy.samplers import make_sampler
 from parapolicy.schedule import Schedule, make_schedule
+from parapolicy.spec import PolicySpec
 
 DDPM_CONFIG: dict[str, Any] = {
     "_class_name": "DDPMScheduler",
@@ -43,30 +49,74 @@ def small_spec(**changes: Any) -> PolicySpec:
 def small_policy(sampler: str = "sequential", **changes: Any) -> Policy:
     """Random weights; the output is made large enough to matter."""
     spec = small_spec(**changes)
-    network = spec.build_network().requires_grad_(False).eval()
-    shapes = {**spec.observation, "action": (spec.action_dim,)}
+    network = build_network(spec).requires_grad_(False).eval()
+    shapes = spec.normalizer_shapes
     normalizer = Normalizer({k: Affine(torch.full(s, 0.01), torch.full(s, -0.5)) for k, s in shapes.items()})
-    schedule = make_schedule(spec.scheduler, sample_shape=(spec.horizon, spec.action_dim))
+    schedule = make_schedule(spec.scheduler, sample_shape=spec.sample_shape)
     return Policy(spec, network, normalizer, schedule, make_sampler(sampler), torch.device("cpu"))
 
 
 def some_observation(spec: PolicySpec, batch: int | None = None, seed: int = 0) -> dict[str, np.ndarray]:
     rng = np.random.default_rng(seed)
     lead = (spec.n_obs_steps,) if batch is None else (batch, spec.n_obs_steps)
-    return {key: rng.uniform(0, 100, (*lead, *shape)).astype(np.float32) for key, shape in spec.observation.items()}
+    shapes = {key: (*lead, *feature.shape) for key, feature in spec.observation.items()}
+    return {key: rng.uniform(0, 100, shape).astype(np.float32) for key, shape in shapes.items()}
 
 
-def linear_denoiser(schedule: Schedule, batch: int, shape: tuple[int, int], gain: float, seed: int) -> Callable:
+def bind(policy: Policy, condition: Tensor, **settings: Any) -> Denoiser:
+    """The denoiser of a policy for condition vectors (B, C)."""
+    evaluate = policy.engine.bind(policy.network, policy.schedule.timesteps, {"condition": condition[:, None]})
+    return Denoiser(evaluate, policy.schedule, policy.spec.sample_shape, **settings)
+
+
+def call_network(network: Network, x: Tensor, timesteps: Tensor, condition: Tensor) -> Tensor:
+    """A network's output for samples (B, H, D) with timesteps (B,) and condition vectors (B, C) of their own."""
+    return network.predict(x, timesteps, {"condition": condition[:, None]})
+
+
+def flat_noise(schedule: Schedule, batch: int = 1, seed: int = 0, shape: tuple[int, ...] | None = None) -> Tensor:
+    """Noise as samplers take it, (T + 1, B, S)."""
+    return draw_noise(schedule, batch, seed, shape).flatten(2)
+
+
+@contextmanager
+def network_inputs() -> Iterator[list[tuple[Tensor, Tensor]]]:
+    """What every call of a network in this block receives: its noisy samples (N, H, Da) and its conditions (N, C)."""
+    calls: list[tuple[Tensor, Tensor]] = []
+
+    def note(module: torch.nn.Module, inputs: tuple[Any, ...]) -> None:
+        if isinstance(module, ConditionalUnet1D):
+            x, _, condition, _, element = inputs
+            calls.append((x.detach().clone(), condition[element].detach().clone()))
+
+    hook = register_module_forward_pre_hook(note)
+    try:
+        yield calls
+    finally:
+        hook.remove()
+
+
+def received_condition(policy: Policy, observation: Mapping[str, Any]) -> Tensor:
+    """The condition (C,) that the network receives for one observation history."""
+    with network_inputs() as calls:
+        policy.with_schedule("ddim", 1).with_sampler("sequential").predict(observation)
+    ((_, condition),) = calls
+    return condition[0]
+
+
+def linear_denoiser(schedule: Schedule, batch: int, shape: tuple[int, ...], gain: float, seed: int) -> Callable:
     """u_j = bounded linear map of x_j and its neighbour, different for each step and element.
 
     Only elementwise arithmetic, so that a result does not depend, to the bit, on what shares the call.
     """
     generator = torch.Generator().manual_seed(seed)
-    own, neighbour = gain * (torch.rand(2, len(schedule), 1, shape[1], generator=generator) * 2 - 1)
-    bias = torch.randn(batch, *shape, generator=generator)
+    size = torch.Size(shape).numel()
+    own, neighbour = gain * (torch.rand(2, len(schedule), shape[-1], generator=generator) * 2 - 1)
+    own, neighbour = (value.repeat(1, size // shape[-1]) for value in (own, neighbour))
+    bias = torch.randn(batch, size, generator=generator)
 
     def denoiser(x: Tensor, step: Tensor, element: Tensor) -> Tensor:
-        return own[step] * x + neighbour[step] * x.roll(1, dims=1) + bias[element]
+        return own[step] * x + neighbour[step] * x.roll(shape[-1], dims=1) + bias[element]
 
     return denoiser
 

@@ -9,26 +9,33 @@ import torch
 
 import parapolicy
 from parapolicy.bench import __main__ as command
-from parapolicy.bench import machine, measure, soak
+from parapolicy.bench import benchmarks, roofline, soak
 from parapolicy.bench.widen import widen
-from parapolicy.networks import ConditionalUnet1D
 from tests.conftest import SHIPPED
-from tests.helpers import small_policy
+from tests.helpers import call_network, small_policy
 
 
 def test_the_floor_counts_the_network_s_work() -> None:
     policy = small_policy()
-    flops, weights = measure.work(policy)
+    flops, weights = benchmarks.work(policy)
     assert weights == 4 * sum(parameter.numel() for parameter in policy.network.parameters())
     assert flops > 2 * weights / 12  # most weights are used at several positions, some at one
     slow_memory = {"flops_per_second": 1e30, "bytes_per_second": 4.0}
-    assert machine.floor(2, 30, flops, weights, slow_memory) == 2 * weights / 4
+    assert roofline.floor(2, 30, flops, weights, slow_memory) == 2 * weights / 4
     slow_arithmetic = {"flops_per_second": 1.0, "bytes_per_second": 1e30}
-    assert machine.floor(2, 30, flops, weights, slow_arithmetic) == 30 * flops
+    assert roofline.floor(2, 30, flops, weights, slow_arithmetic) == 30 * flops
+
+
+@pytest.mark.parametrize(("calls", "seconds"), [(2, 90.0), (3, 120.0)])
+def test_the_floor_is_the_longer_of_arithmetic_and_reading(calls: int, seconds: float) -> None:
+    """30 rows of 6 FLOPs at 2 a second, and calls of 200 bytes at 5 a second, side by side."""
+    assert roofline.floor(calls, 30, 6, 200, {"flops_per_second": 2.0, "bytes_per_second": 5.0}) == seconds
 
 
 def test_a_row_s_flops_are_those_of_a_hand_count() -> None:
-    network = ConditionalUnet1D(2, 3, 8, (4,), 3, 2)
+    arguments = {"diffusion_step_embed_dim": 8, "down_dims": [4], "kernel_size": 3, "n_groups": 2}
+    observation = {"position": (3,)}
+    policy = small_policy(observation=observation, n_obs_steps=1, horizon=5, network={"name": "unet1d", **arguments})
     step_encoder = 2 * (8 * 32 + 32 * 8)
     positions = 5
     down = 3 * (2 * 4 + 4 * 4) + 2 * 4 + 3 * (4 * 4 + 4 * 4)  # with a residual projection in the first
@@ -36,37 +43,40 @@ def test_a_row_s_flops_are_those_of_a_hand_count() -> None:
     end = 3 * 4 * 4 + 4 * 2
     film = 4 * (8 + 3) * 8
     expected = step_encoder + 2 * positions * (down + middle + end) + 2 * film
-    assert machine.row_flops(network, positions, 2, 3) == expected
+    assert roofline.row_flops(policy.network, policy.spec) == expected
 
 
 @pytest.mark.parametrize(("down_dims", "scale"), [((8, 16), True), ((8, 16, 16), False)])
 def test_a_widened_network_is_the_same_function(down_dims: tuple[int, ...], scale: bool) -> None:
-    network = ConditionalUnet1D(2, 5, 16, down_dims, 5, 4, scale).requires_grad_(False)
-    wide = widen(network, 3)
-    x, timestep, condition = torch.randn(6, 8, 2), torch.arange(6), torch.randn(6, 5)
-    torch.testing.assert_close(wide(x, timestep, condition), network(x, timestep, condition), rtol=0, atol=1e-5)
-    assert wide.mid_modules[0].blocks[0].block[0].out_channels == 3 * down_dims[-1]
+    sizes = {"diffusion_step_embed_dim": 16, "down_dims": list(down_dims), "n_groups": 4, "cond_predict_scale": scale}
+    policy = small_policy(network={"name": "unet1d", **sizes})
+    wide = widen(policy, 3)
+    x, timestep, condition = torch.randn(6, 8, 2), torch.arange(6), torch.randn(6, policy.spec.condition_dim)
+    expected = call_network(policy.network, x, timestep, condition)
+    torch.testing.assert_close(call_network(wide.network, x, timestep, condition), expected, rtol=0, atol=1e-5)
+    assert wide.network.mid_modules[0].blocks[0].block[0].out_channels == 3 * down_dims[-1]
+    assert wide.spec.network["down_dims"] == [3 * channels for channels in down_dims]
 
 
 def test_widened_fourfold_the_shipped_policy_has_the_published_size(shipped: parapolicy.Policy) -> None:
-    parameters = sum(parameter.numel() for parameter in widen(shipped.network, 4).parameters())
+    parameters = sum(parameter.numel() for parameter in widen(shipped, 4).network.parameters())
     assert 60e6 < parameters < 70e6
 
 
 def test_every_call_is_timed_once_per_repeat_in_rotating_order() -> None:
     order: list[str] = []
     calls = {name: lambda name=name: order.append(name) for name in "abc"}
-    seconds = measure.alternate(calls, 3, torch.device("cpu"))
+    seconds = benchmarks.alternate(calls, 3, torch.device("cpu"))
     assert "".join(order) == "abc" + "abc" + "bca" + "cab"
     assert {name: len(values) for name, values in seconds.items()} == {"a": 3, "b": 3, "c": 3}
     order.clear()
-    seconds = measure.alternate(calls, 2, torch.device("cpu"), leading=1)
+    seconds = benchmarks.alternate(calls, 2, torch.device("cpu"), leading=1)
     assert "".join(order) == "abc" + "aabbcc" + "bbccaa"
     assert {name: len(values) for name, values in seconds.items()} == {"a": 2, "b": 2, "c": 2}
 
 
 def test_more_steps_are_the_same_noise_levels_more_finely_divided(shipped: parapolicy.Policy) -> None:
-    finer = measure._with_steps(shipped, 400)
+    finer = benchmarks._with_steps(shipped, 400)
     assert len(finer.schedule) == 400
     trained = dict(zip(shipped.schedule.timesteps.tolist(), shipped.schedule.alpha.tolist(), strict=True))
     found = dict(zip(finer.schedule.timesteps.tolist(), finer.schedule.alpha.tolist(), strict=True))
@@ -78,7 +88,7 @@ def test_the_command_writes_its_results(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     for name, value in {"BATCHES": (1, 4), "ROBOTS": (1, 2), "WINDOWS": (20,), "STEPS": (5,), "HORIZONS": (8,)}.items():
-        monkeypatch.setattr(measure, name, value)
+        monkeypatch.setattr(benchmarks, name, value)
     options = ["--engines", "eager", "--chunks", "1", "--device", "cpu", "--scaling", "--output", str(tmp_path)]
     monkeypatch.setattr(sys, "argv", ["bench", str(SHIPPED), *options])
     command.main()

@@ -10,8 +10,8 @@ import torch
 from safetensors.torch import load_file, save_file
 
 import parapolicy
-from parapolicy.checkpoint.spec import PolicySpec
 from parapolicy.normalizer import Affine, Normalizer
+from parapolicy.spec import PolicySpec
 from tests.conftest import SHIPPED
 from tests.helpers import small_policy, small_spec, some_observation
 
@@ -78,7 +78,7 @@ DAMAGES = {
     "deep config": (lambda f: (f / "config.json").write_text("[" * 100_000), "no JSON text"),
     "other JSON": (lambda f: (f / "config.json").write_text("[]"), "not the configuration of a parapolicy"),
     "foreign config": (edit_config(lambda c: c.update(format="lerobot")), "not the configuration of a parapolicy"),
-    "newer version": (edit_config(lambda c: c.update(version=2)), "has version 2"),
+    "newer version": (edit_config(lambda c: c.update(version=3)), "has version 3"),
     "unknown key": (edit_config(lambda c: c["spec"].update(horizn=8)), "unknown keys .'horizn'"),
     "missing key": (edit_config(lambda c: c["spec"].pop("horizon")), "lacks .'horizon'"),
     "text for a number": (edit_config(lambda c: c["spec"].update(horizon="8")), "horizon is '8'"),
@@ -90,8 +90,8 @@ DAMAGES = {
     "negative width": (edit_config(lambda c: c["spec"]["network"].update(down_dims=[-16, 32])), "describes no policy"),
     "huge network": (edit_config(lambda c: c["spec"]["network"].update(down_dims=[2**18, 2**19])), "calls for"),
     "other width": (edit_config(lambda c: c["spec"]["network"].update(down_dims=[16, 64])), "calls for"),
-    "other observation": (edit_config(lambda c: c["spec"]["observation"].update(position=[3])), "calls for"),
-    "renamed observation": (edit_config(lambda c: c["spec"]["observation"].update(other=[2])), "missing tensors"),
+    "other observation": (edit_config(lambda c: c["spec"]["observation"][0].update(shape=[3])), "calls for"),
+    "renamed observation": (edit_config(lambda c: c["spec"]["observation"][0].update(key="other")), "missing tensors"),
     "endless horizon": (edit_config(lambda c: c["spec"].update(horizon=2**40)), "horizon is 1099511627776"),
     "endless schedule": (edit_scheduler(num_train_timesteps=10**12), "num_train_timesteps is 1000000000000"),
     "unknown scheduler": (edit_scheduler(_class_name="PNDMScheduler"), "PNDMScheduler"),
@@ -167,3 +167,15 @@ def test_the_shipped_policy_is_small_and_complete(shipped: parapolicy.Policy) ->
     assert len(shipped.schedule) == 100
     assert shipped.schedule.solver == "ddpm"
     assert "success rate" in (SHIPPED / "README.md").read_text()
+
+
+def test_files_with_observations_in_a_map_keep_loading(tmp_path: Path) -> None:
+    """Version 1 kept them so; their order counts."""
+    policy = small_policy()
+    parapolicy.save_policy(policy, tmp_path)
+    path = tmp_path / "config.json"
+    config = json.loads(path.read_text())
+    config["version"] = 1
+    config["spec"]["observation"] = {entry["key"]: entry["shape"] for entry in config["spec"]["observation"]}
+    path.write_text(json.dumps(config))
+    assert parapolicy.load_policy(tmp_path, device="cpu").spec == policy.spec

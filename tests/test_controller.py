@@ -240,6 +240,14 @@ def test_steps_that_take_longer_than_the_period_are_misses(policy: Timed) -> Non
     )  # the second step begins 250 ms after the first
 
 
+@pytest.mark.parametrize(("seconds", "misses"), [(0.05, 0), (0.1, 0), (0.101, 2)])
+def test_a_step_within_the_period_is_no_miss(policy: Timed, seconds: float, misses: int) -> None:
+    policy.seconds = seconds
+    controller = Controller(policy, 10, clock=policy.clock)
+    act(controller, policy, EXECUTED + 1)
+    assert controller.record.misses == controller.latency["misses"] == misses
+
+
 def test_every_action_says_where_it_came_from(policy: Timed) -> None:
     """From the log alone, with the observations, each chunk is computed again, and with it each action."""
     rows: list[Any] = []
@@ -364,7 +372,7 @@ def test_the_thread_is_there_before_the_loop_begins(shipped: Policy) -> None:
 def test_a_real_thread(shipped: Policy) -> None:
     rng = np.random.default_rng(0)
     keys = shipped.spec.observation.items()
-    observation = {key: rng.uniform(150, 350, shape).astype(np.float32) for key, shape in keys}
+    observation = {key: rng.uniform(150, 350, feature.shape).astype(np.float32) for key, feature in keys}
     with Controller(shipped, asynchronous=True) as controller:
         actions = [controller.act(observation) for _ in range(200)]
     assert np.isfinite(actions).all()

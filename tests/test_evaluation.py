@@ -15,13 +15,14 @@ from hydra.errors import HydraException
 import parapolicy
 import train
 from envs import make_env
-from parapolicy.evaluate import metrics
-from parapolicy.evaluate.evaluation import evaluate
-from parapolicy.evaluate.latency import count_evaluations, measure_chunks
-from parapolicy.evaluate.rollout import Episode, rollout
-from parapolicy.evaluate.statistics import mean_interval, proportion_interval
-from parapolicy.evaluate.upstream import upstream_chunk
-from parapolicy.evaluate.variants import build_variants, find_baseline
+from parapolicy.evaluate.measure.statistics import mean_interval, proportion_interval
+from parapolicy.evaluate.measure.timing import count_evaluations, measure_chunks
+from parapolicy.evaluate.measure.upstream import upstream_chunk
+from parapolicy.evaluate.run.evaluation import evaluate
+from parapolicy.evaluate.run.results import compare_to_baseline, summarize_chunks, summarize_episodes
+from parapolicy.evaluate.run.rollout import EpisodeRecord, rollout
+from parapolicy.evaluate.run.variants import build_variants, find_baseline
+from parapolicy.spec import Feature
 from tests.conftest import ROOT
 from tests.helpers import configured, small_policy, some_observation
 
@@ -94,14 +95,14 @@ def test_chunks_are_measured_against_sequential_with_the_same_noise() -> None:
     assert min(measured["loose"].errors) > 1e-4
     assert find_baseline(policies) == "sequential"
     assert len(policies["short"].schedule) == 5
-    summary = metrics.summarize_chunks(measured["loose"], policies["loose"])["chunk_error"]
+    summary = summarize_chunks(measured["loose"], policies["loose"])["chunk_error"]
     assert len(summary["each"]) == 3
     assert "asked" not in summary  # its tolerance is of the steps' noise
     loose = policies["loose"].with_sampler("secant", tolerance=0.3)
-    assert metrics.summarize_chunks(measured["loose"], loose)["chunk_error"]["asked"] == 0.3
+    assert summarize_chunks(measured["loose"], loose)["chunk_error"]["asked"] == 0.3
 
 
-@pytest.mark.parametrize(("solver", "steps"), [("ddpm", 20), ("ddim", 8)])
+@pytest.mark.parametrize(("solver", "steps"), [("ddpm", 20), ("ddpm", 8), ("ddim", 10)])
 def test_upstream_s_way_gives_the_sequential_chunk_and_is_timed_beside_it(solver: str, steps: int) -> None:
     policy = small_policy().with_schedule(solver, steps).with_sampler("sequential")
     observation = some_observation(policy.spec, seed=0)
@@ -113,7 +114,13 @@ def test_upstream_s_way_gives_the_sequential_chunk_and_is_timed_beside_it(solver
     measured = measure_chunks({"ours": policy}, [observation] * 3, upstream={"upstream": policy})
     assert len(measured["upstream"].seconds) == len(measured["ours"].seconds) == 3
     assert measured["upstream"].errors == []
-    assert "chunk_error" not in metrics.summarize_chunks(measured["upstream"], None)
+    assert "chunk_error" not in summarize_chunks(measured["upstream"], None)
+
+
+def test_upstream_s_way_names_a_schedule_that_diffusers_cannot_take() -> None:
+    policy = small_policy().with_schedule("ddim", 8)
+    with pytest.raises(ValueError, match="DDIMScheduler with 8 steps begins at timestep 14, this schedule at 19"):
+        upstream_chunk(policy, some_observation(policy.spec, seed=0), 7)
 
 
 def test_evaluations_are_counted_by_diffusion_step() -> None:
@@ -163,13 +170,13 @@ def test_intervals_cover() -> None:
 def test_summaries_pair_by_seed() -> None:
     def row(rewards: dict[int, float], p50: float) -> dict[str, Any]:
         episodes = [
-            Episode(seed, [0.0, reward], reward >= 1, rounds=[3, 5], evaluations=[30, 50])
+            EpisodeRecord(seed, [0.0, reward], reward >= 1, rounds=[3, 5], evaluations=[30, 50])
             for seed, reward in rewards.items()
         ]
-        return metrics.summarize_episodes(episodes, 2.0, ["a.mp4"]) | {"chunk_ms": {"p50": p50}}
+        return summarize_episodes(episodes, 2.0, ["a.mp4"]) | {"chunk_ms": {"p50": p50}}
 
     ours, theirs = row({2: 0.5, 1: 1.0}, 10.0), row({1: 0.9, 2: 0.7}, 50.0)
-    result = metrics.compare(ours, theirs, "sequential")
+    result = compare_to_baseline(ours, theirs, "sequential")
     assert result["paired_reward_difference"]["mean"] == pytest.approx(-0.05)
     assert result["speedup_p50"] == 5.0
     assert ours["mean_max_reward"] == ours["test/mean_score"] == ours["overall"]["avg_max_reward"] == 0.75
@@ -226,7 +233,7 @@ def test_eval_command(tmp_path: Path) -> None:
         ("control=slow", "control is 'slow', expected sync or async"),
         ("env.latency=80ms", "latency is '80ms', expected none, measured, fixed:80ms or trace:FILE"),
         ("watch=tv", "watch is 'tv', expected web"),
-        ("device=cuda:99", "device 'cuda:99' is not to be had here"),
+        ("device=cuda:99", "device 'cuda:99' is not available"),
         ("engine=fast", "engine is 'fast', expected one of"),
         ("episodes=0", "episodes is 0"),
         ("num_envs=0", "num_envs is 0"),
@@ -267,7 +274,7 @@ def test_train_command_then_eval(tmp_path: Path) -> None:
     )
     assert done.returncode == 0, done.stderr
     policy = parapolicy.load_policy(tmp_path / "policy")
-    assert dict(policy.spec.observation) == {"state": (5,)}
+    assert dict(policy.spec.observation) == {"state": Feature((5,), "state")}
     card = (tmp_path / "policy" / "README.md").read_text()
     for text in ("data=pusht_state", "over 2 episodes, seeds from 100000", "steps 4", "seed 0"):
         assert text in card

@@ -7,10 +7,11 @@ import h5py
 import numpy as np
 import pytest
 
-from envs import experts, make_env
+from envs import make_env
 from parapolicy.noise import mix_seeds
 from parapolicy.train.data import read_hdf5
 from tests.helpers import configured, small_spec
+from tools import experts
 
 pytest.importorskip("robosuite", reason="robosuite is not installed: pip install 'parapolicy[robomimic]'")
 

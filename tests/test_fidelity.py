@@ -3,8 +3,8 @@ from math import erf, exp, pi, sqrt
 import numpy as np
 import pytest
 
-from parapolicy.evaluate.fidelity import energy_distance, measure_fidelity
-from parapolicy.evaluate.variants import build_variants
+from parapolicy.evaluate.measure.fidelity import energy_distance, measure_fidelity
+from parapolicy.evaluate.run.variants import build_variants
 from tests.helpers import small_policy, some_observation
 
 

@@ -1,3 +1,4 @@
+import numpy as np
 import pytest
 import torch
 
@@ -14,6 +15,7 @@ def test_an_element_draws_the_same_whatever_the_batch() -> None:
     assert one.dtype == torch.float32
     assert torch.equal(one[:, 0], four[:, 0])
     assert not torch.equal(four[:, 0], four[:, 1])
+    assert torch.equal(parapolicy.draw_noise(schedule), parapolicy.draw_noise(schedule, 1, seed=0))
 
 
 def test_a_seed_per_element_is_each_seed_alone() -> None:
@@ -33,6 +35,14 @@ def test_it_is_standard_normal() -> None:
     noise = parapolicy.draw_noise(make(DDPM_CONFIG), batch=50, seed=1, sample_shape=(16, 2)).flatten().double()
     assert abs(float(noise.mean())) < 5 / noise.numel() ** 0.5
     assert abs(float(noise.var()) - 1) < 5 * (2 / noise.numel()) ** 0.5
+
+
+def test_states_steps_and_elements_are_independent() -> None:
+    """No two of x_T and the z_j of four elements are correlated: a number used twice would stand out."""
+    noise = parapolicy.draw_noise(small_policy().schedule, batch=4, seed=2, sample_shape=(64, 16))
+    correlation = np.corrcoef(noise.flatten(0, 1).flatten(1).double().numpy())  # (21 * 4, 21 * 4)
+    off = correlation[np.triu_indices(len(correlation), 1)] * 1024**0.5
+    assert abs(off).max() < 6
 
 
 def test_missing_shape_and_negative_seed_are_named() -> None:

@@ -9,9 +9,8 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 import parapolicy
-from parapolicy.denoiser import Denoiser
-from parapolicy.engine import Eager
 from parapolicy.samplers import Parareal, Sequential
+from tests.helpers import bind, flat_noise
 from tests.test_samplers import counting, problems, stop_after
 
 
@@ -62,11 +61,8 @@ def test_stopping_early_returns_what_there_is(problem: Any, data: st.DataObject)
 @pytest.mark.parametrize(("solver", "steps"), [("ddpm", None), ("dpmsolver++", 20)])
 def test_on_the_shipped_policy(shipped: parapolicy.Policy, solver: str, steps: int | None) -> None:
     policy = shipped.with_schedule(solver, steps)
-    denoiser = Denoiser(
-        Eager(policy.network).bind(policy.schedule.timesteps, torch.rand(3, policy.spec.condition_dim) * 2 - 1),
-        policy.schedule,
-    )
-    noise = parapolicy.draw_noise(policy.schedule, 3, seed=0)
+    denoiser = bind(policy, torch.rand(3, policy.spec.condition_dim) * 2 - 1)
+    noise = flat_noise(policy.schedule, 3, seed=0)
     with torch.inference_mode():
         expected = Sequential().sample(denoiser, policy.schedule, noise)
         exact = Parareal(0.0).sample(denoiser, policy.schedule, noise)
@@ -79,10 +75,3 @@ def test_on_the_shipped_policy(shipped: parapolicy.Policy, solver: str, steps: i
     assert (loose.rounds < exact.rounds).all()
     if steps is None:
         assert (loose.rounds < len(policy.schedule)).all()
-
-
-def test_bad_parameters_are_named() -> None:
-    with pytest.raises(ValueError, match="tolerance is -1"):
-        Parareal(-1.0)
-    with pytest.raises(ValueError, match="0"):
-        Parareal(blocks=0)

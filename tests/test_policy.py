@@ -141,7 +141,7 @@ def test_a_chunk_that_is_not_finite_is_an_error(sampler: str) -> None:
 @pytest.mark.parametrize("device", ["cuda:99", "gpu"])
 def test_a_device_that_is_not_there_is_named(device: str, tmp_path: Any) -> None:
     parapolicy.save_policy(small_policy(), tmp_path)
-    with pytest.raises(ValueError, match=f"device '{device}' is not to be had here"):
+    with pytest.raises(ValueError, match=f"device '{device}' is not available"):
         parapolicy.load_policy(tmp_path, device=device)
 
 

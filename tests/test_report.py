@@ -12,17 +12,17 @@ import pandas as pd
 import pytest
 
 from parapolicy.cli import main
-from parapolicy.evaluate.figures import CHOSEN, calibration_figure, sampler_colors
-from parapolicy.evaluate.gather import episode_table, gather_latencies, gather_runs
-from parapolicy.evaluate.page import write_report
-from parapolicy.evaluate.statistics import (
+from parapolicy.evaluate.measure.statistics import (
     episodes_needed,
     equivalence_p,
     interquartile_mean,
     percentile_interval,
     pooled_interval,
 )
-from parapolicy.evaluate.summary import pareto, recommend, summarize
+from parapolicy.evaluate.report.figures import CHOSEN, calibration_figure, sampler_colors
+from parapolicy.evaluate.report.gather import episode_table, gather_latencies, gather_runs
+from parapolicy.evaluate.report.html_report import write_report
+from parapolicy.evaluate.report.summary import pareto, recommend, summarize
 
 BROWSER = next(
     (found for name in ("chromium", "chromium-browser", "google-chrome") if (found := shutil.which(name))), None
@@ -242,6 +242,10 @@ def test_statistics_against_known_answers() -> None:
     assert 0.68 < np.mean(shown) < 0.9
     low, high = percentile_interval(rng.exponential(1, 400), 50)
     assert low < np.log(2) < high
+    outliers = [[0, 0, 1, 2] * 20, [3, 100, 100, 100]]
+    value, (low, high) = pooled_interval(outliers)
+    assert value == interquartile_mean(np.concatenate(outliers)) == pytest.approx(26 / 42)
+    assert 0.2 < low < value < high < 1.0 < 4 < np.mean(np.concatenate(outliers))
     value, (low, high) = pooled_interval([rng.uniform(0, 1, 100), rng.uniform(0, 1, 50)])
     assert low < 0.5 < high
     assert low < value < high

@@ -11,15 +11,15 @@ import numpy as np
 import pytest
 
 from envs import make_env
-from envs.absolute import convert
-from envs.charged import Charged
+from envs.inference_delay import InferenceDelay
 from parapolicy.control import SimulatedClock
 from parapolicy.errors import DataError
-from parapolicy.evaluate.evaluation import evaluate
-from parapolicy.evaluate.rollout import rollout
+from parapolicy.evaluate.run.evaluation import evaluate
+from parapolicy.evaluate.run.rollout import rollout
 from parapolicy.train.data import read_hdf5
 from tests.conftest import ROOT
 from tests.helpers import configured, small_policy, small_spec
+from tools.absolute_actions import convert
 
 LIFT = {"object": (10,), "robot0_eef_pos": (3,), "robot0_eef_quat": (4,), "robot0_gripper_qpos": (2,)}
 SOURCES = {"action": {"array": "actions"}, "object": {"array": "obs/object", "columns": [0, 2]}}
@@ -57,6 +57,12 @@ def test_bad_files_are_named(file: Path, tmp_path: Path) -> None:
     garbage.write_bytes(b"not HDF5 at all")
     with pytest.raises(DataError, match="does not hold"):
         read_hdf5(garbage, SOURCES)
+    with h5py.File(file, "a") as root:
+        short = root["data/demo_10/obs/object"][:-1]
+        del root["data/demo_10/obs/object"]
+        root["data/demo_10/obs/object"] = short
+    with pytest.raises(DataError, match="demo_10/obs/object has 10 steps for 11 actions"):
+        read_hdf5(file, SOURCES)
     with h5py.File(file, "a") as root:
         root["data/demo_2/actions"][3, 1] = np.nan
     with pytest.raises(DataError, match="demo_2/actions"):
@@ -181,12 +187,12 @@ def test_an_episode_ends_after_its_steps_and_holding_counts() -> None:
     assert not env.unwrapped.hold(0.12)[3]  # two control steps; 0.02 s are carried on
     assert env.unwrapped.hold(0.08)[3]
     clock = SimulatedClock(lambda measured: 0.1)
-    charged = Charged(make_env("lift", LIFT_SPEC, max_episode_steps=6), clock, 20)
-    charged.reset(seed=0)
+    delayed = InferenceDelay(make_env("lift", LIFT_SPEC, max_episode_steps=6), clock, 20)
+    delayed.reset(seed=0)
     ends = []
     for _ in range(2):
         clock.compute(lambda: None)
-        ends.append(charged.step(np.zeros(7))[3])
+        ends.append(delayed.step(np.zeros(7))[3])
     assert ends == [False, True]
 
 

@@ -17,9 +17,10 @@ import numpy as np
 import pytest
 from websockets.exceptions import ConnectionClosed, ConnectionClosedError, InvalidStatus
 
+from parapolicy.episode import Request
 from parapolicy.policy import Chunk, Policy
 from parapolicy.serve.server import PolicyServer, ServeConfig
-from parapolicy.serve.session import Request, Session
+from parapolicy.serve.session import Session
 from parapolicy.serve.wire import WireError, pack, unpack
 from tests.helpers import small_policy, some_observation
 from tests.serving import Running, expected_episode, infer, running, served_policy
@@ -229,7 +230,7 @@ def test_a_chunk_that_fails_does_not_take_its_batch_with_it(policy: Policy) -> N
     server.batcher.policy = Moody(policy)  # type: ignore[assignment]
     good, bad = some_observation(policy.spec), some_observation(policy.spec)
     bad["position"] = bad["position"] + 5000
-    outcomes = server.batcher._compute([Request(o, 7, None, 4) for o in (good, bad, good)])
+    outcomes = server.batcher._compute([Request(o, number=0, seed=7, begin=0) for o in (good, bad, good)])
     assert isinstance(outcomes[1], FloatingPointError)
     for chunk in (outcomes[0], outcomes[2]):
         assert isinstance(chunk, Chunk)

@@ -14,14 +14,15 @@ import torch.distributed as dist
 import torch.multiprocessing as mp
 
 import parapolicy
-from parapolicy.engine.sharded import Sharded, WorkerLostError, _connect, _pack, _unpack, free_address, start_workers
-from parapolicy.policy import pick_device
+from parapolicy.engine.sharded import Sharded, WorkerLostError, _pack, _unpack, connect
+from parapolicy.launch import free_address, start_workers
+from parapolicy.loading import pick_device
 from tests.conftest import ROOT, SHIPPED
 
 
 def observation(policy: parapolicy.Policy, batch: int) -> dict[str, np.ndarray]:
     rng = np.random.default_rng(0)
-    shapes = policy.spec.observation.items()
+    shapes = [(key, feature.shape) for key, feature in policy.spec.observation.items()]
     return {key: rng.uniform(150, 350, (batch, 2, *shape)).astype(np.float32) for key, shape in shapes}
 
 
@@ -37,7 +38,7 @@ def test_two_processes_give_the_chunk_of_one(shipped: parapolicy.Policy) -> None
 
 def test_rows_arrive_as_they_were_sent() -> None:
     rows = torch.randn(40, 16, 2), torch.arange(960, 1000), torch.arange(40)
-    for sent, arrived in zip(rows, _unpack(_pack(*rows), 16, 2), strict=True):
+    for sent, arrived in zip(rows, _unpack(_pack(*rows), (16, 2)), strict=True):
         assert arrived.dtype == sent.dtype
         assert arrived.is_contiguous()
         assert torch.equal(arrived, sent)
@@ -67,7 +68,7 @@ def test_a_lost_worker_is_an_error_within_the_timeout(how: int) -> None:
 
 def never_listen(address: str) -> None:
     """A worker that stands still before it waits for a header."""
-    _connect(address, 1, 2, torch.device("cpu"), 3.0)
+    connect(address, 1, 2, torch.device("cpu"), 3.0)
     time.sleep(1000)
 
 
@@ -76,11 +77,10 @@ def test_a_worker_that_never_listens_is_an_error_within_the_timeout(shipped: par
     worker = mp.get_context("spawn").Process(target=never_listen, args=(address,), daemon=True)
     worker.start()
     try:
-        assert shipped.engine is not None
-        sharded = Sharded(shipped.engine, _connect(address, 0, 2, torch.device("cpu"), 3.0), 3.0)
+        sharded = Sharded(shipped.engine, connect(address, 0, 2, torch.device("cpu"), 3.0), 3.0)
         begin = time.monotonic()
         with pytest.raises(WorkerLostError, match="did not answer within 3 s"):
-            sharded.bind(torch.arange(3), torch.zeros(1, 40))
+            sharded.bind(shipped.network, torch.arange(3), {"keypoint": torch.zeros(1, 2, 18)})
         assert time.monotonic() - begin < 30
     finally:
         worker.kill()
@@ -94,7 +94,7 @@ def test_torchrun_starts_it(tmp_path: Path, shipped: parapolicy.Policy) -> None:
         "import sys, numpy as np, parapolicy\n"
         "policy = parapolicy.load_policy(sys.argv[1], device='cpu', engine='sharded')\n"
         "keys = policy.spec.observation.items()\n"
-        "chunk = policy.predict({key: np.full((2, *shape), 250.0) for key, shape in keys})\n"
+        "chunk = policy.predict({key: np.full((2, *feature.shape), 250.0) for key, feature in keys})\n"
         "print('chunk', policy.engine.ranks, chunk.actions.sum())\n"
     )
     command = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node=2", "--standalone", str(script)]
@@ -102,7 +102,8 @@ def test_torchrun_starts_it(tmp_path: Path, shipped: parapolicy.Policy) -> None:
     done = subprocess.run([*command, str(SHIPPED)], env=environment, capture_output=True, text=True, timeout=200)
     assert done.returncode == 0, done.stderr
     (line,) = [line for line in done.stdout.splitlines() if line.startswith("chunk")]
-    expected = shipped.predict({key: np.full((2, *shape), 250.0) for key, shape in shipped.spec.observation.items()})
+    keys = shipped.spec.observation.items()
+    expected = shipped.predict({key: np.full((2, *feature.shape), 250.0) for key, feature in keys})
     _, ranks, total = line.split()
     assert ranks == "2"
     assert abs(float(total) - expected.actions.sum()) < 0.5
@@ -112,6 +113,6 @@ def test_every_process_of_torchrun_has_its_own_gpu(monkeypatch: pytest.MonkeyPat
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setenv("LOCAL_RANK", "97")
     for name in ("auto", "cuda"):
-        with pytest.raises(ValueError, match="device 'cuda:97' is not to be had here"):
+        with pytest.raises(ValueError, match="device 'cuda:97' is not available"):
             pick_device(name)
     assert pick_device("cpu") == torch.device("cpu")

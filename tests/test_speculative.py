@@ -26,23 +26,23 @@ def toy_schedule(solver: str = "ddpm", **settings: Any) -> Schedule:
 
 
 def mixture(schedule: Schedule) -> Any:
-    """The exact denoiser of a mixture of three Gaussians in the plane, for x (N, 1, 2)."""
+    """The exact denoiser of a mixture of three Gaussians in the plane, for x (N, 2)."""
 
     def denoiser(x: Tensor, step: Tensor, element: Tensor) -> Tensor:
         alpha, sigma = schedule.alpha[step][:, None], schedule.sigma[step][:, None]
         variance = alpha**2 * WIDTH**2 + sigma**2  # (N, 1)
-        offset = x[:, 0, None] - alpha[..., None] * CENTRES  # (N, 3, 2)
+        offset = x[:, None] - alpha[..., None] * CENTRES  # (N, 3, 2)
         weight = (WEIGHTS.log() - offset.square().sum(-1) / (2 * variance)).softmax(1)
         each = CENTRES + (alpha * WIDTH**2 / variance)[..., None] * offset
-        return (weight[..., None] * each).sum(1, keepdim=True)
+        return (weight[..., None] * each).sum(1)
 
     return denoiser
 
 
 def draw(sampler: Any, schedule: Schedule, seed: int, guess: Tensor | None = None) -> Tensor:
     generator = torch.Generator().manual_seed(seed)
-    noise = torch.randn(len(schedule) + 1, COUNT, 1, 2, generator=generator)
-    return sampler.sample(mixture(schedule), schedule, noise, guess=guess).x[:, 0]
+    noise = torch.randn(len(schedule) + 1, COUNT, 2, generator=generator)
+    return sampler.sample(mixture(schedule), schedule, noise, guess=guess).x
 
 
 def pvalue(one: Tensor, other: Tensor) -> float:
@@ -75,7 +75,7 @@ def test_the_known_answer_is_met() -> None:
 
 def test_a_bad_guess_changes_the_cost_and_not_the_draws() -> None:
     schedule = toy_schedule()
-    guess = torch.randn(COUNT, len(schedule), 1, 2)
+    guess = torch.randn(COUNT, len(schedule), 2)
     assert pvalue(draw(Speculative(window=20), schedule, 3, guess), draw(Sequential(), schedule, 1)) > 1e-3
 
 
@@ -85,9 +85,9 @@ def test_a_bad_guess_changes_the_cost_and_not_the_draws() -> None:
         ("reflect", lambda z, shift: z),  # keep the refused noise
         ("reflect", lambda z, shift: z - 0.5 * (z - MIRROR(z, shift))),  # project onto the plane
         ("reflect", lambda z, shift: torch.randn_like(z)),  # a fresh draw instead of the residual distribution's
-        ("log_acceptance", lambda z, shift: torch.zeros(z.shape[:-2])),  # accept everything
-        ("log_acceptance", lambda z, shift: -(0.5 * shift**2).sum((-2, -1))),
-        ("log_acceptance", lambda z, shift: (z * shift - 0.5 * shift**2).sum((-2, -1))),
+        ("log_acceptance", lambda z, shift: torch.zeros(z.shape[:-1])),  # accept everything
+        ("log_acceptance", lambda z, shift: -(0.5 * shift**2).sum(-1)),
+        ("log_acceptance", lambda z, shift: (z * shift - 0.5 * shift**2).sum(-1)),
     ],
 )
 def test_a_wrong_rule_would_show(monkeypatch: pytest.MonkeyPatch, function: str, wrong: Any) -> None:
@@ -98,10 +98,10 @@ def test_a_wrong_rule_would_show(monkeypatch: pytest.MonkeyPatch, function: str,
 
 def test_one_step_is_drawn_from_the_target() -> None:
     """Maximal coupling by itself: q's draws from p's, in the plane, with the acceptance rate known in closed form."""
-    z, shift = torch.randn(20000, 1, 2), torch.tensor([[0.8, -0.5]])
+    z, shift = torch.randn(20000, 2), torch.tensor([0.8, -0.5])
     accepted = torch.rand(20000).log() <= speculative.log_acceptance(z, shift.expand_as(z))
     # In units of s around m_q: the draft is z + shift.
-    points = torch.where(accepted[:, None, None], z + shift, speculative.reflect(z, shift.expand_as(z)))[:, 0]
+    points = torch.where(accepted[:, None], z + shift, speculative.reflect(z, shift.expand_as(z)))
     for values in (*points.T, points @ torch.tensor([0.6, 0.8])):
         assert stats.kstest(values.numpy(), "norm").pvalue > 1e-3
     expected = 2 * stats.norm.cdf(-float(shift.norm()) / 2)
@@ -117,7 +117,7 @@ def test_without_noise_it_is_sequential(solver: str) -> None:
 @pytest.mark.parametrize("calls", [1, 2])
 def test_costs_are_what_happened_and_elements_are_alone(calls: int) -> None:
     schedule, sampler = toy_schedule(), Speculative(window=12, calls=calls)
-    noise = torch.randn(len(schedule) + 1, 5, 1, 2)
+    noise = torch.randn(len(schedule) + 1, 5, 2)
     log: list[Tensor] = []
 
     def counted(x: Tensor, step: Tensor, element: Tensor) -> Tensor:
@@ -140,7 +140,7 @@ def test_costs_are_what_happened_and_elements_are_alone(calls: int) -> None:
 @pytest.mark.parametrize("calls", [1, 2])
 def test_stopping_early_keeps_the_verified_part(budget: int, calls: int) -> None:
     schedule, sampler = toy_schedule(), Speculative(window=12, calls=calls)
-    noise = torch.randn(len(schedule) + 1, 3, 1, 2)
+    noise = torch.randn(len(schedule) + 1, 3, 2)
     asked = iter(range(1, 1001))
     early = sampler.sample(mixture(schedule), schedule, noise, lambda: next(asked) >= budget)
     whole = sampler.sample(mixture(schedule), schedule, noise)
@@ -160,17 +160,26 @@ def test_a_policy_reports_its_rejections_and_starts_warm_on_fresh_noise() -> Non
     assert policy.with_sampler("sequential").predict(observation).stats.rejections is None
 
 
-def test_bad_parameters_are_named() -> None:
-    with pytest.raises(ValueError, match="calls is 3"):
-        Speculative(calls=3)
-    with pytest.raises(ValueError, match="window is 0"):
-        Speculative(window=0)
+@pytest.mark.parametrize("calls", [1, 2])
+def test_every_refused_draft_is_a_rejection(calls: int) -> None:
+    """The estimate is constant but for its jumps, each inside a block: the draft is right everywhere else."""
+    schedule = toy_schedule()
+    jumps = torch.stack([torch.arange(40) >= step for step in (10, 25)]).sum(0)  # so far, per step
+
+    def denoiser(x: Tensor, step: Tensor, element: Tensor) -> Tensor:
+        height = 1000.0 * torch.minimum(jumps[step], element)  # element b takes the first b jumps
+        return height.view(-1, *[1] * (x.ndim - 1)).expand_as(x)
+
+    sample = Speculative(window=40, calls=calls).sample(denoiser, schedule, torch.randn(41, 3, 2))
+    assert sample.rejections is not None
+    assert sample.rejections.tolist() == [0, 1, 2]
+    assert (sample.rounds > sample.rejections).all()  # more blocks than rejections
 
 
 def test_on_the_shipped_policy_rounds_are_saved(shipped: parapolicy.Policy) -> None:
     policy = shipped.with_sampler("speculative")
     rng = np.random.default_rng(0)
-    shapes = policy.spec.observation.items()
+    shapes = [(key, feature.shape) for key, feature in policy.spec.observation.items()]
     observation = {key: rng.uniform(150, 350, (4, 2, *shape)).astype(np.float32) for key, shape in shapes}
     chunk = policy.predict(observation)
     assert chunk.stats.rounds.max() < len(policy.schedule) / 3

@@ -12,9 +12,9 @@ import numpy as np
 import pytest
 from omegaconf import DictConfig
 
-from parapolicy.evaluate.folder import RunFolder
-from parapolicy.evaluate.progress import SweepBar, job_cost, list_jobs, sweep_cost
-from parapolicy.evaluate.rollout import Episode
+from parapolicy.evaluate.run.progress import SweepBar, job_cost, list_jobs, sweep_cost
+from parapolicy.evaluate.run.rollout import EpisodeRecord
+from parapolicy.evaluate.run.run_folder import RunFolder
 from tests.conftest import ROOT
 
 
@@ -164,7 +164,7 @@ def test_the_bar_of_a_sweep_counts_what_is_on_disk(tmp_path: Path) -> None:
 def test_an_episode_comes_back_as_it_was(tmp_path: Path) -> None:
     kept = RunFolder(tmp_path, {"config": {"a": 1}})
     steps = [{"state": np.full((2, 5), k, np.float32)} for k in range(3)]
-    episode = Episode(7, [0.1, 0.5], True, [3, 4], [30, 40], steps, seams=[2.5], motion=[1.0, 0.5])
+    episode = EpisodeRecord(7, [0.1, 0.5], True, [3, 4], [30, 40], steps, seams=[2.5], motion=[1.0, 0.5])
     kept.save_episode("ours", episode, {"seed": 7, "success": True, "max_reward": 0.5}, observations=True)
     assert kept.load_episodes("theirs") == []
     ((back, row),) = kept.load_episodes("ours")

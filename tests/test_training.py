@@ -12,7 +12,7 @@ import parapolicy
 from parapolicy.train import trainer
 from parapolicy.train.data import Demonstrations, read_zarr
 from parapolicy.train.trainer import STATE, TrainConfig, train
-from tests.helpers import small_spec
+from tests.helpers import network_inputs, received_condition, small_spec
 
 SOURCES = {"position": {"array": "state", "columns": [0, 1]}, "points": "points", "action": "action"}
 CONFIG = TrainConfig(steps=12, batch_size=8, warmup_steps=3, checkpoint_every=4, precision="float32")
@@ -139,6 +139,29 @@ def test_training_learns(buffer: Path, tmp_path: Path, prediction: str, precisio
     short = train(spec, data, dataclasses.replace(config, steps=1), tmp_path / "short", torch.device("cpu"))
     result = train(spec, data, config, tmp_path / "long", torch.device("cpu"))
     assert result.loss < 0.8 * short.loss
+
+
+def test_training_and_sampling_compute_the_same_condition(buffer: Path, tmp_path: Path) -> None:
+    """With next to no noise, each training sample shows which step it is of: the policy there sees the same."""
+    quiet = {"num_train_timesteps": 2, "beta_schedule": "linear", "beta_start": 1e-7, "beta_end": 1e-7}
+    spec = small_spec(n_obs_steps=3, scheduler={**small_spec().scheduler, **quiet})
+    data, config = read_zarr(buffer, SOURCES), dataclasses.replace(CONFIG, steps=1, batch_size=256)
+    with network_inputs() as calls:
+        train(spec, data, config, tmp_path, torch.device("cpu"))
+    ((samples, conditions),) = calls
+    policy = parapolicy.load_policy(tmp_path, device="cpu")
+    actions = policy.normalizer.normalize("action", data.arrays["action"])  # (N, Da)
+    expected, history = [], parapolicy.ObservationHistory(spec)
+    for step in range(len(actions)):
+        if step in data.episode_ends:
+            history.reset()
+        history.push({key: data.arrays[key][step] for key in spec.observation})
+        expected.append(received_condition(policy, history.stacked()))
+    now = samples[:, spec.n_obs_steps - 1]  # each sample's first executed action
+    distance, step = torch.cdist(now, actions).min(1)
+    assert distance.max() < 0.01 < torch.pdist(actions).min()
+    assert len(step.unique()) > 20
+    torch.testing.assert_close(conditions, torch.stack(expected)[step], rtol=0, atol=1e-5)
 
 
 def test_a_diverging_run_stops(buffer: Path, tmp_path: Path) -> None:

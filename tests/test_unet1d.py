@@ -1,7 +1,8 @@
 import pytest
 import torch
 
-from parapolicy.networks import ConditionalUnet1D
+from parapolicy.networks.unet1d import ConditionalUnet1D
+from tests.helpers import call_network
 
 
 def build(**changes: object) -> ConditionalUnet1D:
@@ -39,10 +40,10 @@ def test_published_size() -> None:
 def test_shapes_and_conditioning(film_scale: bool) -> None:
     network = build(cond_predict_scale=film_scale)
     x, timestep, condition = torch.randn(2, 8, 3), torch.tensor([3, 50]), torch.randn(2, 5)
-    output = network(x, timestep, condition)
+    output = call_network(network, x, timestep, condition)
     assert output.shape == (2, 8, 3)
-    assert not torch.allclose(output, network(x, timestep, condition + 1))
-    assert not torch.allclose(output, network(x, timestep + 1, condition))
+    assert not torch.allclose(output, call_network(network, x, timestep, condition + 1))
+    assert not torch.allclose(output, call_network(network, x, timestep + 1, condition))
     width = network.state_dict()["mid_modules.0.cond_encoder.1.weight"].shape[0]
     assert width == (128 if film_scale else 64)
 

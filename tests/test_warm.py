@@ -9,10 +9,9 @@ from scipy import stats
 
 from envs import make_env
 from parapolicy.denoiser import Denoiser
-from parapolicy.engine import Eager
-from parapolicy.evaluate.rollout import rollout
+from parapolicy.evaluate.run.rollout import rollout
 from parapolicy.noise import draw_noise
-from parapolicy.observation import encode
+from parapolicy.observation import normalize_observation
 from parapolicy.policy import Policy
 from parapolicy.warm import WarmState
 from tests.helpers import small_policy, some_observation
@@ -58,21 +57,21 @@ def test_a_perfect_guess_leaves_one_round_per_window(name: str) -> None:
     observation = some_observation(policy.spec)
     state = policy.predict(observation, seed=1).warm_state
     sampler = policy.with_sampler(name, window=10, tolerance=0.1)
-    sample = sampler.sampler.sample(_denoiser(policy, observation), policy.schedule, state.noise, guess=state.estimates)
+    noise, guess = state.noise.flatten(2), state.estimates.flatten(2)
+    sample = sampler.sampler.sample(_denoiser(policy, observation), policy.schedule, noise, guess=guess)
     assert int(sample.rounds[0]) <= 3  # two windows; ParaDiGMS waits for its last states to stand still
 
 
 def _denoiser(policy: Policy, observation: dict) -> Denoiser:
-    return Denoiser(
-        Eager(policy.network).bind(policy.schedule.timesteps, encode(policy.spec, policy.normalizer, observation)[0]),
-        policy.schedule,
-    )
+    inputs, _ = normalize_observation(policy.spec, policy.normalizer, observation)
+    evaluate = policy.engine.bind(policy.network, policy.schedule.timesteps, inputs)
+    return Denoiser(evaluate, policy.schedule, policy.spec.sample_shape)
 
 
 def test_an_element_starts_warm_alone_as_in_a_batch(shipped: Policy) -> None:
     policy = dataclasses.replace(shipped.with_sampler("semi_implicit"), reproducible=True)
     rng = np.random.default_rng(0)
-    shapes = policy.spec.observation.items()
+    shapes = [(key, feature.shape) for key, feature in policy.spec.observation.items()]
     observation = {key: rng.uniform(150, 350, (8, 2, *shape)).astype(np.float32) for key, shape in shapes}
     state = policy.predict(observation, seed=1).warm_state
     warm = policy.predict(observation, seed=2, warm=state)

@@ -8,10 +8,10 @@ import pytest
 
 import parapolicy
 from envs import make_env
-from envs.charged import Charged
+from envs.inference_delay import InferenceDelay
 from parapolicy.control import SimulatedClock
-from parapolicy.evaluate.charged import Latency, run_charged
-from parapolicy.evaluate.watch import View
+from parapolicy.evaluate.run.simulated_latency import SimulatedLatency, run_with_latency
+from parapolicy.evaluate.run.watch import View
 from tests.helpers import small_policy, small_spec
 
 rerun = pytest.importorskip("rerun", reason="rerun-sdk is not installed")
@@ -23,10 +23,10 @@ def test_a_run_is_kept_with_scene_chunk_and_costs(shipped: parapolicy.Policy, tm
 
     def build(clock: SimulatedClock) -> gymnasium.Env:
         env = make_env("pusht", policy.spec, max_episode_steps=10, render_size=96)
-        return Charged(env, clock, policy.spec.control_hz)
+        return InferenceDelay(env, clock, policy.spec.control_hz)
 
     view = View(str(path))
-    list(run_charged(policy, "ddim", build, [100_000], Latency.parse("none"), view=view))
+    list(run_with_latency(policy, "ddim", build, [100_000], SimulatedLatency.parse("none"), view=view))
     rerun.disconnect()
     data = path.read_bytes()
     assert len(data) > 10_000
@@ -41,7 +41,8 @@ def test_every_chunk_is_shown_once(tmp_path: Path, monkeypatch: pytest.MonkeyPat
     view, shown = View(str(tmp_path / "run.rrd")), []
     monkeypatch.setattr(view._rr, "log", lambda path, value: shown.append(path))
     controller = parapolicy.Controller(small_policy())
-    controller.act({key: np.zeros(shape, np.float32) for key, shape in controller.policy.spec.observation.items()})
+    features = controller.policy.spec.observation
+    controller.act({key: np.zeros(feature.shape, np.float32) for key, feature in features.items()})
     for _ in range(2):
         view.begin("secant", 0)
         for chunk, index in ((0, 0), (0, 1), (1, 2), (1, 3), (2, 2)):
@@ -68,7 +69,7 @@ def test_what_is_planned_runs_out() -> None:
     controller = parapolicy.Controller(policy)
     with pytest.raises(RuntimeError, match="call act first"):
         controller.planned()
-    observation = {key: np.zeros(shape, np.float32) for key, shape in policy.spec.observation.items()}
+    observation = {key: np.zeros(feature.shape, np.float32) for key, feature in policy.spec.observation.items()}
     lengths = []
     for _ in range(5):
         action = controller.act(observation)

@@ -12,10 +12,10 @@ import pytest
 import torch
 
 from envs import make_env
-from parapolicy.evaluate.folder import RunFolder
-from parapolicy.evaluate.metrics import episode_row, summarize_episodes
-from parapolicy.evaluate.rollout import Episode, rollout
-from parapolicy.evaluate.workers import Worker, reset
+from parapolicy.evaluate.run.results import episode_row, summarize_episodes
+from parapolicy.evaluate.run.rollout import EpisodeRecord, rollout
+from parapolicy.evaluate.run.run_folder import RunFolder
+from parapolicy.evaluate.run.workers import ProcessEnv, reset
 from tests.helpers import small_policy, small_spec
 
 STEPS = 6
@@ -45,7 +45,7 @@ class Crashing(gymnasium.Env):
         return {"state": self.state.copy()}, float(self.state[0]), False, self.steps == STEPS, {"is_success": True}
 
 
-def run(make: Any, seeds: list[int], **options: Any) -> dict[int, Episode]:
+def run(make: Any, seeds: list[int], **options: Any) -> dict[int, EpisodeRecord]:
     torch.manual_seed(0)  # the same weights every time
     policy = small_policy(observation={"state": (5,)})
     return {episode.seed: episode for episode in rollout(policy, make, seeds, **options)}
@@ -80,10 +80,10 @@ def test_processes_give_the_same_episodes() -> None:
             np.testing.assert_array_equal(frame, other)
 
 
-def test_errors_of_a_worker_are_raised_here(tmp_path: Path) -> None:
+def test_errors_of_a_worker_process_are_raised(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="the number is 13"):
         run(partial(Crashing, tmp_path, {}), [13], processes=True)
-    worker = Worker(partial(make_env, "pusht", small_spec()))
+    worker = ProcessEnv(partial(make_env, "pusht", small_spec()))
     worker.submit(reset, 0, False)
     with pytest.raises(ValueError, match="the policy observes"):
         worker.receive()
@@ -91,8 +91,8 @@ def test_errors_of_a_worker_are_raised_here(tmp_path: Path) -> None:
 
 
 def test_an_episode_that_was_given_up_is_reported(tmp_path: Path) -> None:
-    given_up = Episode(7, error="the process of its environment ended with exit code 3")
-    summary = summarize_episodes([Episode(6, [1.0], True, [5], [5]), given_up], 1.0, [])
+    given_up = EpisodeRecord(7, error="the process of its environment ended with exit code 3")
+    summary = summarize_episodes([EpisodeRecord(6, [1.0], True, [5], [5]), given_up], 1.0, [])
     assert summary["success_rate"] == 0.5
     assert summary["per_episode"][1]["error"] == given_up.error
     assert "error" not in summary["per_episode"][0]

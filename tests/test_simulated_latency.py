@@ -1,4 +1,4 @@
-"""Worlds that go on while the policy thinks: simulated time, the environment's share of it, and whole episodes."""
+"""Simulated latency: the clock, the environment that keeps moving during inference, and whole episodes."""
 
 import json
 from collections.abc import Iterator
@@ -11,17 +11,17 @@ import pytest
 
 import parapolicy
 from envs import make_env
-from envs.charged import Charged
+from envs.inference_delay import InferenceDelay
 from parapolicy.control import ControlRecord, SimulatedClock
-from parapolicy.evaluate.charged import Latency, run_charged
-from parapolicy.evaluate.evaluation import evaluate
-from parapolicy.evaluate.rollout import Episode, rollout
+from parapolicy.evaluate.run.evaluation import evaluate
+from parapolicy.evaluate.run.rollout import EpisodeRecord, rollout
+from parapolicy.evaluate.run.simulated_latency import SimulatedLatency, run_with_latency
 from tests.helpers import configured, small_spec
 
 LOW_DIM = small_spec(observation={"state": (5,)})
 
 
-def test_a_computation_takes_what_it_is_charged() -> None:
+def test_a_computation_takes_its_simulated_time() -> None:
     clock = SimulatedClock(lambda measured: 0.25)
     assert clock.compute(lambda: clock()) == 0.0  # it stands still meanwhile
     assert clock() == 0.25
@@ -94,29 +94,29 @@ def test_held_time_counts_towards_the_limit() -> None:
     assert env.unwrapped.hold(5.0)[3]
 
 
-def test_the_wrapper_charges_what_has_passed_on_the_clock() -> None:
+def test_the_wrapper_simulates_the_time_on_the_clock() -> None:
     clock = SimulatedClock(lambda measured: 0.35)
-    env, plain = Charged(make_env("pusht", LOW_DIM), clock, 10), make_env("pusht", LOW_DIM)
+    env, plain = InferenceDelay(make_env("pusht", LOW_DIM), clock, 10), make_env("pusht", LOW_DIM)
     env.reset(seed=4)
     plain.reset(seed=4)
     clock.compute(lambda: None)
-    charged = env.step([300, 300])[0]
+    delayed = env.step([300, 300])[0]
     plain.unwrapped.hold(0.35)
-    np.testing.assert_array_equal(charged["state"], plain.step([300, 300])[0]["state"])
+    np.testing.assert_array_equal(delayed["state"], plain.step([300, 300])[0]["state"])
     assert clock() == pytest.approx(0.45)
     np.testing.assert_array_equal(env.step([200, 300])[0]["state"], plain.step([200, 300])[0]["state"])
 
 
 def test_an_environment_that_cannot_be_held_is_refused() -> None:
     with pytest.raises(ValueError, match=r"has no hold\(seconds\)"):
-        Charged(gymnasium.make("CartPole-v1"), SimulatedClock(lambda measured: 0.0), 10)
+        InferenceDelay(gymnasium.make("CartPole-v1"), SimulatedClock(lambda measured: 0.0), 10)
 
 
-def run(policy: parapolicy.Policy, text: str, **options: Any) -> Iterator[tuple[Episode, ControlRecord]]:
+def run(policy: parapolicy.Policy, text: str, **options: Any) -> Iterator[tuple[EpisodeRecord, ControlRecord]]:
     def build(clock: SimulatedClock) -> gymnasium.Env:
-        return Charged(make_env("pusht", policy.spec, max_episode_steps=40), clock, policy.spec.control_hz)
+        return InferenceDelay(make_env("pusht", policy.spec, max_episode_steps=40), clock, policy.spec.control_hz)
 
-    return run_charged(policy, "ddim", build, [100_003, 100_004], Latency.parse(text), **options)
+    return run_with_latency(policy, "ddim", build, [100_003, 100_004], SimulatedLatency.parse(text), **options)
 
 
 @pytest.fixture(scope="module")
@@ -124,11 +124,11 @@ def quick(shipped: parapolicy.Policy) -> parapolicy.Policy:
     return shipped.with_schedule("ddim", 4).with_sampler("sequential")
 
 
-def test_thinking_in_no_time_is_the_batched_rollout(quick: parapolicy.Policy) -> None:
-    charged = {episode.seed: episode for episode, _ in run(quick, "none")}
+def test_episodes_without_latency_equal_the_batched_rollout(quick: parapolicy.Policy) -> None:
+    delayed = {episode.seed: episode for episode, _ in run(quick, "none")}
     batched = rollout(quick, lambda: make_env("pusht", quick.spec, max_episode_steps=40), [100_003, 100_004])
     for episode in batched:
-        np.testing.assert_allclose(episode.rewards, charged[episode.seed].rewards, atol=1e-4)
+        np.testing.assert_allclose(episode.rewards, delayed[episode.seed].rewards, atol=1e-4)
 
 
 def test_latency_costs_control_steps(quick: parapolicy.Policy) -> None:
@@ -154,7 +154,7 @@ def test_too_slow_for_the_old_chunk_is_counted(quick: parapolicy.Policy) -> None
 
 
 @pytest.mark.parametrize("asynchronous", [False, True])
-def test_charged_episodes_repeat_exactly(quick: parapolicy.Policy, asynchronous: bool, tmp_path: Path) -> None:
+def test_simulated_latency_repeats_exactly(quick: parapolicy.Policy, asynchronous: bool, tmp_path: Path) -> None:
     def outcome(text: str) -> tuple[list[dict[str, Any]], list[tuple[int, int, float]]]:
         rows: list[Any] = []
         episodes = list(run(quick, text, asynchronous=asynchronous, log=rows.append))
@@ -185,7 +185,7 @@ def test_charged_episodes_repeat_exactly(quick: parapolicy.Policy, asynchronous:
 )
 def test_bad_latencies_are_named(text: str, message: str) -> None:
     with pytest.raises(ValueError, match=message):
-        Latency.parse(text)
+        SimulatedLatency.parse(text)
 
 
 @pytest.mark.parametrize(
@@ -202,19 +202,19 @@ def test_bad_traces_are_named(content: str, message: str, tmp_path: Path) -> Non
     path = tmp_path / "trace.jsonl"
     path.write_text(content)
     with pytest.raises(ValueError, match=message):
-        Latency.parse(f"trace:{path}")
+        SimulatedLatency.parse(f"trace:{path}")
 
 
 def test_a_trace_of_another_sampler_is_refused(tmp_path: Path) -> None:
     path = tmp_path / "trace.jsonl"
     path.write_text('{"sampler": "a", "seed": 1, "chunk": 0, "seconds": 0.5}')
-    latency = Latency.parse(f"trace:{path}")
-    assert latency.charge("a", 9, 9, 0.0) == 0.5  # another episode takes what there is
+    latency = SimulatedLatency.parse(f"trace:{path}")
+    assert latency.chunk_seconds("a", 9, 9, 0.0) == 0.5  # another episode takes what there is
     with pytest.raises(ValueError, match=r"no sampler 'b', only \['a'\]"):
-        latency.charge("b", 1, 0, 0.0)
+        latency.chunk_seconds("b", 1, 0, 0.0)
 
 
-def test_an_evaluation_charges_each_sampler_as_it_is_told(tmp_path: Path) -> None:
+def test_an_evaluation_simulates_each_samplers_latency(tmp_path: Path) -> None:
     ddim = "name: sequential, solver: ddim, steps: 2"
     config = configured(
         "eval",
@@ -228,7 +228,7 @@ def test_an_evaluation_charges_each_sampler_as_it_is_told(tmp_path: Path) -> Non
 
     def build(spec: parapolicy.PolicySpec, clock: SimulatedClock | None) -> gymnasium.Env:
         env = make_env("pusht", spec, **config.env.options)
-        return env if clock is None else Charged(env, clock, spec.control_hz)
+        return env if clock is None else InferenceDelay(env, clock, spec.control_hz)
 
     results = evaluate(config, tmp_path, build)
     assert "control" not in results["samplers"]["free"]
@@ -239,8 +239,8 @@ def test_an_evaluation_charges_each_sampler_as_it_is_told(tmp_path: Path) -> Non
     actions = [json.loads(line) for line in (tmp_path / "actions.jsonl").read_text().splitlines()]
     assert len(actions) == control["steps"]
     assert {(row["sampler"], row["episode"]) for row in actions} == {("late", 100_000), ("late", 100_001)}
-    trace = Latency.parse(f"trace:{tmp_path / 'chunks.jsonl'}")
-    assert trace.charge("late", 100_001, 0, 0.0) == pytest.approx(0.25)
+    trace = SimulatedLatency.parse(f"trace:{tmp_path / 'chunks.jsonl'}")
+    assert trace.chunk_seconds("late", 100_001, 0, 0.0) == pytest.approx(0.25)
     rows = [json.loads(line) for line in (tmp_path / "episodes.jsonl").read_text().splitlines()]
     assert [row["sampler"] for row in rows] == ["free", "free", "late", "late"]
     assert rows[3]["control"]["times"]["chunk"]["p99"] == pytest.approx(250, rel=0.01)

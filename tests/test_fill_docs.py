@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from parapolicy.evaluate.compare import write_page
+from tools.fill_docs import fill_page
 
 PAGE = "# Title\n\nProse.\n\n<!-- closed loop -->\nold\n<!-- end -->\n\nMore.\n\n<!-- errors -->\n<!-- end -->\n"
 
@@ -41,33 +41,33 @@ def some_results(**changes: Any) -> dict[str, Any]:
 
 
 def test_blocks_are_filled_and_prose_is_kept() -> None:
-    page = write_page(PAGE, [some_results()])
+    page = fill_page(PAGE, [some_results()])
     assert page.startswith("# Title\n\nProse.\n")
     assert "old" not in page
     assert "| secant | 0.900 [0.800, 0.950] | 0.50 [0.40, 0.60] |" in page
     assert "3 of 5000" in page
     assert "| 0.25 / 0.50 |" in page
-    assert write_page(page, [some_results()]) == page
+    assert fill_page(page, [some_results()]) == page
 
 
 def test_too_few_episodes_are_no_closed_loop_result() -> None:
-    page = write_page(PAGE, [some_results(episodes=20)])
+    page = fill_page(PAGE, [some_results(episodes=20)])
     assert "0.900" not in page
     assert "3 of 5000" in page
 
 
 def test_a_page_without_blocks_or_with_an_unknown_one_is_refused() -> None:
     with pytest.raises(ValueError, match="no block"):
-        write_page("prose", [some_results()])
+        fill_page("prose", [some_results()])
     with pytest.raises(ValueError, match="block 'speed'"):
-        write_page("<!-- speed -->\n<!-- end -->", [some_results()])
+        fill_page("<!-- speed -->\n<!-- end -->", [some_results()])
 
 
 def test_the_command_writes_the_page(tmp_path: Path) -> None:
     (tmp_path / "results.json").write_text(json.dumps(some_results()))
     page = tmp_path / "page.md"
     page.write_text("<!-- machine -->\n<!-- end -->\n")
-    command = [sys.executable, "-m", "parapolicy.evaluate.compare", str(page)]
+    command = [sys.executable, "-m", "tools.fill_docs", str(page)]
     subprocess.run([*command, str(tmp_path)], check=True)
     assert "a processor, 2 threads" in page.read_text()
     refused = subprocess.run([*command, str(tmp_path / "absent")], capture_output=True, text=True)

@@ -1,0 +1,66 @@
+"""Samplers know no shape: any sample is a flat state to them, small or large."""
+
+import subprocess
+import sys
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from torch import Tensor
+
+from parapolicy.samplers import Sequential, list_samplers, make_sampler
+from parapolicy.schedule import make_schedule
+from tests.conftest import ROOT
+from tests.helpers import DDPM_CONFIG, flat_noise, linear_denoiser
+
+EXACT = [name for name in list_samplers() if name not in ("sequential", "speculative")]  # at tolerance 0
+
+
+@pytest.mark.parametrize("name", EXACT)
+@given(
+    shape=st.sampled_from([(4, 6, 6), (3, 8, 8), (1,)]),
+    solver=st.sampled_from(["ddpm", "ddim", "dpmsolver++", "sde-dpmsolver++"]),
+    batch=st.integers(1, 3),
+    seed=st.integers(0, 100),
+    guessed=st.booleans(),
+)
+def test_any_shape_at_tolerance_zero_is_sequential(
+    name: str, shape: tuple[int, ...], solver: str, batch: int, seed: int, guessed: bool
+) -> None:
+    schedule = make_schedule({**DDPM_CONFIG, "num_train_timesteps": 24, "prediction_type": "sample"}, solver)
+    linear = linear_denoiser(schedule, batch, shape, gain=0.4, seed=seed)
+
+    def denoiser(x: Tensor, step: Tensor, element: Tensor) -> Tensor:
+        return schedule.estimate(linear(x, step, element), x, step)
+
+    noise = flat_noise(schedule, batch, seed, shape)
+    guess = torch.randn(batch, len(schedule), noise.shape[2]) if guessed else None
+    expected = Sequential().sample(denoiser, schedule, noise)
+    sample = make_sampler(name, tolerance=0.0).sample(denoiser, schedule, noise, guess=guess)
+    scale = max(1.0, float(expected.x.abs().max()))
+    torch.testing.assert_close(sample.x, expected.x, rtol=1e-5, atol=1e-5 * scale)
+    assert sample.complete.all()
+
+
+LARGE = """
+import resource, sys, torch
+from parapolicy.samplers import make_sampler
+from parapolicy.schedule import make_schedule
+from tests.helpers import DDPM_CONFIG
+torch.set_num_threads(1)
+schedule = make_schedule({**DDPM_CONFIG, "num_train_timesteps": 1000, "prediction_type": "sample"})
+noise = torch.randn(1001, 1, 16384)
+before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+sample = make_sampler(sys.argv[1]).sample(lambda x, step, element: 0.9 * x.clamp(-1, 1), schedule, noise)
+assert sample.x.shape == (1, 16384) and torch.isfinite(sample.x).all() and sample.complete.all()
+print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20, before / 2**20)
+"""
+
+
+@pytest.mark.parametrize("name", list_samplers())
+def test_a_thousand_steps_of_an_image_fit_into_four_gigabytes(name: str) -> None:
+    command = [sys.executable, "-c", LARGE, name]
+    done = subprocess.run(command, capture_output=True, text=True, cwd=ROOT, timeout=280)
+    assert done.returncode == 0, done.stderr
+    assert float(done.stdout.split()[0]) < 4.0
