@@ -12,11 +12,11 @@ import numpy as np
 import pytest
 from hydra.core.override_parser.overrides_parser import OverridesParser
 from omegaconf import OmegaConf
-from parapolicy.evaluate.progress import list_jobs
-from parapolicy.evaluate.variants import build_variants
 
 import parapolicy
 from envs import ENVS, make_env
+from parapolicy.evaluate.run.progress import list_jobs
+from parapolicy.evaluate.run.variants import build_variants
 from tests.conftest import ROOT, SHIPPED
 from tests.helpers import DDPM_CONFIG, configured, small_policy
 
