@@ -47,7 +47,7 @@ class WarmState:
         return torch.cat((late, self.estimates[:, :, -1:].expand(-1, -1, executed, -1)), 2)
 
     def shift_noise(self, fresh: Tensor, executed: int) -> Tensor:
-        """``fresh`` (T + 1, B, H, Da) with this chunk's noise kept for every control step that both chunks speak of.
+        """``fresh`` (T + 1, B, H, Da) with this chunk's noise kept for every control step where the two chunks overlap.
 
         Each number is used once per chunk, so that every chunk's noise is still independent and standard normal.
         """
