@@ -27,7 +27,7 @@ from parapolicy.schedule import Schedule
 from parapolicy.spec import PolicySpec
 
 STOP, BIND, EVALUATE = range(3)
-COMPARED = ("weights", "policy spec", "engine", "code of parapolicy", "version of torch")
+COMPARED = ("another network's weights", "another policy spec", "another engine", "other code", "another torch")
 START = 120.0  # seconds in which all processes must have started
 
 
@@ -223,7 +223,7 @@ def take_part(part: Part, address: str, rank: int, processes: int, timeout: floa
     dist.all_gather(everyone, mine, groups.control)
     differences = (torch.stack(everyone) != everyone[0]).any(2).nonzero().tolist()
     if differences and rank == 0:
-        listed = ", ".join(f"rank {other} another {COMPARED[what]}" for other, what in differences)
+        listed = ", ".join(f"rank {other} has {COMPARED[what]}" for other, what in differences)
         raise ValueError(f"the processes do not fit together: {listed}; start all with the same checkpoint and engine")
     if differences:
         return None
