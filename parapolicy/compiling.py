@@ -1,10 +1,16 @@
 """torch.compile where it works."""
 
+import atexit
+import os
+import shutil
+import tempfile
+import threading
 import warnings
 from collections.abc import Callable
 from typing import Any
 
 import torch
+from torch._inductor.runtime.cache_dir_utils import cache_dir
 
 VARIANTS = 64  # compiled at most of one function
 
@@ -12,7 +18,8 @@ VARIANTS = 64  # compiled at most of one function
 class Compiling:
     """A function that its first call compiles, or finds in torch's own cache on disk.
 
-    Where that fails, for want of a C++ compiler, it warns once and goes on as it is. Other shapes and constants compile
+    Where that fails, for want of a C++ compiler, it warns once and goes on as it is; where torch's cache cannot be
+    written to, it compiles into a temporary folder. Other shapes and constants compile
     it again: a sweep has more windows and schedules than the eight variants after which torch goes on uncompiled.
 
     Args:
@@ -23,15 +30,45 @@ class Compiling:
     def __init__(self, function: Callable[..., Any], **options: Any) -> None:
         self.function, self.options = function, options
         self.compiled: Callable[..., Any] | None = None
+        self._lock = threading.Lock()  # until the first call has compiled
 
     def __call__(self, *arguments: Any) -> Any:
-        if self.compiled is None:
-            settings = torch._dynamo.config
-            settings.recompile_limit = max(settings.recompile_limit, VARIANTS)
-            self.compiled = torch.compile(self.function, **self.options)
+        if self.compiled is not None:
+            return self._call(self.compiled, *arguments)
+        with self._lock:
+            if self.compiled is None:
+                settings = torch._dynamo.config
+                settings.recompile_limit = max(settings.recompile_limit, VARIANTS)
+                _find_cache()
+                compiled = torch.compile(self.function, **self.options)
+                output = self._call(compiled, *arguments)
+                if self.compiled is None:
+                    self.compiled = compiled
+                return output
+        return self._call(self.compiled, *arguments)
+
+    def _call(self, compiled: Callable[..., Any], *arguments: Any) -> Any:
+        if compiled == self.function:
+            return compiled(*arguments)
         try:
-            return self.compiled(*arguments)
-        except torch._dynamo.exc.TorchDynamoException as error:
-            warnings.warn(f"torch.compile does not work here, so the engine runs uncompiled: {error}", stacklevel=2)
+            return compiled(*arguments)
+        except (torch._dynamo.exc.TorchDynamoException, OSError) as error:
+            if self.compiled != self.function:
+                warnings.warn(f"torch.compile does not work here, so the engine runs uncompiled: {error}", stacklevel=3)
             self.compiled = self.function
             return self.function(*arguments)
+
+
+def _find_cache() -> None:
+    """Have torch keep what it compiles in a temporary folder where its own cannot be written to."""
+    try:
+        with tempfile.TemporaryFile(dir=cache_dir()):
+            pass
+    except (OSError, KeyError) as error:  # KeyError: a user that the system does not know
+        try:
+            folder = tempfile.mkdtemp(prefix="parapolicy-")
+        except OSError:
+            return  # compiling fails, which is said then
+        atexit.register(shutil.rmtree, folder, ignore_errors=True)
+        os.environ["TORCHINDUCTOR_CACHE_DIR"] = folder
+        warnings.warn(f"torch's cache cannot be written to ({error}), so each process compiles anew", stacklevel=4)

@@ -8,9 +8,10 @@ from torch.nn import functional
 
 from parapolicy.schedule import Schedule
 
-# CPU and GPU libraries pick a kernel, and with it an order of summation, by batch size. Batches of a multiple of this
-# size were all seen to take the same kernels, whose results for one row do not depend on the other rows.
-REPRODUCIBLE_MULTIPLE = 4
+# CPU and GPU libraries pick a kernel, and with it an order of summation, by batch size and number of threads. Batches
+# of a multiple of this size were all seen to take the same kernels, whose results for one row do not depend on the
+# other rows; with one thread, 4, 8, 12 and 20 rows take others.
+REPRODUCIBLE_MULTIPLE = 16
 
 # (x (N, *sample_shape), step (N,), element (N,)) -> network output, of x's shape
 Evaluate = Callable[[Tensor, Tensor, Tensor], Tensor]
@@ -55,13 +56,19 @@ class Denoiser:
 
     def _run(self, *inputs: Tensor) -> Tensor:
         count = len(inputs[0])
-        missing = -count % REPRODUCIBLE_MULTIPLE if self.reproducible else 0
-        if missing:
-            inputs = tuple(functional.pad(value, (0, 0) * (value.ndim - 1) + (0, missing)) for value in inputs)
+        if self.reproducible:
+            inputs = tuple(map(fill_rows, inputs))
         return self.evaluate(*inputs)[:count]
+
+
+def fill_rows(value: Tensor) -> Tensor:
+    """(N, …) filled up with zeros to a multiple of ``REPRODUCIBLE_MULTIPLE`` rows."""
+    return functional.pad(value, (0, 0) * (value.ndim - 1) + (0, -len(value) % REPRODUCIBLE_MULTIPLE))
 
 
 def check_finite(value: Tensor, name: str) -> None:
     """Raise ``FloatingPointError`` where a computed value is not finite."""
     if not torch.isfinite(value).all():
-        raise FloatingPointError(f"the {name} holds a value that is not finite; check the weights and the observation")
+        raise FloatingPointError(
+            f"the {name} holds a value that is not finite; check the weights, the normalizer and the observation"
+        )

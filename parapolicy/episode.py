@@ -8,7 +8,7 @@ import numpy as np
 
 from parapolicy.noise import mix_seeds
 from parapolicy.observation import ObservationHistory
-from parapolicy.policy import Chunk, Policy
+from parapolicy.policy import Chunk, ChunkStats, Policy
 from parapolicy.spec import PolicySpec
 from parapolicy.warm import WarmState
 
@@ -106,3 +106,26 @@ def predict_together(policy: Policy, requests: Sequence[Request], deadline: floa
         executed=requests[0].executed,
     )
     return [chunk[i] for i in range(len(requests))]
+
+
+def checked_actions(chunk: Any, spec: PolicySpec) -> np.ndarray:
+    """A copy of a chunk's actions from the newest observation on, (n, Da), whatever policy gave it.
+
+    Raises:
+        TypeError: not a chunk with an array of floats and costs.
+        ValueError: its shape is not the policy's.
+        FloatingPointError: a value is not finite.
+    """
+    if not isinstance(chunk, Chunk) or not isinstance(chunk.stats, ChunkStats):
+        raise TypeError(f"the policy gave a {type(chunk).__name__}, expected a parapolicy.Chunk with its stats")
+    if not isinstance(chunk.stats.rounds, int | np.integer):
+        raise TypeError(f"the chunk's rounds are {chunk.stats.rounds!r}, expected one whole number")
+    trajectory = chunk.trajectory
+    if not isinstance(trajectory, np.ndarray) or trajectory.dtype.kind != "f":
+        kind = getattr(trajectory, "dtype", type(trajectory).__name__)
+        raise TypeError(f"the chunk's trajectory is of {kind}, expected a numpy array of floats")
+    if trajectory.shape != spec.sample_shape:
+        raise ValueError(f"the chunk's trajectory has shape {trajectory.shape}, expected {spec.sample_shape}")
+    if not np.isfinite(trajectory).all():
+        raise FloatingPointError("the chunk's trajectory holds a value that is not finite")
+    return trajectory[spec.n_obs_steps - 1 :].copy()

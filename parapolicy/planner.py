@@ -1,10 +1,13 @@
 """Which window is fastest here? Measured, for one policy on one device, and remembered."""
 
+import contextlib
 import dataclasses
 import hashlib
 import json
+import math
 import os
 import statistics
+import uuid
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -13,6 +16,7 @@ from typing import Any
 import numpy as np
 import torch
 
+from parapolicy.engine.base import digest_weights
 from parapolicy.policy import Policy
 from parapolicy.samplers import Secant, Sequential
 from parapolicy.spec import Feature
@@ -69,19 +73,44 @@ def make_plan(
         cache: folder of remembered plans, by device, weights, schedule, engine, threads and version of torch; None:
             ``$PARAPOLICY_CACHE`` or else ``~/.cache/parapolicy``. A damaged entry is measured anew.
     """
-    folder = cache or Path(os.environ.get("PARAPOLICY_CACHE") or Path.home() / ".cache" / "parapolicy")
+    try:
+        folder = cache or Path(os.environ.get("PARAPOLICY_CACHE") or Path.home() / ".cache" / "parapolicy")
+    except RuntimeError:  # a user without a home: nothing is remembered
+        return _measure(policy, observations or made_up_observations(policy, 9), tolerance)
     path = folder / f"plan-{_key(policy, observations, tolerance)}.json"
     try:
-        return Plan(**json.loads(path.read_text()))
-    except (OSError, ValueError, TypeError):
+        return _read(path, policy, tolerance)
+    except (OSError, ValueError, TypeError, OverflowError, RecursionError):
         pass
     plan = _measure(policy, observations or made_up_observations(policy, 9), tolerance)
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        path.write_text(json.dumps(dataclasses.asdict(plan)))
-    except OSError:
-        pass  # a home that cannot be written to costs the time of measuring again
+    with contextlib.suppress(OSError):  # what cannot be remembered costs the time of measuring again
+        _write(path, plan)
     return plan
+
+
+def _read(path: Path, policy: Policy, tolerance: float) -> Plan:
+    """A remembered plan; ``ValueError`` or ``TypeError`` unless it is one that could have been measured."""
+    plan = Plan(**json.loads(path.read_text()))
+    for values in (plan.milliseconds, plan.rounds):
+        if not isinstance(values, dict) or set(values) != {"sequential", *_samplers(policy, tolerance)}:
+            raise ValueError(f"the plan holds {values!r}, expected a number for each candidate")
+        for value in values.values():
+            if type(value) not in (int, float) or not 0 < float(value) < math.inf:
+                raise ValueError(f"the plan holds {value!r}, expected a positive number")
+    if plan.tolerance != tolerance:
+        raise ValueError(f"the plan's tolerance is {plan.tolerance!r}, expected {tolerance:g}")
+    return dataclasses.replace(plan, tolerance=tolerance)
+
+
+def _write(path: Path, plan: Plan) -> None:
+    """Whole or not at all: other processes read and write the same entry."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    part = path.with_name(f".{path.name}.{uuid.uuid4().hex}")
+    try:
+        part.write_text(json.dumps(dataclasses.asdict(plan)))
+        part.replace(path)
+    finally:
+        part.unlink(missing_ok=True)
 
 
 def explain(policy: Policy, tolerance: float = TOLERANCE) -> None:
@@ -106,11 +135,14 @@ def _made_up(policy: Policy, key: str, feature: Feature, generator: torch.Genera
     return policy.normalizer.unnormalize(key, normal).cpu().numpy()
 
 
-def _measure(policy: Policy, observations: Sequence[Mapping[str, Any]], tolerance: float) -> Plan:
+def _samplers(policy: Policy, tolerance: float) -> dict[str, Secant]:
     steps = len(policy.schedule)
-    samplers = {f"window {w}": Secant(w, tolerance) for w in WINDOWS if w < steps} | {
-        f"window {steps}": Secant(steps, tolerance)
-    }
+    windows = [*(w for w in WINDOWS if w < steps), steps]
+    return {f"window {window}": Secant(window, tolerance) for window in windows}
+
+
+def _measure(policy: Policy, observations: Sequence[Mapping[str, Any]], tolerance: float) -> Plan:
+    samplers = _samplers(policy, tolerance)
     candidates = {"sequential": dataclasses.replace(policy, sampler=Sequential())}
     candidates |= {name: dataclasses.replace(policy, sampler=sampler) for name, sampler in samplers.items()}
     for candidate in candidates.values():
@@ -132,8 +164,7 @@ def _key(policy: Policy, observations: Sequence[Mapping[str, Any]] | None, toler
     device = torch.cuda.get_device_name(policy.device) if policy.device.type == "cuda" else str(policy.device)
     facts = (device, torch.__version__, torch.get_num_threads(), policy.engine.name, tolerance)
     digest.update(repr((*facts, policy.schedule.solver, policy.schedule.timesteps.tolist())).encode())
-    for tensor in policy.network.state_dict().values():
-        digest.update(tensor.detach().cpu().numpy().tobytes())
+    digest.update(digest_weights(policy.network))
     for observation in observations or ():
         for key in sorted(observation):
             digest.update(np.ascontiguousarray(observation[key]).tobytes())

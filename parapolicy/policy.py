@@ -11,7 +11,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from parapolicy.denoiser import Denoiser, check_finite
+from parapolicy.denoiser import Denoiser, check_finite, fill_rows
 from parapolicy.engine import Eager, Engine
 from parapolicy.networks import Network
 from parapolicy.noise import draw_noise
@@ -84,8 +84,8 @@ class Policy:
         spec: what it takes and gives.
         network, normalizer, schedule: on ``device``.
         sampler: how the schedule is run.
-        reproducible: make an element's result independent, to the bit on a CPU, of the batch it is computed in; costs
-            up to three more network rows per call.
+        reproducible: make an element's result independent, to the bit on a CPU, of the batch it is computed in; fills
+            every network call up to a multiple of 16 rows.
         max_batch: most states (of all windows together) per network call; None: no limit. Bounds memory.
         engine: how the network is computed.
         warm_start: a control loop should hand each chunk's ``warm_state`` to the next one. ``predict`` itself
@@ -148,7 +148,7 @@ class Policy:
         Raises:
             ObservationError: a missing or unknown key, a wrong shape, or a value that is not finite.
             ValueError: noise, seeds or a warm state that do not fit the batch, or ``executed`` beyond the horizon.
-            FloatingPointError: the computed chunk is not finite.
+            FloatingPointError: the computed chunk is not finite, in the environment's units.
         """
         begin = time.perf_counter()
         inputs, batched = normalize_observation(self.spec, self.normalizer, observation)
@@ -165,17 +165,22 @@ class Policy:
                 noise = warm.shift_noise(noise, executed)
         if tuple(noise.shape) != expected:
             raise ValueError(f"noise has shape {tuple(noise.shape)}, expected {expected}: (T + 1, B, H, Da)")
-        evaluate = self.engine.bind(self.network, self.schedule.timesteps, inputs)
-        denoiser = Denoiser(evaluate, self.schedule, self.spec.sample_shape, self.reproducible, self.max_batch)
+        if self.reproducible:
+            inputs = {key: fill_rows(value) for key, value in inputs.items()}
         guess = None if warm is None else warm.guess(executed).to(self.device).flatten(2)
         noise = noise.to(self.device, torch.float32)
-        encoded = self._clock()
-        sample = self.engine.run(self.sampler, denoiser, noise.flatten(2), _stop_function(deadline), guess)
-        sampled = self._clock()
-        check_finite(sample.x, "action chunk")
+        stop = _stop_function(deadline)
+        with self.engine.exclusive():
+            evaluate = self.engine.bind(self.network, self.schedule.timesteps, inputs)
+            denoiser = Denoiser(evaluate, self.schedule, self.spec.sample_shape, self.reproducible, self.max_batch)
+            encoded = self._clock()
+            sample = self.engine.run(self.sampler, denoiser, noise.flatten(2), stop, guess)
+            sampled = self._clock()
 
         actions_normalised = sample.x.unflatten(1, self.spec.sample_shape)
-        trajectory = self.normalizer.unnormalize("action", actions_normalised).cpu().numpy()
+        actions_in_units = self.normalizer.unnormalize("action", actions_normalised)
+        check_finite(actions_in_units, "action chunk")
+        trajectory = actions_in_units.cpu().numpy()
         first = self.spec.n_obs_steps - 1
         actions = trajectory[:, first : first + self.spec.n_action_steps]
         names = ("rounds", "evaluations", "residual", "complete", "error", "rejections")

@@ -1,7 +1,14 @@
 """Engines compute the same function as the trained network."""
 
 import dataclasses
+import os
 import shutil
+import sys
+import tempfile
+import threading
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -10,7 +17,7 @@ import torch
 
 import parapolicy
 from parapolicy.compiling import Compiling
-from parapolicy.engine import ENGINES, Compiled, make_engine
+from parapolicy.engine import ENGINES, Compiled, CudaGraph, Eager, make_engine
 from parapolicy.engine.lowered.unet1d import LoweredUnet1D
 from parapolicy.networks.unet1d import ConditionalUnet1D
 from parapolicy.samplers import secant
@@ -123,6 +130,77 @@ def test_without_a_compiler_it_warns_once_and_goes_on(monkeypatch: pytest.Monkey
         chunk = compiled.predict(observation)
     assert len([w for w in caught if "runs uncompiled" in str(w.message)]) == 1
     np.testing.assert_allclose(chunk.trajectory, policy.predict(observation).trajectory, rtol=1e-4, atol=1e-2)
+
+
+@pytest.mark.parametrize("writable", [True, False])
+def test_a_cache_that_cannot_be_made_is_replaced_or_done_without(
+    writable: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    blocked = tmp_path / "file"
+    blocked.write_text("")
+    monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", str(blocked / "cache"))
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path if writable else blocked / "tmp"))
+    double = Compiling(lambda x: 2 * x + 1)
+    with pytest.warns(UserWarning, match="cannot be written to" if writable else "runs uncompiled") as caught:
+        assert torch.equal(double(torch.ones(3)), torch.full((3,), 3.0))
+        assert torch.equal(double(torch.ones(3)), torch.full((3,), 3.0))
+    assert len(caught) == 1
+    assert Path(os.environ["TORCHINDUCTOR_CACHE_DIR"]).is_relative_to(tmp_path)
+
+
+def in_threads(functions: list[Callable[[], np.ndarray]], times: int) -> list[list[np.ndarray]]:
+    """What each function gives, so many times, in a thread of its own."""
+    with ThreadPoolExecutor(len(functions)) as pool:
+        return list(pool.map(lambda function: [function() for _ in range(times)], functions))
+
+
+def test_threads_share_a_compiled_engine(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Each with its own network, schedule and batch."""
+    monkeypatch.setattr(torch, "compile", lambda function, **options: function)
+    engine = Compiled()
+    policies = [dataclasses.replace(small_policy("sequential"), engine=engine) for _ in range(2)]
+    policies.append(policies[0].with_schedule("ddim", 20))
+    observation = some_observation(policies[0].spec)
+    expected = [dataclasses.replace(p, engine=Compiled()).predict(observation).trajectory for p in policies]
+    switch = sys.getswitchinterval()
+    sys.setswitchinterval(1e-5)
+    try:
+        calls = [lambda p=p: p.predict(observation).trajectory for p in policies]
+        for found, right in zip(in_threads(calls, 20), expected, strict=True):
+            for trajectory in found:
+                np.testing.assert_allclose(trajectory, right, rtol=0, atol=1e-2)
+    finally:
+        sys.setswitchinterval(switch)
+
+
+def test_chunks_of_a_cuda_graph_engine_wait_for_each_other() -> None:
+    engine = CudaGraph()
+    with engine.exclusive():
+        assert not engine.exclusive().acquire(blocking=False)
+
+
+class OneMemory(Eager):
+    """Has one memory for its chunks, as captured graphs have."""
+
+    def __init__(self) -> None:
+        self.lock = threading.Lock()
+
+    def exclusive(self) -> threading.Lock:
+        return self.lock
+
+    def bind(self, *arguments: Any) -> Any:
+        self.evaluate = super().bind(*arguments)
+        return lambda *inputs: self.evaluate(*inputs)
+
+
+def test_an_engine_with_one_memory_computes_one_chunk_at_a_time() -> None:
+    policy = dataclasses.replace(small_policy("sequential"), engine=OneMemory())
+    observations = [some_observation(policy.spec, seed=seed) for seed in range(4)]
+    expected = [policy.predict(observation).trajectory for observation in observations]
+    calls = [lambda o=o: policy.predict(o).trajectory for o in observations]
+    for found, right in zip(in_threads(calls, 5), expected, strict=True):
+        for trajectory in found:
+            np.testing.assert_array_equal(trajectory, right)
 
 
 def test_engines_are_chosen_by_name() -> None:

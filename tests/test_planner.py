@@ -1,6 +1,9 @@
 """Plans are measured once, remembered by all that they depend on, and chosen by the clock."""
 
+import dataclasses
+import json
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -64,3 +67,59 @@ def test_load_policy_plans(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caps
     assert "is the fastest of what was measured here" in capsys.readouterr().out
     with pytest.raises(ValueError, match=r"no parameters \['window'\]"):
         parapolicy.load_policy(SHIPPED, sampler="auto", window=3)
+
+
+@pytest.mark.parametrize(
+    "damage",
+    [
+        {"milliseconds": {"window 20": 1.0}, "rounds": {"window 20": 1.0}},
+        {"milliseconds": ["sequential", "window 16", "window 20"]},
+        {"milliseconds": {"sequential": float("nan"), "window 16": 2.0, "window 20": 2.0}},
+        {"milliseconds": {"sequential": -1.0, "window 16": 2.0, "window 20": 2.0}},
+        {"milliseconds": {"sequential": True, "window 16": 2.0, "window 20": 2.0}},
+        {"milliseconds": {"sequential": "1", "window 16": 2.0, "window 20": 2.0}},
+        {"milliseconds": {"sequential": 10**400, "window 16": 2.0, "window 20": 2.0}},
+        {"milliseconds": {"sequential": 2.0, "window 16": 2.0, "window 20": 2.0, "window 99999": 1.0}},
+        {"rounds": {"sequential": 0, "window 16": 2.0, "window 20": 2.0}},
+        {"tolerance": 0.5},
+        {"tolerance": "0.015"},
+    ],
+)
+def test_a_remembered_plan_that_cannot_have_been_measured_is_measured_anew(
+    damage: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    policy = small_policy()
+    names = ("sequential", "window 16", "window 20")
+    plan = parapolicy.Plan(dict.fromkeys(names, 3.0), dict.fromkeys(names, 2.0), planner.TOLERANCE)
+    monkeypatch.setattr(planner, "_measure", lambda *a: plan)
+    parapolicy.make_plan(policy, cache=tmp_path)
+    (entry,) = tmp_path.iterdir()  # and no unfinished file
+    entry.write_text(json.dumps({**dataclasses.asdict(plan), **damage}))
+    assert parapolicy.make_plan(policy, cache=tmp_path) == plan
+    assert json.loads(entry.read_text()) == dataclasses.asdict(plan)
+
+
+def test_a_plan_is_written_whole_or_not_at_all(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    policy = small_policy()
+    expected = parapolicy.make_plan(policy, cache=tmp_path)
+    (entry,) = tmp_path.iterdir()
+    entry.write_text("{}")  # to be measured and written again
+    monkeypatch.setattr(planner, "_measure", lambda *a: expected)
+    write = Path.write_text
+
+    def fill_up(path: Path, text: str, *a: Any, **b: Any) -> int:
+        write(path, text[:10], *a, **b)
+        raise OSError("no space left on device")
+
+    monkeypatch.setattr(Path, "write_text", fill_up)
+    assert parapolicy.make_plan(policy, cache=tmp_path) == expected
+    assert [path.read_text() for path in tmp_path.iterdir()] == ["{}"]
+
+
+def test_a_user_without_a_home_plans(monkeypatch: pytest.MonkeyPatch) -> None:
+    def no_home() -> Path:
+        raise RuntimeError("Could not determine home directory.")
+
+    monkeypatch.delenv("PARAPOLICY_CACHE", raising=False)
+    monkeypatch.setattr(Path, "home", no_home)
+    assert parapolicy.make_plan(small_policy()).choice

@@ -1,6 +1,8 @@
 """Observation in, chunk out: shapes, seeds, batches, and what is refused."""
 
 import dataclasses
+import os
+import platform
 import subprocess
 import sys
 import time
@@ -11,6 +13,8 @@ import pytest
 import torch
 
 import parapolicy
+from parapolicy.normalizer import Affine, Normalizer
+from tests.conftest import ROOT, SHIPPED
 from tests.helpers import small_policy, small_spec, some_observation
 
 
@@ -58,13 +62,46 @@ def test_tensors_and_float64_are_taken() -> None:
     np.testing.assert_array_equal(policy.predict(as_tensors).trajectory, expected)
 
 
-def test_reproducible_batches_agree_to_the_bit_or_nearly() -> None:
-    """On x86 CPUs they agree to the bit; elsewhere the padding may not be enough for that."""
-    policy = dataclasses.replace(small_policy("semi_implicit"), reproducible=True)
-    observation = some_observation(policy.spec, batch=5)
-    batch = policy.predict(observation, seed=range(5))
-    single = policy.predict({key: value[3] for key, value in observation.items()}, seed=3)
-    np.testing.assert_allclose(single.trajectory, batch.trajectory[3], rtol=0, atol=1e-3)
+REPRODUCIBLE = """
+import dataclasses, sys
+import numpy as np, torch, parapolicy
+from parapolicy.planner import made_up_observations
+torch.set_num_threads(int(sys.argv[2]))
+policy = parapolicy.load_policy(sys.argv[1], device="cpu").with_schedule("ddpm", 5).with_sampler(sys.argv[3])
+policy = dataclasses.replace(policy, reproducible=True)
+observations = made_up_observations(policy, 17)
+alone = [policy.predict(o, seed=i).trajectory for i, o in enumerate(observations)]
+for count in (2, 4, 5, 9, 12, 17):
+    together = {key: np.stack([o[key] for o in observations[:count]]) for key in observations[0]}
+    batch = policy.predict(together, seed=range(count)).trajectory
+    print(count, np.array_equal(batch, alone[:count]))
+"""
+
+
+@pytest.mark.skipif(platform.machine() not in ("x86_64", "AMD64"), reason="seen on x86 only")
+@pytest.mark.parametrize("sampler", ["sequential", "secant"])
+@pytest.mark.parametrize("threads", ["1", "2"])
+def test_reproducible_batches_agree_to_the_bit(threads: str, sampler: str) -> None:
+    environment = {**os.environ, "OMP_NUM_THREADS": threads, "PYTHONPATH": str(ROOT)}
+    command = [sys.executable, "-c", REPRODUCIBLE, str(SHIPPED), threads, sampler]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, check=True)
+    assert done.stdout.split() == ["2", "True", "4", "True", "5", "True", "9", "True", "12", "True", "17", "True"]
+
+
+def test_reproducible_conditions_are_embedded_in_full_batches() -> None:
+    """A product of one row takes another kernel than one of two."""
+    policy = small_policy()
+    sizes: list[int] = []
+    embed = policy.network.embed_condition
+
+    def note(observation: dict[str, torch.Tensor]) -> Any:
+        sizes.extend(len(value) for value in observation.values())
+        return embed(observation)
+
+    policy.network.embed_condition = note  # type: ignore[method-assign]
+    for batch in (None, 3, 17):
+        dataclasses.replace(policy, reproducible=True).predict(some_observation(policy.spec, batch))
+    assert sizes == [16, 16, 16, 16, 32, 32]
 
 
 @pytest.mark.parametrize("sampler", parapolicy.list_samplers())
@@ -134,6 +171,14 @@ def test_wrong_noise_is_named() -> None:
 def test_a_chunk_that_is_not_finite_is_an_error(sampler: str) -> None:
     policy = small_policy(sampler)
     policy.network.final_conv[1].bias.fill_(torch.nan)
+    with pytest.raises(FloatingPointError, match="action chunk"):
+        policy.predict(some_observation(policy.spec))
+
+
+def test_a_chunk_that_is_not_finite_in_units_is_an_error() -> None:
+    policy = small_policy()
+    tiny = Affine(torch.full((2,), 1e-39), torch.zeros(2))
+    policy = dataclasses.replace(policy, normalizer=Normalizer({**policy.normalizer.maps, "action": tiny}))
     with pytest.raises(FloatingPointError, match="action chunk"):
         policy.predict(some_observation(policy.spec))
 

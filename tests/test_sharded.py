@@ -1,10 +1,13 @@
 """A window split over two real processes gives the same chunk as one, and a lost worker an error in time."""
 
+import copy
+import dataclasses
 import os
 import signal
 import subprocess
 import sys
 import time
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
@@ -14,7 +17,8 @@ import torch.distributed as dist
 import torch.multiprocessing as mp
 
 import parapolicy
-from parapolicy.engine.sharded import Sharded, WorkerLostError, _pack, _unpack, connect
+from parapolicy import launch
+from parapolicy.engine.sharded import Sharded, WorkerLostError, _pack, _unpack, connect, take_part
 from parapolicy.launch import free_address, start_workers
 from parapolicy.loading import pick_device
 from tests.conftest import ROOT, SHIPPED
@@ -34,6 +38,41 @@ def test_two_processes_give_the_chunk_of_one(shipped: parapolicy.Policy) -> None
             assert chunk.stats.rounds.tolist() == expected.stats.rounds.tolist()
             np.testing.assert_allclose(chunk.trajectory, expected.trajectory, rtol=0, atol=0.05)
     assert not mp.active_children()
+
+
+def test_threads_and_a_reset_get_their_own_chunks(shipped: parapolicy.Policy) -> None:
+    quick = shipped.with_schedule("ddim", 5).with_sampler("sequential")
+    observations = [{key: value + 3 * i for key, value in observation(quick, 1 + i).items()} for i in range(2)]
+    expected = [quick.predict(o).trajectory for o in observations]
+    with start_workers(SHIPPED, 2) as policy:
+        ours = dataclasses.replace(quick, engine=policy.engine)
+        with ThreadPoolExecutor(2) as pool:
+            found = pool.map(lambda o: [ours.predict(o).trajectory for _ in range(15)], observations)
+            for chunks, right in zip(found, expected, strict=True):
+                for chunk in chunks:
+                    np.testing.assert_allclose(chunk, right, rtol=0, atol=0.05)
+    with pytest.raises(WorkerLostError, match="were stopped"):
+        ours.predict(observations[0])
+
+
+def test_processes_with_other_weights_do_not_join(shipped: parapolicy.Policy, tmp_path: Path) -> None:
+    other = copy.deepcopy(shipped)
+    with torch.no_grad():
+        next(other.network.parameters())[0] += 1
+    parapolicy.save_policy(other, tmp_path)
+    address = free_address()
+    arguments = (tmp_path, "eager", "cpu", address, 1, 2, 10.0, 1)
+    worker = mp.get_context("spawn").Process(target=launch._work, args=arguments, daemon=True)
+    worker.start()
+    try:
+        with pytest.raises(ValueError, match="do not fit together: rank 1 has another network's weights;"):
+            take_part(shipped, address, 0, 2, 10.0)
+        worker.join(30)
+        assert worker.exitcode == 0
+    finally:
+        worker.kill()
+        worker.join()
+        dist.destroy_process_group()
 
 
 def test_rows_arrive_as_they_were_sent() -> None:

@@ -1,5 +1,6 @@
 """Time of the real world, kept in step, and time of a simulated one, which a computation uses up."""
 
+import math
 import time
 from collections.abc import Callable
 from concurrent.futures import Executor, Future
@@ -11,8 +12,12 @@ class Pacer:
 
     Args:
         hz: ticks per second.
-        clock: seconds, monotonic.
+        clock: seconds, monotonic. Where it goes back, or gives no finite time, the ticks go on one period later.
         sleep: waits for so many seconds.
+
+    Attributes:
+        missed: ticks that had passed when they were waited for.
+        clock_faults: times that the clock went back or gave no finite time.
     """
 
     def __init__(
@@ -21,7 +26,8 @@ class Pacer:
         if not 0 < hz < float("inf"):
             raise ValueError(f"hz is {hz}, expected a positive number")
         self.period, self.clock, self.sleep = 1 / hz, clock, sleep
-        self.missed = 0
+        self.missed = self.clock_faults = 0
+        self._before = -math.inf
         self._start: float | None = None
         self._tick = 0
 
@@ -34,10 +40,14 @@ class Pacer:
         """
         now = self.clock()
         if self._start is None:
-            self._start = now
+            self._start = self._before = now
             return 0.0
         self._tick += 1
         slack = self._start + self._tick * self.period - now
+        if not (now >= self._before and math.isfinite(slack)):
+            self.clock_faults += 1
+            self._start, self._tick, slack = now, 1, self.period
+        self._before = now
         if slack < 0:
             self.missed += 1
             behind = int(-slack / self.period)
@@ -108,8 +118,8 @@ class SimulatedClock(Executor):
 
 
 def _returns(future: Future, result: Any) -> Callable[[], None]:
-    return lambda: future.set_result(result)
+    return lambda: future.set_result(result) if future.set_running_or_notify_cancel() else None
 
 
 def _raises(future: Future, error: Exception) -> Callable[[], None]:
-    return lambda: future.set_exception(error)
+    return lambda: future.set_exception(error) if future.set_running_or_notify_cancel() else None

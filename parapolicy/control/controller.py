@@ -1,18 +1,24 @@
 """Receding-horizon control of one robot: an observation in, an action out, once per control step."""
 
+import math
 import time
+import warnings
 from collections.abc import Callable, Mapping
-from concurrent.futures import Executor, Future, ThreadPoolExecutor
+from concurrent import futures
+from concurrent.futures import CancelledError, Executor, Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Any, Protocol
 
 import numpy as np
 
 from parapolicy.control.latency import ChunkRecord, ControlRecord
-from parapolicy.episode import Episode, Request
+from parapolicy.episode import Episode, Request, checked_actions
 from parapolicy.policy import Chunk
 from parapolicy.spec import PolicySpec
 from parapolicy.warm import WarmState
+
+DROPPED = 60.0  # seconds that a chunk which a reset has dropped may take to end
+ROUNDING = 1e-9  # relative, of a simulated clock's times, which are sums of periods
 
 
 class ChunkPolicy(Protocol):
@@ -55,15 +61,16 @@ class Controller:
     thread while the old one is executed, from the observation of the control step at which it was begun, early enough
     by what the last one took; when it is ready, the actions whose time has passed are dropped.
 
-    A computation that fails, or is not ready, never leaves the robot without an action: the old chunk goes on beyond
-    its ``n_action_steps`` to its end, then the last action is held. ``record`` counts both. Only the first chunk of an
-    episode has nothing to fall back on: its error is raised.
+    A computation that fails, is not ready, or gives no finite chunk of the policy's shape never leaves the robot
+    without an action: the old chunk goes on beyond its ``n_action_steps`` to its end, then the last action is held.
+    ``record`` counts both. Only the first chunk of an episode has nothing to fall back on: its error is raised.
 
-    Not thread-safe: one thread calls ``act`` and ``reset``.
+    Not thread-safe: one thread calls ``act`` and ``reset``. Never are two chunks computed at once.
 
     Args:
         policy: for one robot.
-        control_hz: control steps per second; None: those that the policy was trained at.
+        control_hz: control steps per second; None: those that the policy was trained at. Another rate, and a loop that
+            calls late, are warned of once.
         asynchronous: see above.
         deadline_ms: time that a chunk may take; sampling ends after the round in which it has passed, with the best
             estimate. None: none.
@@ -71,7 +78,8 @@ class Controller:
             overlap. It saves rounds where the window covers the whole schedule.
         blend_steps: control steps over which a new chunk's actions take over from the old chunk's for the same time,
             in equal parts.
-        log: called with one mapping per action: where it came from, enough to replay the episode.
+        log: called with one mapping per action: where it came from, enough to replay the episode. What it raises is
+            warned of once, and counted.
         clock: seconds, monotonic.
         executor: runs asynchronous computations; None: a thread of its own.
     """
@@ -103,16 +111,31 @@ class Controller:
         if self._own_executor is not None:  # its thread is there from now on, with the priority that this one has now
             self._own_executor.submit(lambda: None).result()
         self._executor = executor or self._own_executor
+        self._dropped: list[Future[_Execution]] = []  # by resets, and still computing
+        self._under_way: tuple[ChunkRecord, Future[_Execution]] | None = None
+        self._warned: set[str] = set()
+        if not math.isclose(self.control_hz, policy.spec.control_hz):
+            self._warn(
+                "rate",
+                f"control_hz is {self.control_hz:g} and the policy was trained at {policy.spec.control_hz:g}: the "
+                "robot moves at another speed than the demonstrations did",
+            )
         self.reset()
 
     def reset(self, seed: int | tuple[int, ...] = 0) -> None:
-        """Begin an episode, with noise of ``seed``; a computation that is under way is dropped when it ends."""
+        """Begin an episode, with noise of ``seed``.
+
+        A computation that is under way is dropped; the new episode's first ``act`` waits until it has ended.
+        """
+        if self._under_way is not None and not self._under_way[1].cancel():
+            self._dropped.append(self._under_way[1])
         seeds = seed if isinstance(seed, tuple) else (seed,)
         self.episode = Episode(self.policy.spec, seeds, self.warm_start)
         self.record = ControlRecord()
         self._plan: _Execution | None = None
-        self._under_way: tuple[ChunkRecord, Future[_Execution]] | None = None
+        self._under_way = None
         self._last_begin: float | None = None
+        self._due_at: float | None = None  # when the next call of ``act`` is expected
 
     def act(self, observation: Mapping[str, Any]) -> np.ndarray:
         """One control step: {key: (...)} in the environment's units -> action (Da,).
@@ -123,7 +146,7 @@ class Controller:
         """
         begin = self.clock()
         self.episode.push(observation)
-        self.record.times["observe"].add(self.clock() - begin)
+        self.record.add_time("observe", self.clock() - begin)
         self._collect()
         if self._plan is None:
             record, future = self._start(None, begin)
@@ -175,21 +198,29 @@ class Controller:
         steps = self.policy.spec.n_action_steps
         if not self.asynchronous:
             return steps
-        last = next((c.seconds for c in reversed(self.record.chunks) if c.stats is not None), 0.0)
+        last = next((c.seconds for c in reversed(self.record.chunks) if math.isfinite(c.seconds)), 0.0)
         return max(1, steps - max(1, int(np.ceil(last * self.control_hz))))
 
     def _start(self, plan: _Execution | None, now: float) -> tuple[ChunkRecord, "Future[_Execution]"]:
         """Begin the chunk that follows ``plan``; only an episode's later chunks, when asynchronous, are not awaited."""
         request = self.episode.request()
         record = ChunkRecord(request.number, request.seed, request.begin, now, request.warm_from, request.executed)
-        if self.asynchronous and plan is not None and self._executor is not None:
-            return record, self._executor.submit(self._compute, request, record)
         future: Future[_Execution] = Future()
         try:
+            if self.asynchronous and plan is not None and self._executor is not None:
+                return record, self._executor.submit(self._compute, request, record)
+            self._await_dropped()
             future.set_result(self._compute(request, record))
         except Exception as error:
             future.set_exception(error)
         return record, future
+
+    def _await_dropped(self) -> None:
+        """Wait for what resets have dropped: no two chunks are computed at once."""
+        while self._dropped:
+            if futures.wait(self._dropped[:1], DROPPED).not_done:
+                raise TimeoutError(f"the chunk that a reset has dropped is still computed after {DROPPED:g} s")
+            self._dropped.pop(0)
 
     def _compute(self, request: Request, record: ChunkRecord) -> _Execution:
         """A request's chunk; runs in the thread when asynchronous."""
@@ -204,9 +235,10 @@ class Controller:
         chunk = self.policy.predict(
             request.observation, seed=request.seed, deadline=stop, warm=request.warm, executed=request.executed
         )
-        record.seconds, record.stats = self.clock() - started, chunk.stats
-        record.finished_at = started + record.seconds
-        return _Execution(record, request, chunk, chunk.trajectory[self.policy.spec.n_obs_steps - 1 :])
+        actions = checked_actions(chunk, self.policy.spec)
+        record.finished_at = self.clock()
+        record.seconds, record.stats = record.finished_at - started, chunk.stats
+        return _Execution(record, request, chunk, actions)
 
     def _collect(self) -> None:
         """Take over a computation that has ended; after a failed one the old chunk goes on."""
@@ -218,7 +250,10 @@ class Controller:
 
     def _settle(self, record: ChunkRecord, future: "Future[_Execution]") -> BaseException | None:
         """Record a computation that has ended; returns what it raised."""
-        error = future.exception()
+        try:
+            error = future.exception()
+        except CancelledError as cancelled:  # by an executor that is gone
+            error = cancelled
         if error is not None:
             record.error = f"{type(error).__name__}: {error}"
         self.record.add_chunk(record, self.deadline)
@@ -231,7 +266,7 @@ class Controller:
         if plan.previous is not None:
             plan.previous.previous = None
         self._plan = plan
-        self.record.times["queue"].add(self.clock() - plan.record.finished_at)
+        self.record.add_time("queue", self.clock() - plan.record.finished_at)
         self.record.stale += min(self.step - plan.record.begin, len(plan.actions))
 
     def _next_action(self, plan: _Execution) -> tuple[np.ndarray, str]:
@@ -254,18 +289,52 @@ class Controller:
         """Record the step's times, and log where its action came from."""
         now, period, record = self.clock(), 1 / self.control_hz, self.record
         record.steps += 1
-        record.times["act"].add(now - begin)
-        record.misses += now - begin > period * (1 + 1e-9)  # of a simulated clock, sums of periods
+        record.add_time("act", now - begin)
+        record.misses += now - begin > period * (1 + ROUNDING)
         if self._last_begin is not None:
-            record.times["jitter"].add(abs(begin - self._last_begin - period))
+            since = begin - self._last_begin
+            record.add_time("jitter", abs(since - period) if since >= 0 else since)
         self._last_begin = begin
+        self._expect(begin, now, period)
         if self.log is None:
             return
+        try:
+            self.log(self._row(chunk, kind, action, begin, now))
+        except Exception as error:
+            record.unlogged += 1
+            self._warn("log", f"the log of actions raised, and the loop goes on: {type(error).__name__}: {error}")
+
+    def _expect(self, begin: float, now: float, period: float) -> None:
+        """Count a call of ``act`` that came too late, unless the call before took that time; expect the next one.
+
+        A loop that is a little slow each time loses whole control steps, too: its lateness adds up until it is counted.
+        """
+        due = begin if self._due_at is None else self._due_at
+        if period / 2 * (1 + ROUNDING) < begin - due < math.inf:
+            self.record.misses += 1
+            self._warn(
+                "late",
+                f"act was called {1e3 * (begin - due):.0f} ms late: the loop does not keep its {self.control_hz:g} Hz",
+            )
+            due = begin
+        following = min(due, begin) + period
+        if now > following:  # a miss of its own
+            following = now + period
+        self._due_at = following if math.isfinite(following) else None
+
+    def _warn(self, topic: str, text: str) -> None:
+        """Warn of each topic once."""
+        if topic not in self._warned:
+            self._warned.add(topic)
+            warnings.warn(text, stacklevel=4)
+
+    def _row(self, chunk: ChunkRecord, kind: str, action: np.ndarray, begin: float, now: float) -> dict[str, Any]:
+        """Where an action came from."""
         assert chunk.stats is not None  # of a chunk that failed there are no actions
-        row = {
+        return {
             "step": self.step,
             "time": now,
-            "slack": period - (now - begin),
+            "slack": 1 / self.control_hz - (now - begin),
             "kind": kind,
             "chunk": chunk.number,
             "index": self.step - chunk.begin,
@@ -279,7 +348,6 @@ class Controller:
             "rounds": int(chunk.stats.rounds),
             "complete": bool(chunk.stats.complete),
             "residual": float(chunk.stats.residual),
-            "stale": record.stale,
+            "stale": self.record.stale,
             "action": action.tolist(),
         }
-        self.log(row)

@@ -1,7 +1,8 @@
 """What a control loop records: times on a logarithmic scale, in fixed memory, and where every action came from."""
 
+import math
 from collections import Counter, deque
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from typing import Any
 
 import numpy as np
@@ -72,6 +73,7 @@ class ChunkRecord:
     error: str | None = None
 
 
+ROUNDING = 1e-6  # seconds, of sums of times
 STAGES = ("observe", "encode", "sample", "post", "queue", "chunk", "act", "jitter")
 
 
@@ -87,12 +89,15 @@ class ControlRecord:
         rounds: number of rounds -> chunks.
         chunks: the last 1000, failed ones too.
         steps: control steps.
-        misses: steps whose ``act`` took longer than the control period.
+        misses: steps whose ``act`` took longer than the control period, and calls of ``act`` that came more than half
+            a period late.
         failures: computations that raised; the robot went on by the actions it had.
         late: chunks that took longer than the deadline.
         stale: actions of new chunks that were dropped because their time had passed.
         continued: steps that took an action beyond the old chunk's ``n_action_steps``.
         held: steps that repeated the last action because the old chunk had ended.
+        clock_faults: times that could not be told, because the clock had gone back or gave no finite number.
+        unlogged: actions whose ``log`` raised.
     """
 
     times: dict[str, Histogram] = field(default_factory=lambda: {stage: Histogram() for stage in STAGES})
@@ -105,6 +110,15 @@ class ControlRecord:
     stale: int = 0
     continued: int = 0
     held: int = 0
+    clock_faults: int = 0
+    unlogged: int = 0
+
+    def add_time(self, stage: str, seconds: float) -> None:
+        """Count a stage's time; one that no clock can show is a fault of the clock's."""
+        if -ROUNDING <= seconds < math.inf:
+            self.times[stage].add(seconds)
+        else:
+            self.clock_faults += 1
 
     def add_chunk(self, chunk: ChunkRecord, deadline: float | None) -> None:
         """Count a finished computation."""
@@ -112,15 +126,15 @@ class ControlRecord:
         if chunk.stats is None:
             self.failures += 1
             return
-        self.times["chunk"].add(chunk.seconds)
-        for stage, seconds in chunk.stats.stages.items():
-            self.times[stage].add(seconds)
+        self.add_time("chunk", chunk.seconds)
+        for stage in self.times.keys() & chunk.stats.stages.keys():
+            self.add_time(stage, chunk.stats.stages[stage])
         self.rounds[int(chunk.stats.rounds)] += 1
         self.late += deadline is not None and chunk.seconds > deadline
 
     def summary(self) -> dict[str, Any]:
         """All of it but the chunks, as JSON has it; times in ms."""
-        counts = ("steps", "misses", "failures", "late", "stale", "continued", "held")
+        counts = [f.name for f in fields(self) if f.type in (int, "int")]
         times = {stage: summary for stage, histogram in self.times.items() if (summary := histogram.summary())}
         rounds = {str(rounds): chunks for rounds, chunks in sorted(self.rounds.items())}
         return {**{name: getattr(self, name) for name in counts}, "rounds": rounds, "times": times}

@@ -1,8 +1,12 @@
 """What an engine is, and the plainest one."""
 
+import contextlib
+import hashlib
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping
+from typing import Any
 
+import torch
 from torch import Tensor
 
 from parapolicy.denoiser import Denoiser, Evaluate
@@ -18,6 +22,10 @@ class Engine(ABC):
     """
 
     name: str
+
+    def exclusive(self) -> contextlib.AbstractContextManager[Any]:
+        """Held from :meth:`bind` to a chunk's last round. An engine whose chunks share memory returns its lock."""
+        return contextlib.nullcontext()
 
     @abstractmethod
     def bind(self, network: Network, timesteps: Tensor, observation: Mapping[str, Tensor]) -> Evaluate:
@@ -40,6 +48,15 @@ class Engine(ABC):
     ) -> Sample:
         """Draw a batch of samples; see :meth:`parapolicy.samplers.Sampler.sample`."""
         return run_rounds(self.rounds(sampler, denoiser, noise), denoiser, noise, stop, guess)
+
+
+def digest_weights(network: Network) -> bytes:
+    """sha256 of a network's weights, with their names, shapes and precision."""
+    digest = hashlib.sha256()
+    for name, value in network.state_dict().items():
+        digest.update(f"{name} {value.dtype} {tuple(value.shape)}".encode())
+        digest.update(value.detach().cpu().contiguous().flatten().view(torch.uint8).numpy())
+    return digest.digest()
 
 
 class Eager(Engine):

@@ -1,5 +1,6 @@
 """The network rewritten and compiled: fewer and larger pieces of work."""
 
+import threading
 from collections.abc import Mapping
 from dataclasses import dataclass
 
@@ -20,7 +21,8 @@ ROWS = 4  # numbers of network rows from here on are rounded up to its multiples
 class Compiled(Engine):
     """The network in its lowered form, compiled by torch for any number of rows; see :mod:`parapolicy.engine.lowered`.
 
-    The first call compiles; see :class:`parapolicy.compiling.Compiling`.
+    The first call compiles; see :class:`parapolicy.compiling.Compiling`. Threads may share it: a bound chunk holds all
+    that it is computed with.
 
     Args:
         dtype: what the factors of matrix products are rounded to. ``torch.bfloat16`` multiplies faster where the
@@ -30,25 +32,42 @@ class Compiled(Engine):
     def __init__(self, dtype: torch.dtype = torch.float32) -> None:
         self.name = "compiled_bfloat16" if dtype == torch.bfloat16 else "compiled"
         self.dtype = dtype
-        self.network: Network | None = None
-        self._source: Network | None = None
-        self._timesteps: Tensor | None = None
+        self._lowered: Lowered | None = None  # of the newest network
+        self._lock = threading.Lock()
 
     def bind(self, network: Network, timesteps: Tensor, observation: Mapping[str, Tensor]) -> "Bound":
-        if network is not self._source:
-            self._source, self._timesteps = network, None
-            with torch.inference_mode(False), torch.no_grad():  # weights outlive the mode of the first call
-                self.network = lower(network, self.dtype).requires_grad_(False)
-            self._forward, self._called = Compiling(self.network), False
-        assert self.network is not None
-        if timesteps is not self._timesteps:
-            self._timesteps = timesteps
-            self._steps = map_embedding(_twice, self.network.embed_steps(timesteps))
-        return Bound(self, self._steps, map_embedding(_twice, self.network.embed_condition(observation)))
+        with self._lock:
+            if self._lowered is None or self._lowered.source is not network:
+                self._lowered = Lowered(network, self.dtype)
+            lowered = self._lowered
+            steps = lowered.embed_steps(timesteps)
+        return Bound(lowered, steps, map_embedding(_twice, lowered.network.embed_condition(observation)))
 
     def rounds(self, sampler: Sampler, denoiser: Denoiser, noise: Tensor) -> Rounds:
         # Compiled rounds differ by roundings from the plain ones that larger batches take.
         return sampler.rounds(denoiser.schedule, noise, compiled=not denoiser.reproducible)
+
+
+class Lowered:
+    """A network in its lowered form, with the embedding of the newest schedule.
+
+    Args:
+        source: the network as it was trained.
+        dtype: see :class:`Compiled`.
+    """
+
+    def __init__(self, source: Network, dtype: torch.dtype) -> None:
+        self.source = source
+        with torch.inference_mode(False), torch.no_grad():  # weights outlive the mode of the first call
+            self.network = lower(source, dtype).requires_grad_(False)
+        self._forward, self._called = Compiling(self.network), False
+        self._timesteps: Tensor | None = None
+
+    def embed_steps(self, timesteps: Tensor) -> Embedding:
+        if timesteps is not self._timesteps:
+            self._steps = map_embedding(_twice, self.network.embed_steps(timesteps))
+            self._timesteps = timesteps
+        return self._steps
 
     def forward(self, x: Tensor, steps: Embedding, condition: Embedding, step: Tensor, element: Tensor) -> Tensor:
         """The network's forward pass; see :meth:`parapolicy.networks.Network.forward`."""
@@ -72,12 +91,12 @@ class Compiled(Engine):
 class Bound:
     """The network at one schedule and batch of observations."""
 
-    engine: Compiled
+    lowered: Lowered
     steps: Embedding
     condition: Embedding
 
     def __call__(self, x: Tensor, step: Tensor, element: Tensor) -> Tensor:
-        return self.engine.forward(x, self.steps, self.condition, step, element)
+        return self.lowered.forward(x, self.steps, self.condition, step, element)
 
 
 def _mark_dynamic(value: Tensor) -> Tensor:

@@ -1,5 +1,7 @@
 """Whole sampling rounds as one CUDA graph: a round of small kernels costs one launch instead of a few hundred."""
 
+import dataclasses
+import threading
 from collections import OrderedDict
 from collections.abc import Hashable, Mapping
 from typing import Any
@@ -8,8 +10,8 @@ import torch
 from torch import Tensor
 
 from parapolicy.denoiser import Denoiser
+from parapolicy.engine import compiled
 from parapolicy.engine.base import Engine
-from parapolicy.engine.compiled import Compiled
 from parapolicy.networks import Embedding, Network, map_embedding
 from parapolicy.samplers import DenoiserLike, Rounds, Sample, Sampler
 
@@ -20,15 +22,18 @@ class CudaGraph(Engine):
     """The compiled network; samplers that work on fixed memory have their rounds captured and replayed.
 
     The first chunk of a batch size runs eagerly: warm-up must not be captured. The second one captures. Between rounds
-    the host reads one flag. Graphs work on memory of their own: one chunk at a time, so that a policy with this engine
-    belongs to one thread.
+    the host reads one flag. Graphs work on memory of their own: one chunk at a time, and other threads wait.
     """
 
     name = "cuda_graph"
 
     def __init__(self) -> None:
-        self.compiled = Compiled()
+        self.compiled = compiled.Compiled()
         self._bound: OrderedDict[Hashable, Bound] = OrderedDict()
+        self._lock = threading.Lock()
+
+    def exclusive(self) -> threading.Lock:
+        return self._lock
 
     def bind(self, network: Network, timesteps: Tensor, observation: Mapping[str, Tensor]) -> "Bound":
         """As :meth:`parapolicy.engine.Engine.bind`; the same memory for every chunk of a schedule and batch size.
@@ -43,7 +48,7 @@ class CudaGraph(Engine):
         bound = self.compiled.bind(network, timesteps, observation)
         key = id(network), id(timesteps), tuple(len(value) for value in observation.values())
         if key not in self._bound:
-            self._bound[key] = Bound(self.compiled, (network, timesteps), bound.steps, bound.condition)
+            self._bound[key] = Bound((network, timesteps), bound)
             if len(self._bound) > CACHED:
                 self._bound.popitem(last=False)
         self._bound.move_to_end(key)
@@ -64,23 +69,22 @@ class Bound:
     """The network at one schedule and batch size, with the rounds captured on it.
 
     Args:
-        compiled: computes.
         key: held, so that no other object has its id.
-        steps, condition: of the lowered network; the condition is copied.
+        bound: computes; its condition is copied.
     """
 
-    def __init__(self, compiled: Compiled, key: Any, steps: Embedding, condition: Embedding) -> None:
-        self.compiled, self.key, self.steps = compiled, key, steps
-        self.condition = map_embedding(torch.clone, condition)
+    def __init__(self, key: Any, bound: compiled.Bound) -> None:
+        self.key = key
+        self.bound = dataclasses.replace(bound, condition=map_embedding(torch.clone, bound.condition))
         self.cached: dict[Hashable, Rounds] = {}
 
     def update(self, condition: Embedding) -> None:
         """Take a new chunk's condition into the memory that graphs read."""
-        for mine, value in zip(_tensors(self.condition), _tensors(condition), strict=True):
+        for mine, value in zip(_tensors(self.bound.condition), _tensors(condition), strict=True):
             mine.copy_(value)
 
     def __call__(self, x: Tensor, step: Tensor, element: Tensor) -> Tensor:
-        return self.compiled.forward(x, self.steps, self.condition, step, element)
+        return self.bound(x, step, element)
 
 
 class Captured(Rounds):

@@ -6,9 +6,13 @@ Rank 0 samples; the others answer its calls. :mod:`parapolicy.launch` starts the
 import atexit
 import contextlib
 import dataclasses
+import hashlib
+import json
 import os
+import threading
 from collections.abc import Iterator, Mapping
 from datetime import timedelta
+from pathlib import Path
 from typing import Any, NamedTuple, Protocol
 
 import torch
@@ -16,13 +20,14 @@ import torch.distributed as dist
 from torch import Tensor
 
 from parapolicy.denoiser import Denoiser, Evaluate
-from parapolicy.engine.base import Engine
+from parapolicy.engine.base import Engine, digest_weights
 from parapolicy.networks import Network
 from parapolicy.samplers import Rounds, Sampler
 from parapolicy.schedule import Schedule
 from parapolicy.spec import PolicySpec
 
 STOP, BIND, EVALUATE = range(3)
+COMPARED = ("another network's weights", "another policy spec", "another engine", "other code", "another torch")
 START = 120.0  # seconds in which all processes must have started
 
 
@@ -59,7 +64,7 @@ class Groups(NamedTuple):
 
 
 class Sharded(Engine):
-    """Rank 0's engine: every rank evaluates an equal part of the rows.
+    """Rank 0's engine: every rank evaluates an equal part of the rows, of one chunk at a time.
 
     Args:
         engine: what this rank computes its own part with.
@@ -72,6 +77,10 @@ class Sharded(Engine):
         self.ranks = dist.get_world_size()
         self.name = f"{self.ranks} times {engine.name}"
         self.lost: str | None = None
+        self._lock = threading.Lock()
+
+    def exclusive(self) -> threading.Lock:
+        return self._lock
 
     def bind(self, network: Network, timesteps: Tensor, observation: Mapping[str, Tensor]) -> "Split":
         """As :meth:`parapolicy.engine.Engine.bind`; it and what it returns raise :class:`WorkerLostError`."""
@@ -101,9 +110,15 @@ class Sharded(Engine):
         return torch.cat(gathered)[: len(x)]
 
     def stop(self) -> None:
-        """Let the workers end."""
-        with contextlib.suppress(WorkerLostError), self._answered():
-            self._announce(STOP)
+        """Let the workers end, after the chunk that is under way; later ones raise :class:`WorkerLostError`."""
+        held = self._lock.acquire(timeout=self.timeout)
+        try:
+            with contextlib.suppress(WorkerLostError), self._answered():
+                self._announce(STOP)
+            self.lost = self.lost or f"the {self.ranks} processes were stopped; start them anew"
+        finally:
+            if held:
+                self._lock.release()
 
     def _announce(self, command: int, *sizes: int) -> None:
         header = torch.tensor([command, *sizes, 0, 0, 0][:4])
@@ -196,9 +211,22 @@ def join(part: Part, timeout: float = 10.0) -> Sharded:
 
 
 def take_part(part: Part, address: str, rank: int, processes: int, timeout: float) -> Sharded | None:
-    """Meet the other ranks. Rank 0 gets its engine; on the others this returns None when rank 0 has ended."""
+    """Meet the other ranks. Rank 0 gets its engine; on the others this returns None when rank 0 has ended.
+
+    Raises:
+        ValueError: on rank 0, where another rank has other weights, another spec, engine or version; that rank ends.
+    """
     _warm_up(part)
+    mine = _digests(part)
     groups = connect(address, rank, processes, part.device, timeout)
+    everyone = [torch.empty_like(mine) for _ in range(processes)]
+    dist.all_gather(everyone, mine, groups.control)
+    differences = (torch.stack(everyone) != everyone[0]).any(2).nonzero().tolist()
+    if differences and rank == 0:
+        listed = ", ".join(f"rank {other} has {COMPARED[what]}" for other, what in differences)
+        raise ValueError(f"the processes do not fit together: {listed}; start all with the same checkpoint and engine")
+    if differences:
+        return None
     if rank == 0:
         return Sharded(part.engine, groups, timeout)
     _answer(part, groups)
@@ -211,6 +239,15 @@ def connect(address: str, rank: int, processes: int, device: torch.device, timeo
     limit = timedelta(seconds=timeout)
     data = dist.new_group(backend="nccl" if device.type == "cuda" else "gloo", timeout=limit)
     return Groups(dist.new_group(backend="gloo", timeout=timedelta(days=365) if rank else limit), data)
+
+
+def _digests(part: Part) -> Tensor:
+    """What all ranks must have in common, (len(COMPARED), 32) uint8."""
+    spec = json.dumps(part.spec.to_dict(), sort_keys=True, default=str)
+    code = "".join(path.read_text("utf-8") for path in sorted(Path(__file__).parents[1].rglob("*.py")))
+    facts = (spec, part.engine.name, code, torch.__version__)
+    digests = [digest_weights(part.network), *(hashlib.sha256(fact.encode()).digest() for fact in facts)]
+    return torch.tensor([list(digest) for digest in digests], dtype=torch.uint8)
 
 
 @torch.inference_mode()
