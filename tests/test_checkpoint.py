@@ -204,7 +204,7 @@ def test_every_flipped_byte_is_refused_or_changes_nothing(tmp_path: Path) -> Non
         (tmp_path / name).write_bytes(written)
     assert set(tried) <= {"config.json refused", "config.json equal", "model.safetensors refused"}
     assert tried["config.json refused"] > 500
-    assert tried["model.safetensors refused"] > 500
+    assert tried["model.safetensors refused"] > 400
 
 
 @pytest.mark.parametrize("case", fuzzing.CASES)
@@ -267,7 +267,7 @@ def test_the_digest_is_that_of_sha256sum(folder: Path) -> None:
 
 def test_minus_infinity_of_diffusers_is_left_out(tmp_path: Path) -> None:
     """Its default, no bound, for which JSON has no form."""
-    made = DPMSolverMultistepScheduler(20, beta_schedule="squaredcos_cap_v2")
+    made = DPMSolverMultistepScheduler(20, beta_schedule="squaredcos_cap_v2", timestep_spacing="trailing")
     scheduler = {"_class_name": type(made).__name__, **made.config}
     assert scheduler["lambda_min_clipped"] == -np.inf
     policy = small_policy(scheduler=scheduler)

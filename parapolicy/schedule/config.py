@@ -102,12 +102,12 @@ def _check_kind(name: str, value: Any, example: Any, nullable: bool = False) -> 
         fits, expected = isinstance(value, bool), "true or false"
     elif isinstance(example, int):
         fits, expected = _is_number(value) and isinstance(value, int), "a whole number"
-    elif isinstance(example, float):
-        fits, expected = _is_number(value), "a finite number"
     elif isinstance(example, str) or name == "variance_type":
         fits, expected = isinstance(value, str), "text"
-    else:
-        fits, expected = not isinstance(value, bool | Mapping), "a number, a text or null"
+    elif isinstance(example, list):
+        fits, expected = isinstance(value, list), "a list"
+    else:  # a float, or null for none
+        fits, expected = _is_number(value), "a finite number"
     if not fits:
         raise ValueError(f"{name} is {value!r}, expected {expected}")
 
