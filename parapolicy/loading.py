@@ -48,8 +48,8 @@ def load_policy(
     spec, network, normalizer = read_checkpoint(folder)
     try:
         schedule = make_schedule(spec.scheduler, sample_shape=spec.sample_shape)
-    except (ValueError, TypeError, RuntimeError) as error:
-        raise CheckpointError(f"{folder}: its scheduler config gives no schedule: {error}") from error
+    except (ValueError, TypeError, RuntimeError, ArithmeticError) as error:
+        raise CheckpointError(f"{folder}: its scheduler config gives no schedule: {error!s:.250}") from error
     network = network.to(target)
     policy = Policy(spec, network, normalizer.to(target), schedule.to(target), chosen, target, engine=made)
     if engine == "sharded" or (engine == "auto" and int(os.environ.get("WORLD_SIZE", 1)) > 1):

@@ -1,6 +1,7 @@
 """What a policy is, apart from its weights."""
 
 import dataclasses
+import json
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
@@ -8,6 +9,9 @@ from typing import Any, NamedTuple
 
 KINDS = ("state", "image")
 MAX_HORIZON = 10_000  # no weight's shape depends on the horizon, so nothing else bounds what a damaged config asks for
+MIN_HZ = 1e-6
+MAX_DEPTH = 8  # axes of a shape, and maps within maps of the free-form parts
+MAX_KEY, MAX_TEXT = 100, 2**18  # characters of an observation's key, and of each free-form part as JSON
 
 
 class Feature(NamedTuple):
@@ -49,7 +53,8 @@ class PolicySpec:
         provenance: where the policy comes from; free-form.
 
     Raises:
-        ValueError: a count is not positive, a feature is malformed, or the executed actions exceed the horizon.
+        ValueError: a count is not positive, a feature is malformed, the executed actions exceed the horizon, or the
+            free-form parts hold what JSON has no form for.
     """
 
     observation: Mapping[str, Feature]
@@ -64,11 +69,11 @@ class PolicySpec:
 
     def __post_init__(self) -> None:
         for name in ("n_obs_steps", "horizon", "n_action_steps", "action_dim"):
-            value = getattr(self, name)
-            if not isinstance(value, int) or isinstance(value, bool) or value < 1:
-                raise ValueError(f"{name} is {value!r}, expected a positive whole number")
-        if not isinstance(self.control_hz, int | float) or not self.control_hz > 0:
-            raise ValueError(f"control_hz is {self.control_hz!r}, expected a positive rate in Hz")
+            if not _is_count(getattr(self, name)):
+                raise ValueError(f"{name} is {getattr(self, name)!r}, expected a positive whole number")
+        rate = self.control_hz
+        if not isinstance(rate, int | float) or isinstance(rate, bool) or not MIN_HZ <= rate <= 1 / MIN_HZ:
+            raise ValueError(f"control_hz is {rate!r}, expected a rate in Hz from {MIN_HZ:g} to {1 / MIN_HZ:g}")
         if self.horizon > MAX_HORIZON:
             raise ValueError(f"horizon is {self.horizon}, expected at most {MAX_HORIZON}")
         most = self.horizon - (self.n_obs_steps - 1)
@@ -77,10 +82,12 @@ class PolicySpec:
                 f"n_action_steps is {self.n_action_steps}, expected at most {most}: they begin "
                 f"{self.n_obs_steps - 1} steps into the horizon of {self.horizon}"
             )
-        if not self.observation or "action" in self.observation:
-            raise ValueError(f"observation keys are {list(self.observation)}, expected some, none named 'action'")
+        if not isinstance(self.observation, Mapping) or not self.observation or "action" in self.observation:
+            raise ValueError(f"observation is {self.observation!r}, expected keys and shapes, none named 'action'")
         features = {key: _feature(key, value) for key, value in self.observation.items()}
         object.__setattr__(self, "observation", features)
+        for name in ("network", "scheduler", "provenance"):
+            object.__setattr__(self, name, _json_map(name, getattr(self, name)))
 
     @property
     def sample_shape(self) -> tuple[int, int]:
@@ -101,8 +108,7 @@ class PolicySpec:
     def to_dict(self) -> dict[str, Any]:
         """As JSON has it. Observations are a list, because the keys of a JSON map have no order."""
         features = [{"key": k, "shape": list(f.shape), "kind": f.kind} for k, f in self.observation.items()]
-        values = {f.name: _plain(getattr(self, f.name)) for f in dataclasses.fields(self) if f.name != "observation"}
-        return {"observation": features, **values}
+        return {**dataclasses.asdict(self), "observation": features}
 
     @classmethod
     def from_dict(cls, values: Mapping[str, Any]) -> "PolicySpec":
@@ -124,27 +130,50 @@ class PolicySpec:
 def _features_by_key(entries: Sequence[Any]) -> dict[str, Feature]:
     features: dict[str, Feature] = {}
     for entry in entries:
-        if not isinstance(entry, Mapping) or set(entry) != {"key", "shape", "kind"} or entry["key"] in features:
+        known = isinstance(entry, Mapping) and set(entry) == {"key", "shape", "kind"} and isinstance(entry["key"], str)
+        if not known or entry["key"] in features:
             raise ValueError(f"observation entry is {entry!r}, expected one key, shape and kind for each key")
-        features[str(entry["key"])] = Feature(entry["shape"], entry["kind"])
+        features[entry["key"]] = Feature(entry["shape"], entry["kind"])
     return features
 
 
 def _feature(key: str, value: Any) -> Feature:
     """A checked feature from one, or from the plain shape of a state."""
     shape, kind = value if isinstance(value, Feature) else (value, "state")
+    if not isinstance(key, str) or not 1 <= len(key) <= MAX_KEY:
+        raise ValueError(f"an observation key is {key!r}, expected text of 1 to {MAX_KEY} characters")
     if kind not in KINDS:
         raise ValueError(f"the kind of observation {key!r} is {kind!r}, expected one of {KINDS}")
-    feature = Feature(tuple(int(size) for size in shape), kind)
-    if any(size < 1 for size in feature.shape):
-        raise ValueError(f"observation {key!r} has shape {feature.shape}, expected positive sizes")
-    if kind == "image" and len(feature.shape) != 3:
-        raise ValueError(f"the image {key!r} has shape {feature.shape}, expected (height, width, channels)")
-    return feature
+    if not isinstance(shape, list | tuple) or len(shape) > MAX_DEPTH or not all(map(_is_count, shape)):
+        raise ValueError(f"observation {key!r} has shape {shape!r}, expected at most {MAX_DEPTH} positive sizes")
+    if kind == "image" and len(shape) != 3:
+        raise ValueError(f"the image {key!r} has shape {shape!r}, expected (height, width, channels)")
+    return Feature(tuple(shape), kind)
 
 
-def _plain(value: Any) -> Any:
-    """Mappings and tuples as the dicts and lists of JSON."""
-    if isinstance(value, Mapping):
-        return {key: _plain(inner) for key, inner in value.items()}
-    return [_plain(inner) for inner in value] if isinstance(value, list | tuple) else value
+def _is_count(value: Any) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool) and value > 0
+
+
+def _json_map(name: str, value: Any) -> dict[str, Any]:
+    """A copy as JSON has it: tuples as lists, and without what diffusers writes as minus infinity for "no bound"."""
+    if not isinstance(value, Mapping):
+        raise ValueError(f"{name} is {value!r}, expected a map")
+    plain: dict[str, Any] = _plain(
+        name, {k: v for k, v in value.items() if k != "lambda_min_clipped" or v != -math.inf}
+    )
+    if len(json.dumps(plain)) > MAX_TEXT:
+        raise ValueError(f"{name} is longer than {MAX_TEXT} characters of JSON; shorten it")
+    return plain
+
+
+def _plain(name: str, value: Any, depth: int = 0) -> Any:
+    if depth > MAX_DEPTH:
+        raise ValueError(f"{name} is nested more than {MAX_DEPTH} deep; make it flatter")
+    if isinstance(value, Mapping) and all(isinstance(key, str) for key in value):
+        return {key: _plain(name, inner, depth + 1) for key, inner in value.items()}
+    if isinstance(value, list | tuple):
+        return [_plain(name, inner, depth + 1) for inner in value]
+    if value is None or isinstance(value, str | int) or (isinstance(value, float) and math.isfinite(value)):
+        return value
+    raise ValueError(f"{name} holds {value!r}, expected what JSON has: maps, lists, texts, finite numbers, booleans")

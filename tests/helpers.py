@@ -25,6 +25,8 @@ from parapolicy.spec import PolicySpec
 DDPM_CONFIG: dict[str, Any] = {
     "_class_name": "DDPMScheduler",
     "num_train_timesteps": 100,
+    "beta_start": 0.0001,
+    "beta_end": 0.02,
     "beta_schedule": "squaredcos_cap_v2",
     "variance_type": "fixed_small",
     "clip_sample": True,

@@ -1,18 +1,24 @@
 """The native checkpoint: the same bits back, and a clear error for everything that is not one."""
 
+import dataclasses
+import hashlib
 import json
+from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
+from diffusers import DPMSolverMultistepScheduler
 from safetensors.torch import load_file, save_file
 
 import parapolicy
 from parapolicy.normalizer import Affine, Normalizer
 from parapolicy.spec import PolicySpec
 from tests.conftest import SHIPPED
+from tests.fuzzing import checkpoints as fuzzing
 from tests.helpers import small_policy, small_spec, some_observation
 
 
@@ -20,6 +26,12 @@ from tests.helpers import small_policy, small_spec, some_observation
 def folder(tmp_path: Path) -> Path:
     parapolicy.save_policy(small_policy(), tmp_path / "policy")
     return tmp_path / "policy"
+
+
+@pytest.fixture
+def old_folder(tmp_path: Path) -> Path:
+    """From before the digests: what is in it is all that can be checked."""
+    return fuzzing.write(tmp_path / "old", fuzzing.without_digests(fuzzing.saved_policy()))
 
 
 def edit_config(change: Callable[[dict[str, Any]], Any]) -> Callable[[Path], None]:
@@ -42,6 +54,19 @@ def edit_weights(change: Callable[[dict[str, torch.Tensor]], Any]) -> Callable[[
         save_file(tensors, folder / "model.safetensors")
 
     return edit
+
+
+def edit_text(old: str, new: str) -> Callable[[Path], None]:
+    def edit(folder: Path) -> None:
+        text = (folder / "config.json").read_text()
+        assert old in text
+        (folder / "config.json").write_text(text.replace(old, new))
+
+    return edit
+
+
+def nested(depth: int) -> Any:
+    return {"a": nested(depth - 1)} if depth else {}
 
 
 def truncate(name: str, keep: float) -> Callable[[Path], None]:
@@ -86,8 +111,8 @@ DAMAGES = {
     "too many actions": (edit_config(lambda c: c["spec"].update(n_action_steps=8)), "n_action_steps is 8"),
     "unknown network": (edit_config(lambda c: c["spec"]["network"].update(name="mlp")), "network name is 'mlp'"),
     "unknown argument": (edit_config(lambda c: c["spec"]["network"].update(depth=3)), "depth"),
-    "no levels": (edit_config(lambda c: c["spec"]["network"].update(down_dims=[])), "describes no policy"),
-    "negative width": (edit_config(lambda c: c["spec"]["network"].update(down_dims=[-16, 32])), "describes no policy"),
+    "no levels": (edit_config(lambda c: c["spec"]["network"].update(down_dims=[])), "down_dims is .., expected a list"),
+    "negative width": (edit_config(lambda c: c["spec"]["network"].update(down_dims=[-16, 32])), "down_dims.0. is -16"),
     "huge network": (edit_config(lambda c: c["spec"]["network"].update(down_dims=[2**18, 2**19])), "calls for"),
     "other width": (edit_config(lambda c: c["spec"]["network"].update(down_dims=[16, 64])), "calls for"),
     "other observation": (edit_config(lambda c: c["spec"]["observation"][0].update(shape=[3])), "calls for"),
@@ -95,8 +120,42 @@ DAMAGES = {
     "endless horizon": (edit_config(lambda c: c["spec"].update(horizon=2**40)), "horizon is 1099511627776"),
     "endless schedule": (edit_scheduler(num_train_timesteps=10**12), "num_train_timesteps is 1000000000000"),
     "unknown scheduler": (edit_scheduler(_class_name="PNDMScheduler"), "PNDMScheduler"),
-    "text for a beta": (edit_scheduler(beta_schedule="linear", beta_start="x"), "gives no schedule"),
-    "list of observations": (edit_config(lambda c: c["spec"].update(observation=[1])), "describes no policy"),
+    "text for a beta": (edit_scheduler(beta_schedule="linear", beta_start="x"), "gives no schedule: beta_start is 'x'"),
+    "misspelt setting": (edit_scheduler(predction_type="sample"), "did you mean 'prediction_type'"),
+    "doubled key": (edit_text('"horizon": 8', '"horizon": 8, "horizon": 16'), "keys .'horizon'. stand there twice"),
+    "not a number": (edit_text('"control_hz": 10', '"control_hz": NaN'), "NaN is no number of JSON"),
+    "minus infinity": (edit_text('"control_hz": 10', '"control_hz": -Infinity'), "-Infinity is no number of JSON"),
+    "unknown top key": (edit_config(lambda c: c.update(weights_sha257="")), "unknown keys .'weights_sha257'"),
+    "version as a truth": (edit_config(lambda c: c.update(version=True)), "has version True"),
+    "large config": (
+        lambda f: (f / "config.json").write_text(" " * 2**20 + "{}"),
+        "has 1048578 bytes, expected at most",
+    ),
+    "large header": (
+        lambda f: (f / "model.safetensors").write_bytes((2**23).to_bytes(8, "little")),
+        "header is larger",
+    ),
+    "truth as a size": (edit_config(lambda c: c["spec"]["observation"][0].update(shape=[True, 2])), "shape .True, 2"),
+    "text as a size": (edit_config(lambda c: c["spec"]["observation"][0].update(shape=["2"])), "shape .'2'"),
+    "fraction as a size": (edit_config(lambda c: c["spec"]["observation"][0].update(shape=[2.0])), "shape .2.0"),
+    "text as a shape": (edit_config(lambda c: c["spec"]["observation"][0].update(shape="2")), "shape '2'"),
+    "number as a key": (edit_config(lambda c: c["spec"]["observation"][0].update(key=3)), "observation entry is"),
+    "rate as a truth": (edit_config(lambda c: c["spec"].update(control_hz=True)), "control_hz is True"),
+    "endless rate": (edit_config(lambda c: c["spec"].update(control_hz=10**400)), "control_hz is 1000"),
+    "long provenance": (edit_config(lambda c: c["spec"].update(provenance={"a": "x" * 2**19})), "provenance is longer"),
+    "deep provenance": (edit_config(lambda c: c["spec"].update(provenance=nested(20))), "provenance is nested more"),
+    "many levels": (edit_config(lambda c: c["spec"]["network"].update(down_dims=[16] * 10**3)), "down_dims is .16, 16"),
+    "fractional width": (
+        edit_config(lambda c: c["spec"]["network"].update(down_dims=[16.0, 32])),
+        "down_dims.0. is 16.0",
+    ),
+    "truth as groups": (edit_config(lambda c: c["spec"]["network"].update(n_groups=True)), "n_groups is True"),
+    "negative groups": (edit_config(lambda c: c["spec"]["network"].update(n_groups=-4)), "n_groups is -4"),
+    "text as a truth": (
+        edit_config(lambda c: c["spec"]["network"].update(cond_predict_scale="no")),
+        "cond_predict_scale is 'no'",
+    ),
+    "list of observations": (edit_config(lambda c: c["spec"].update(observation=[1])), "observation entry is 1"),
     "odd embedding": (edit_config(lambda c: c["spec"]["network"].update(diffusion_step_embed_dim=3)), "embed_dim is 3"),
     "truncated weights": (truncate("model.safetensors", 0.5), "damaged"),
     "empty weights": (truncate("model.safetensors", 0.0), "damaged"),
@@ -111,17 +170,117 @@ DAMAGES = {
     "NaN weight": (edit_weights(lambda t: t["network.final_conv.1.bias"].fill_(torch.nan)), "not finite"),
     "half weight": (
         edit_weights(lambda t: t.update({"network.final_conv.1.bias": torch.ones(2).half()})),
-        "is torch.float16",
+        "is of type F16",
     ),
 }
 
 
 @pytest.mark.parametrize("damage", DAMAGES)
-def test_damage_is_named(folder: Path, damage: str) -> None:
+def test_damage_is_named(old_folder: Path, damage: str) -> None:
     edit, message = DAMAGES[damage]
-    edit(folder)
-    with pytest.raises(parapolicy.CheckpointError, match=message):
+    edit(old_folder)
+    with pytest.raises(parapolicy.CheckpointError, match=message) as caught:
+        parapolicy.load_policy(old_folder)
+    assert len(str(caught.value)) < 500 + len(str(old_folder))
+
+
+def test_every_flipped_byte_is_refused_or_changes_nothing(tmp_path: Path) -> None:
+    """Each byte of config.json, and of the weights 300 of the header and of the body; the bit by turns."""
+    network = {"name": "unet1d", "diffusion_step_embed_dim": 4, "down_dims": [4], "n_groups": 1}
+    parapolicy.save_policy(small_policy(network=network), tmp_path)
+    expected = fuzzing.load(tmp_path)
+    assert expected is not None
+    tried: Counter[str] = Counter()
+    for name in ("config.json", "model.safetensors"):
+        written = (tmp_path / name).read_bytes()
+        header = 8 + int.from_bytes(written[:8], "little")
+        places = [*range(0, header, header // 300), *range(header, len(written), len(written) // 300)]
+        for k, position in enumerate(range(len(written)) if name == "config.json" else places):
+            (tmp_path / name).write_bytes(fuzzing.flip(written, position, 1 << k % 8))
+            policy = fuzzing.load(tmp_path)
+            tried[f"{name} refused" if policy is None else f"{name} equal"] += 1
+            if policy is not None:
+                fuzzing.assert_equal(policy, expected)
+        (tmp_path / name).write_bytes(written)
+    assert set(tried) <= {"config.json refused", "config.json equal", "model.safetensors refused"}
+    assert tried["config.json refused"] > 500
+    assert tried["model.safetensors refused"] > 400
+
+
+@pytest.mark.parametrize("case", fuzzing.CASES)
+def test_random_damage_is_refused_or_changes_nothing(case: str, tmp_path: Path) -> None:
+    """A short slice of ``make fuzz``."""
+    rng = np.random.default_rng(0)
+    found = Counter(fuzzing.CASES[case](rng, tmp_path) for _ in range(25))
+    assert found["refused"]
+    assert set(found) <= {"refused", "equal"}
+
+
+def test_an_edited_config_says_how_to_change_a_policy(folder: Path, tmp_path: Path) -> None:
+    policy = parapolicy.load_policy(folder, device="cpu")
+    edit_config(lambda config: config["spec"].update(control_hz=20))(folder)
+    with pytest.raises(parapolicy.CheckpointError, match=r"config.json is not what .* parapolicy.save_policy\(replace"):
         parapolicy.load_policy(folder)
+    spec = dataclasses.replace(policy.spec, control_hz=20)
+    parapolicy.save_policy(dataclasses.replace(policy, spec=spec), folder)
+    assert parapolicy.load_policy(folder, device="cpu").spec.control_hz == 20
+
+
+def test_a_rewritten_layout_is_the_same_policy(folder: Path) -> None:
+    """Keys in another order, other white space, 1 for 1.0: what tools do that read and write JSON."""
+    expected = parapolicy.load_policy(folder, device="cpu")
+    config = json.loads((folder / "config.json").read_text())
+    config["spec"]["control_hz"] = 10.0
+    (folder / "config.json").write_text(json.dumps(config, sort_keys=True))
+    loaded = parapolicy.load_policy(folder, device="cpu")
+    assert list(loaded.spec.observation) == ["position", "points"]
+    fuzzing.assert_equal(loaded, expected)
+
+
+@pytest.mark.parametrize("digests", [True, False])
+def test_sorted_keys_of_version_1_beside_new_weights_are_refused(folder: Path, digests: bool) -> None:
+    """Its observations were in a map, whose order is lost."""
+    config = json.loads((folder / "config.json").read_text())
+    config["version"] = 1
+    config["spec"]["observation"] = {entry["key"]: entry["shape"] for entry in config["spec"]["observation"]}
+    if not digests:
+        del config["weights_sha256"]
+    (folder / "config.json").write_text(json.dumps(config, sort_keys=True))
+    with pytest.raises(parapolicy.CheckpointError, match="spec_sha256 differs"):
+        parapolicy.load_policy(folder)
+
+
+def test_a_digest_left_out_is_refused(folder: Path, tmp_path: Path) -> None:
+    written = fuzzing.saved_policy()
+    old = fuzzing.without_digests(written)
+    assert fuzzing.load(fuzzing.write(tmp_path / "old", old)) is not None
+    for name in written:
+        fuzzing.write(folder, {**written, name: old[name]})
+        with pytest.raises(parapolicy.CheckpointError, match="weights_sha256 is missing or differs"):
+            parapolicy.load_policy(folder)
+
+
+def test_the_digest_is_that_of_sha256sum(folder: Path) -> None:
+    digest = hashlib.sha256((folder / "model.safetensors").read_bytes()).hexdigest()
+    assert json.loads((folder / "config.json").read_text())["weights_sha256"] == digest
+
+
+def test_minus_infinity_of_diffusers_is_left_out(tmp_path: Path) -> None:
+    """Its default, no bound, for which JSON has no form."""
+    made = DPMSolverMultistepScheduler(20, beta_schedule="squaredcos_cap_v2", timestep_spacing="trailing")
+    scheduler = {"_class_name": type(made).__name__, **made.config}
+    assert scheduler["lambda_min_clipped"] == -np.inf
+    policy = small_policy(scheduler=scheduler)
+    parapolicy.save_policy(policy, tmp_path)
+    fuzzing.assert_equal(parapolicy.load_policy(tmp_path, sampler="sequential", device="cpu"), policy)
+
+
+def test_too_long_a_config_is_not_saved(folder: Path) -> None:
+    before = {path.name: path.read_bytes() for path in folder.iterdir()}
+    lists = {"a": {"b": {"c": [0] * 80_000}}}  # short on one line, long with a line for each number
+    with pytest.raises(parapolicy.CheckpointError, match="expected at most 1048576"):
+        parapolicy.save_policy(small_policy(provenance=lists), folder)
+    assert {path.name: path.read_bytes() for path in folder.iterdir()} == before
 
 
 def test_no_folder_is_named(tmp_path: Path) -> None:
@@ -138,7 +297,9 @@ def test_diverged_weights_are_not_saved(folder: Path) -> None:
     assert (folder / "model.safetensors").read_bytes() == before
 
 
-@pytest.mark.parametrize(("name", "value"), [("n_obs_steps", 0), ("action_dim", True), ("control_hz", 0)])
+@pytest.mark.parametrize(
+    ("name", "value"), [("n_obs_steps", 0), ("action_dim", True), ("control_hz", 0), ("control_hz", float("inf"))]
+)
 def test_bad_counts_are_named(name: str, value: object) -> None:
     with pytest.raises(ValueError, match=f"{name} is {value}"):
         small_spec(**{name: value})
@@ -169,13 +330,12 @@ def test_the_shipped_policy_is_small_and_complete(shipped: parapolicy.Policy) ->
     assert "success rate" in (SHIPPED / "README.md").read_text()
 
 
-def test_files_with_observations_in_a_map_keep_loading(tmp_path: Path) -> None:
+def test_files_with_observations_in_a_map_keep_loading(old_folder: Path) -> None:
     """Version 1 kept them so; their order counts."""
-    policy = small_policy()
-    parapolicy.save_policy(policy, tmp_path)
-    path = tmp_path / "config.json"
+    expected = parapolicy.load_policy(old_folder, device="cpu")
+    path = old_folder / "config.json"
     config = json.loads(path.read_text())
     config["version"] = 1
     config["spec"]["observation"] = {entry["key"]: entry["shape"] for entry in config["spec"]["observation"]}
     path.write_text(json.dumps(config))
-    assert parapolicy.load_policy(tmp_path, device="cpu").spec == policy.spec
+    fuzzing.assert_equal(parapolicy.load_policy(old_folder, device="cpu"), expected)

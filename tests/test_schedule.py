@@ -1,15 +1,18 @@
 """Every step of every table against the diffusers scheduler's own ``step``."""
 
+import json
 from typing import Any
 
+import diffusers
 import pytest
 import torch
 from diffusers import DDIMScheduler, DDPMScheduler, DPMSolverMultistepScheduler, FlowMatchEulerDiscreteScheduler
 from hypothesis import given
 from hypothesis import strategies as st
+from omegaconf import OmegaConf
 
 from parapolicy.schedule import Schedule, make_schedule
-from tests.helpers import DDPM_CONFIG
+from tests.helpers import DDPM_CONFIG, configured
 
 SHAPE = (3, 8)  # (N, S)
 FLOW_CONFIG: dict[str, Any] = {"_class_name": "FlowMatchEulerDiscreteScheduler", "num_train_timesteps": 100}
@@ -453,6 +456,106 @@ def test_bad_settings_are_named(arguments: dict[str, Any], message: str) -> None
 def test_unsupported_configs_are_named(changes: dict[str, Any], message: str) -> None:
     with pytest.raises(ValueError, match=message):
         make_schedule(config_of(**changes))
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"predction_type": "sample"}, "'predction_type' is unknown to diffusers' DDPMScheduler; did you mean 'pred"),
+        ({"clip_samples": False}, "did you mean 'clip_sample'"),
+        ({"_clas_name": "DDIMScheduler"}, "'_clas_name' is unknown"),
+        ({"shift": 3.0}, "'shift' is unknown to diffusers' DDPMScheduler"),
+        ({"prediction_type": None}, "prediction_type is None, expected text"),
+        ({"num_train_timesteps": True}, "num_train_timesteps is True, expected a whole number"),
+        ({"num_train_timesteps": 100.0}, "num_train_timesteps is 100.0, expected a whole number"),
+        ({"num_train_timesteps": "100"}, "num_train_timesteps is '100'"),
+        ({"num_train_timesteps": 0}, "num_train_timesteps is 0, expected 1 to"),
+        ({"num_train_timesteps": 10_001}, "num_train_timesteps is 10001, expected 1 to"),
+        ({"clip_sample": 1}, "clip_sample is 1, expected true or false"),
+        ({"clip_sample": "no"}, "clip_sample is 'no'"),
+        ({"clip_sample": None}, "clip_sample is None"),
+        ({"clip_sample_range": 0}, "clip_sample_range is 0 with clip_sample on"),
+        ({"clip_sample_range": -1.0}, "clip_sample_range is -1.0 with"),
+        ({"clip_sample_range": None}, "clip_sample_range is None with"),
+        ({"clip_sample_range": True}, "clip_sample_range is True, expected a finite number"),
+        ({"clip_sample_range": float("inf")}, "clip_sample_range is inf"),
+        ({"clip_sample_range": 10**400}, "clip_sample_range is 1000"),
+        ({"beta_start": 0.0}, "beta_start is 0.0, expected a number above 0 and below 1"),
+        ({"beta_end": 1}, "beta_end is 1, expected a number above 0 and below 1"),
+        ({"beta_end": float("nan")}, "beta_end is nan"),
+        ({"beta_end": False}, "beta_end is False"),
+        ({"beta_schedule": "cosine"}, "beta_schedule is 'cosine', expected one of"),
+        ({"trained_betas": [0.1] * 99}, "trained_betas has 99 numbers, expected 100"),
+        ({"trained_betas": [0.1] * 99 + [1.0]}, r"trained_betas.99. is 1.0"),
+        ({"trained_betas": [-0.1] + [0.1] * 99}, r"trained_betas.0. is -0.1"),
+        ({"trained_betas": [True] * 100}, "expected a list of numbers"),
+        ({"trained_betas": 0.1}, "trained_betas is 0.1, expected a list of numbers"),
+        ({"trained_betas": [0.9999999] * 100}, "no signal is left"),
+        ({"rescale_betas_zero_snr": True}, "rescale_betas_zero_snr is on with prediction_type 'epsilon'"),
+        ({"variance_type": "learned_range"}, "variance_type is 'learned_range'"),
+        ({"timestep_spacing": "even"}, "timestep_spacing is 'even'"),
+        ({"steps_offset": -1}, "steps_offset is -1, expected 0 to 100"),
+        ({"steps_offset": 10**30}, "steps_offset is 1000"),
+        ({"thresholding": 0}, "thresholding is 0, expected true or false"),
+    ],
+)
+@pytest.mark.parametrize("solver", ["ddpm", "ddim", "dpmsolver++"])
+def test_doubtful_settings_are_named(solver: str, changes: dict[str, Any], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        make_schedule(config_of(**changes), solver)
+
+
+@pytest.mark.parametrize("name", ["num_train_timesteps", "prediction_type", "beta_schedule", "beta_start", "beta_end"])
+def test_missing_settings_are_named(name: str) -> None:
+    config = config_of(beta_schedule="linear")
+    make_schedule(config)
+    del config[name]
+    with pytest.raises(ValueError, match=f"lacks {name}"):
+        make_schedule(config)
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"shift": True}, "shift is True"),
+        ({"shift": "3"}, "shift is '3'"),
+        ({"shift": None}, "shift is None"),
+        ({"shift_terminal": "x"}, "shift_terminal is 'x'"),
+        ({"beta_start": 0.1}, "'beta_start' is unknown to diffusers' FlowMatchEulerDiscreteScheduler"),
+        ({"clip_sample": True, "clip_sample_range": 0.0}, "clip_sample_range is 0.0 with"),
+        ({"use_karras_sigmas": 1}, "use_karras_sigmas is 1"),
+    ],
+)
+def test_doubtful_flow_settings_are_named(changes: dict[str, Any], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        make_schedule({**FLOW_CONFIG, **changes})
+
+
+def test_settings_that_are_out_of_use_may_be_anything_of_their_kind() -> None:
+    make_schedule(config_of(clip_sample=False, clip_sample_range=None))
+    make_schedule(config_of(rescale_betas_zero_snr=True, prediction_type="v_prediction"), "ddim")
+    make_schedule(config_of(trained_betas=[0.01] * 100))
+    make_schedule(config_of(clip_sample_range=2))
+
+
+@pytest.mark.parametrize("source", [*DDPMScheduler._compatibles, "FlowMatchEulerDiscreteScheduler"])
+def test_what_diffusers_writes_is_taken(source: str) -> None:
+    """Its own configs as text and as a map, with the settings that it keeps of the scheduler converted from."""
+    targets = [DDPMScheduler, DDIMScheduler, DPMSolverMultistepScheduler]
+    try:
+        made = getattr(diffusers, source)(num_train_timesteps=100)
+    except ImportError as error:
+        pytest.skip(str(error).strip())
+    for target in [FlowMatchEulerDiscreteScheduler] if source.startswith("Flow") else targets:
+        converted = target.from_config(made.config)
+        text = json.loads(converted.to_json_string())
+        make_schedule(text, steps=10)
+        make_schedule({**converted.config, "_class_name": text["_class_name"]}, steps=10)
+
+
+def test_the_training_configuration_is_taken() -> None:
+    scheduler = OmegaConf.to_container(configured("train").policy.scheduler)
+    assert len(make_schedule(scheduler)) == 100
 
 
 def test_repeated_timesteps_are_refused() -> None:

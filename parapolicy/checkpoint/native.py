@@ -3,17 +3,24 @@
 Neither file can carry code. Loading is strict in both directions: every tensor that the configuration calls for must
 be there with its shape, and nothing else may be. Shapes are compared before memory is allocated, so a hostile
 configuration cannot ask for a network larger than the weights beside it.
+
+Each file names the other: ``config.json`` has the SHA-256 digest of the weights file (what ``sha256sum`` prints), the
+weights' metadata have the digest of the spec, in which the order of the observations counts and the layout as text
+does not. A damaged or edited file is refused. Files from before the digests have neither, and load.
 """
 
+import hashlib
 import json
+import mmap
 import os
+from collections import Counter
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
 from torch import Tensor
 
 from parapolicy.errors import CheckpointError
@@ -24,6 +31,8 @@ from parapolicy.spec import PolicySpec
 FORMAT, VERSION = "parapolicy", 2
 READABLE = (1, 2)  # version 1 has its observations in a map, whose order counts
 CONFIG, WEIGHTS = "config.json", "model.safetensors"
+WEIGHTS_DIGEST, SPEC_DIGEST = "weights_sha256", "spec_sha256"
+MAX_CONFIG, MAX_HEADER = 2**20, 2**22  # bytes
 
 
 def write_checkpoint(
@@ -37,12 +46,17 @@ def write_checkpoint(
     for name, value in tensors.items():
         if not torch.isfinite(value).all():
             raise CheckpointError(f"{name} holds a value that is not finite; not saved to {folder}")
-    config = {"format": FORMAT, "version": VERSION, "spec": spec.to_dict()}
     partial = folder / f".{WEIGHTS}.partial"
-    save_file({name: value.detach().cpu().contiguous() for name, value in tensors.items()}, partial)
+    plain = {name: value.detach().cpu().contiguous() for name, value in tensors.items()}
+    save_file(plain, partial, {SPEC_DIGEST: _spec_digest(spec)})
+    digests = {WEIGHTS_DIGEST: _file_digest(partial)}
+    text = json.dumps({"format": FORMAT, "version": VERSION, **digests, "spec": spec.to_dict()}, indent=2) + "\n"
+    if len(text) > MAX_CONFIG:
+        partial.unlink()
+        raise CheckpointError(f"{CONFIG} would have {len(text)} characters, expected at most {MAX_CONFIG}; shorten it")
     partial.replace(folder / WEIGHTS)
     partial = folder / f".{CONFIG}.partial"
-    partial.write_text(json.dumps(config, indent=2) + "\n")
+    partial.write_text(text)
     partial.replace(folder / CONFIG)
 
 
@@ -64,12 +78,12 @@ def read(folder: str | os.PathLike[str]) -> tuple[PolicySpec, Network, Normalize
         with torch.device("meta"):
             network = build_network(spec)
     except (ValueError, TypeError, AttributeError, RuntimeError, ArithmeticError) as error:
-        raise CheckpointError(f"{folder / CONFIG} describes no policy: {error}") from error
+        raise CheckpointError(f"{folder / CONFIG} describes no policy: {_cut(error)}") from error
 
     expected = {f"network.{name}": tuple(value.shape) for name, value in network.state_dict().items()}
     for key, shape in spec.normalizer_shapes.items():
         expected |= {f"normalizer.{key}.scale": shape, f"normalizer.{key}.offset": shape}
-    tensors = _read_weights(folder / WEIGHTS, expected)
+    tensors = _read_weights(folder, expected, config.get(WEIGHTS_DIGEST), _spec_digest(spec))
 
     network.load_state_dict({name: tensors[f"network.{name}"] for name in network.state_dict()}, assign=True)
     network.requires_grad_(False).eval()
@@ -80,7 +94,7 @@ def read(folder: str | os.PathLike[str]) -> tuple[PolicySpec, Network, Normalize
     try:
         return spec, network, Normalizer(maps)
     except ValueError as error:
-        raise CheckpointError(f"{folder / WEIGHTS}: {error}") from error
+        raise CheckpointError(f"{folder / WEIGHTS}: {_cut(error)}") from error
 
 
 def _read_config(folder: Path) -> dict[str, Any]:
@@ -91,38 +105,109 @@ def _read_config(folder: Path) -> dict[str, Any]:
                 f"no checkpoint at {str(folder)!r}: {name} is missing. Expected a folder with {CONFIG} and {WEIGHTS}, "
                 "such as checkpoints/pusht_lowdim"
             )
+    if path.stat().st_size > MAX_CONFIG:
+        raise CheckpointError(f"{path} has {path.stat().st_size} bytes, expected at most {MAX_CONFIG}")
     try:
-        config = json.loads(path.read_bytes())
-    except (ValueError, RecursionError) as error:
-        raise CheckpointError(f"{path} is no JSON text ({error}); copy the folder again") from error
+        config = json.loads(path.read_bytes(), object_pairs_hook=_unique, parse_constant=_no_constant)
+    except (ValueError, RecursionError, OSError) as error:
+        raise CheckpointError(f"{path} is no JSON text ({_cut(error)}); copy the folder again") from error
     if not isinstance(config, dict) or config.get("format") != FORMAT or not isinstance(config.get("spec"), dict):
         raise CheckpointError(f"{path} is not the configuration of a parapolicy checkpoint (format {FORMAT!r})")
-    if config.get("version") not in READABLE:
+    version = config.get("version")
+    if type(version) is not int or version not in READABLE:
         raise CheckpointError(
-            f"{path} has version {config.get('version')!r}, this release reads {READABLE}; update parapolicy"
+            f"{path} has version {_cut(repr(version))}, this release reads {READABLE}; update parapolicy"
         )
+    unknown = sorted(config.keys() - {"format", "version", "spec", WEIGHTS_DIGEST})
+    if unknown:
+        raise CheckpointError(f"{path} has unknown keys {_cut(_some(unknown))}; copy the folder again")
     return config
 
 
-def _read_weights(path: Path, expected: Mapping[str, tuple[int, ...]]) -> dict[str, Tensor]:
+def _read_weights(
+    folder: Path, expected: Mapping[str, tuple[int, ...]], weights_digest: Any, spec_digest: str
+) -> dict[str, Tensor]:
+    path = folder / WEIGHTS
     try:
-        tensors = load_file(path)
+        with path.open("rb") as file:
+            if int.from_bytes(file.read(8), "little") > MAX_HEADER:
+                raise ValueError(f"its header is larger than {MAX_HEADER} bytes")
+        with safe_open(path, "pt") as weights:
+            saved = (weights.metadata() or {}).get(SPEC_DIGEST)
+            if saved not in (None, spec_digest):
+                raise CheckpointError(
+                    f"{folder / CONFIG} is not what {WEIGHTS} was saved with ({SPEC_DIGEST} differs): copy the folder "
+                    "again, or undo the edit. To change a policy on purpose, load it unchanged as policy, then "
+                    "parapolicy.save_policy(replace(policy, spec=replace(policy.spec, control_hz=20)), folder), with "
+                    "replace of dataclasses"
+                )
+            _check_tensors(path, {name: weights.get_slice(name) for name in weights.keys()}, expected)  # noqa: SIM118
+            both = saved is not None and weights_digest is not None
+            if not (weights_digest == _file_digest(path) if both else saved is weights_digest):
+                raise CheckpointError(
+                    f"{path} is not the file that {CONFIG} was saved with ({WEIGHTS_DIGEST} is missing or differs): it "
+                    "is damaged, or belongs to another policy; copy both files again"
+                )
+            # Cloned: matrix products round by the alignment of their factors, which in a file depends on its header.
+            tensors = {name: weights.get_tensor(name).clone() for name in expected}
+    except CheckpointError:
+        raise
     except (SafetensorError, ValueError, OSError) as error:
-        raise CheckpointError(f"{path} is damaged or no safetensors file ({error}); copy it again") from error
-    missing, unknown = sorted(expected.keys() - tensors.keys()), sorted(tensors.keys() - expected.keys())
-    if missing or unknown:
-        raise CheckpointError(
-            f"{path} does not match {CONFIG}: missing tensors {_some(missing)}, unexpected tensors {_some(unknown)}"
-        )
-    for name, shape in expected.items():
-        tensor = tensors[name]
-        if tuple(tensor.shape) != shape:
-            raise CheckpointError(f"{path}: {name} has shape {tuple(tensor.shape)}, {CONFIG} calls for {shape}")
-        if tensor.dtype != torch.float32:
-            raise CheckpointError(f"{path}: {name} is {tensor.dtype}, expected torch.float32")
+        raise CheckpointError(f"{path} is damaged or no safetensors file ({_cut(error)}); copy it again") from error
+    for name, tensor in tensors.items():
         if not torch.isfinite(tensor).all():
             raise CheckpointError(f"{path}: {name} holds a value that is not finite; the training run diverged")
     return tensors
+
+
+def _check_tensors(path: Path, found: Mapping[str, Any], expected: Mapping[str, tuple[int, ...]]) -> None:
+    """Compare names, shapes and types; nothing is read yet."""
+    missing, unknown = sorted(expected.keys() - found.keys()), sorted(found.keys() - expected.keys())
+    if missing or unknown:
+        raise CheckpointError(
+            f"{path} does not match {CONFIG}: missing tensors {_cut(_some(missing), 150)}, "
+            f"unexpected tensors {_cut(_some(unknown), 150)}"
+        )
+    for name, shape in expected.items():
+        given, kind = tuple(found[name].get_shape()), found[name].get_dtype()
+        if given != shape:
+            raise CheckpointError(f"{path}: {name} has shape {_cut(given, 60)}, {CONFIG} calls for {shape}")
+        if kind != "F32":
+            raise CheckpointError(f"{path}: {name} is of type {kind}, expected F32")
+
+
+def _spec_digest(spec: PolicySpec) -> str:
+    """SHA-256 of a spec, whatever the order of its maps and whether a whole number is written 1 or 1.0."""
+    text = json.dumps(_whole(spec.to_dict()), sort_keys=True, separators=(",", ":"), allow_nan=False)
+    return hashlib.sha256(text.encode()).hexdigest()
+
+
+def _whole(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {key: _whole(inner) for key, inner in value.items()}
+    if isinstance(value, list):
+        return [_whole(inner) for inner in value]
+    return int(value) if isinstance(value, float) and value.is_integer() else value
+
+
+def _file_digest(path: Path) -> str:
+    with path.open("rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as data:
+        return hashlib.sha256(data).hexdigest()
+
+
+def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    twice = [key for key, count in Counter(key for key, _ in pairs).items() if count > 1]
+    if twice:
+        raise ValueError(f"keys {_some(twice)} stand there twice")
+    return dict(pairs)
+
+
+def _no_constant(name: str) -> Any:
+    raise ValueError(f"{name} is no number of JSON")
+
+
+def _cut(text: object, most: int = 250) -> str:
+    return f"{text!s:.{most}}"
 
 
 def _some(names: list[str]) -> str:

@@ -15,6 +15,8 @@ from torch import Tensor, nn
 from parapolicy.networks.base import Embedding, Network, flatten_observation
 from parapolicy.spec import PolicySpec
 
+MAX_LEVELS, MAX_SIZE = 12, 2**20  # beyond what anyone trains; a larger number is a damaged config
+
 
 class SinusoidalPosEmb(nn.Module):
     """Timestep (N,) -> sine and cosine features (N, dim)."""
@@ -92,6 +94,21 @@ class ConditionalResidualBlock1D(nn.Module):
         return self.blocks[1](hidden) + self.residual_conv(x)
 
 
+def _check_sizes(step_dim: Any, down_dims: Any, kernel_size: Any, n_groups: Any) -> None:
+    if not isinstance(down_dims, Sequence) or isinstance(down_dims, str) or not 1 <= len(down_dims) <= MAX_LEVELS:
+        raise ValueError(f"down_dims is {down_dims!r}, expected a list of 1 to {MAX_LEVELS} numbers of channels")
+    named = {"diffusion_step_embed_dim": step_dim, "kernel_size": kernel_size, "n_groups": n_groups}
+    for name, value in {**named, **{f"down_dims[{i}]": dim for i, dim in enumerate(down_dims)}}.items():
+        if not isinstance(value, int) or isinstance(value, bool) or not 1 <= value <= MAX_SIZE:
+            raise ValueError(f"{name} is {value!r}, expected a whole number from 1 to {MAX_SIZE}")
+    if kernel_size % 2 == 0:
+        raise ValueError(f"kernel_size is {kernel_size}, expected an odd number: an even one changes the horizon")
+    if step_dim < 4 or step_dim % 2:
+        raise ValueError(f"diffusion_step_embed_dim is {step_dim}, expected an even number from 4 on")
+    if any(dim % n_groups for dim in down_dims):
+        raise ValueError(f"down_dims is {list(down_dims)}, expected multiples of n_groups, {n_groups}")
+
+
 class ConditionalUnet1D(Network):
     """Predicts noise (or sample, or velocity) from a noisy action sequence, its timestep and observed states.
 
@@ -103,6 +120,9 @@ class ConditionalUnet1D(Network):
         kernel_size: of the main convolutions; odd.
         n_groups: groups of every GroupNorm.
         cond_predict_scale: FiLM with scale and bias (True) or bias only (False).
+
+    Raises:
+        ValueError: an argument of another kind or size.
     """
 
     def __init__(
@@ -116,12 +136,9 @@ class ConditionalUnet1D(Network):
         cond_predict_scale: bool = True,
     ) -> None:
         super().__init__()
-        if kernel_size % 2 == 0:
-            raise ValueError(f"kernel_size is {kernel_size}, expected an odd number: an even one changes the horizon")
-        if diffusion_step_embed_dim < 4 or diffusion_step_embed_dim % 2:
-            raise ValueError(
-                f"diffusion_step_embed_dim is {diffusion_step_embed_dim}, expected an even number from 4 on"
-            )
+        _check_sizes(diffusion_step_embed_dim, down_dims, kernel_size, n_groups)
+        if not isinstance(cond_predict_scale, bool):
+            raise ValueError(f"cond_predict_scale is {cond_predict_scale!r}, expected true or false")
         dims = [input_dim, *down_dims]
         levels = list(itertools.pairwise(dims))
         step_dim = diffusion_step_embed_dim

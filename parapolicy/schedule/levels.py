@@ -21,7 +21,6 @@ SOLVERS = {
     "flow": FlowMatchEulerDiscreteScheduler,
 }
 DPM_SOLVERS = ("dpmsolver++", "sde-dpmsolver++")
-MAX_TRAIN_TIMESTEPS = 10_000  # ten times the most in use; a larger number is a damaged config
 
 
 @dataclass(frozen=True, eq=False)
@@ -57,6 +56,9 @@ def make_scheduler(config: Mapping[str, Any], solver: str, order: int | None = N
         config: a diffusers scheduler's config.
         solver: one of ``SOLVERS``.
         order: ``solver_order`` of DPM-Solver++; None: the config's own.
+
+    Raises:
+        ValueError: settings that this solver's scheduler does not have.
     """
     settings = {key: value for key, value in config.items() if not key.startswith("_")}
     if solver in DPM_SOLVERS:
@@ -64,7 +66,10 @@ def make_scheduler(config: Mapping[str, Any], solver: str, order: int | None = N
             settings["algorithm_type"] = solver
         if order is not None:
             settings["solver_order"] = order
-    return SOLVERS[solver].from_config(settings)
+    try:
+        return SOLVERS[solver].from_config(settings)
+    except NotImplementedError as error:
+        raise ValueError(f"{error}; take another solver") from error
 
 
 def make_levels(scheduler: Any, solver: str, steps: int, own_spacing: bool = True) -> Levels:

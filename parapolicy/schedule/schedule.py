@@ -19,15 +19,8 @@ import torch
 from torch import Tensor
 
 from parapolicy.schedule import tables
-from parapolicy.schedule.levels import (
-    DPM_SOLVERS,
-    MAX_TRAIN_TIMESTEPS,
-    SOLVERS,
-    Levels,
-    find_solver,
-    make_levels,
-    make_scheduler,
-)
+from parapolicy.schedule.config import MAX_TRAIN_TIMESTEPS, check_config
+from parapolicy.schedule.levels import DPM_SOLVERS, SOLVERS, Levels, find_solver, make_levels, make_scheduler
 
 PREDICTIONS = ("epsilon", "sample", "v_prediction")
 FLOW_PREDICTIONS = ("flow_prediction", "sample")
@@ -187,7 +180,7 @@ def make_schedule(
 
     Raises:
         ValueError: an unknown solver, a solver that does not fit the config, a number of steps that the config cannot
-            give, or an unsupported setting.
+            give, or an unknown, missing, contradictory or unsupported setting.
     """
     named = find_solver(config)
     solver = solver or named
@@ -196,11 +189,9 @@ def make_schedule(
             f"solver is {solver!r} (config: {config.get('_class_name')!r}), expected one of {sorted(SOLVERS)}"
         )
     _check_arguments(config, named, solver, eta, order)
-    count = config.get("num_train_timesteps", 1000)
-    if not isinstance(count, int) or not 1 <= count <= MAX_TRAIN_TIMESTEPS:
-        raise ValueError(f"num_train_timesteps is {count!r}, expected 1 to {MAX_TRAIN_TIMESTEPS}")
+    check_config(config, SOLVERS[named or solver])
     scheduler = make_scheduler(config, solver, order)
-    settings = scheduler.config
+    settings, count = scheduler.config, config["num_train_timesteps"]
     steps = count if steps is None else steps
     if solver == "flow":  # time is continuous
         if not 1 <= steps <= MAX_TRAIN_TIMESTEPS:
@@ -228,6 +219,8 @@ def make_schedule(
         case _:
             found = _dpmsolver_tables(levels, settings)
     found |= {"alpha": levels.signal**0.5, "sigma": levels.noise**0.5}
+    if prediction == "epsilon" and not found["alpha"].all():
+        raise ValueError("no signal is left at the first timestep, where 'epsilon' tells nothing; take smaller betas")
     found = {"overshoot": torch.zeros(steps)} | {name: value.to(torch.float32) for name, value in found.items()}
     for name, value in found.items():
         if not torch.isfinite(value).all():
