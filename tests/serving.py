@@ -3,6 +3,7 @@
 import asyncio
 import contextlib
 import dataclasses
+import socket
 import threading
 import urllib.request
 from collections.abc import Iterator
@@ -13,9 +14,10 @@ from websockets.sync.client import ClientConnection, connect
 
 from parapolicy.noise import mix_seeds
 from parapolicy.policy import Policy
-from parapolicy.serve.server import PolicyServer, ServeConfig
+from parapolicy.serve.config import ServeConfig
+from parapolicy.serve.server import PolicyServer
 from parapolicy.serve.wire import pack, unpack
-from tests.helpers import small_policy
+from tests.helpers import small_policy, some_observation
 
 
 class Running:
@@ -35,16 +37,21 @@ class Running:
             self._ready.set()
             await self._stop.wait()
 
+    def begin_stop(self) -> None:
+        if self._thread.is_alive():
+            self._loop.call_soon_threadsafe(self._stop.set)
+
     def stop(self) -> None:
-        self._loop.call_soon_threadsafe(self._stop.set)
+        self.begin_stop()
         self._thread.join(30)
         assert not self._thread.is_alive()
 
     def connect(self, **options: Any) -> ClientConnection:
         return connect(f"ws://127.0.0.1:{self.port}", compression=None, max_size=None, **options)
 
-    def get(self, path: str) -> str:
-        with urllib.request.urlopen(f"http://127.0.0.1:{self.port}{path}", timeout=10) as response:
+    def get(self, path: str, **headers: str) -> str:
+        request = urllib.request.Request(f"http://127.0.0.1:{self.port}{path}", headers=headers)
+        with urllib.request.urlopen(request, timeout=30) as response:
             assert response.status == 200
             return str(response.read().decode())
 
@@ -63,6 +70,21 @@ def running(policy: Policy, **settings: Any) -> Iterator[Running]:
 
 def served_policy() -> Policy:
     return dataclasses.replace(small_policy("semi_implicit"), reproducible=True)
+
+
+def one_step(policy: Policy, seed: int) -> dict[str, np.ndarray]:
+    return {key: value[-1] for key, value in some_observation(policy.spec, seed=seed).items()}
+
+
+def silent_client(port: int) -> socket.socket:
+    """A client that opens a connection, and then neither reads nor answers."""
+    client = socket.create_connection(("127.0.0.1", port), timeout=60)
+    client.sendall(
+        b"GET / HTTP/1.1\r\nHost: localhost\r\nUpgrade: websocket\r\nConnection: Upgrade\r\n"
+        b"Sec-WebSocket-Version: 13\r\nSec-WebSocket-Key: AAAAAAAAAAAAAAAAAAAAAA==\r\n\r\n"
+    )
+    assert client.recv(12) == b"HTTP/1.1 101"
+    return client
 
 
 def infer(client: ClientConnection, message: Any) -> dict[str, Any]:

@@ -7,23 +7,22 @@ import re
 import socket
 import threading
 import time
-import urllib.error
-import urllib.request
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
+import msgpack
 import numpy as np
 import pytest
-from websockets.exceptions import ConnectionClosed, ConnectionClosedError, InvalidStatus
+from websockets.exceptions import ConnectionClosed
 
 from parapolicy.episode import Request
 from parapolicy.policy import Chunk, Policy
-from parapolicy.serve.server import PolicyServer, ServeConfig
-from parapolicy.serve.session import Session
+from parapolicy.serve.config import ServeConfig
+from parapolicy.serve.server import PolicyServer
 from parapolicy.serve.wire import WireError, pack, unpack
 from tests.helpers import small_policy, some_observation
-from tests.serving import Running, expected_episode, infer, running, served_policy
+from tests.serving import Running, expected_episode, infer, one_step, running, served_policy
 
 
 @pytest.fixture(scope="module")
@@ -35,10 +34,6 @@ def policy() -> Policy:
 def server(policy: Policy) -> Iterator[Running]:
     with running(policy, warm_start=True, max_message_bytes=100_000) as server:
         yield server
-
-
-def one_step(policy: Policy, seed: int) -> dict[str, np.ndarray]:
-    return {key: value[-1] for key, value in some_observation(policy.spec, seed=seed).items()}
 
 
 def test_an_episode_is_answered_as_the_policy_would(server: Running, policy: Policy) -> None:
@@ -54,17 +49,6 @@ def test_an_episode_is_answered_as_the_policy_would(server: Running, policy: Pol
         assert answer["policy_timing"]["infer_ms"] > 0
     assert "prev_total_ms" not in answers[0]["server_timing"]
     assert answers[1]["server_timing"]["prev_total_ms"] >= answers[0]["server_timing"]["infer_ms"]
-
-
-def test_single_steps_make_the_history(server: Running, policy: Policy) -> None:
-    steps = [one_step(policy, i) for i in range(2)]
-    with server.connect() as client:
-        client.recv()
-        answers = [infer(client, step) for step in steps]
-    first = {key: np.stack([value, value]) for key, value in steps[0].items()}
-    second = {key: np.stack([steps[0][key], steps[1][key]]) for key in steps[0]}
-    for answer, expected in zip(answers, expected_episode(policy, [first, second]), strict=True):
-        np.testing.assert_allclose(answer["actions"], expected, rtol=1e-5, atol=1e-4)
 
 
 def test_reset_begins_a_new_episode(server: Running, policy: Policy) -> None:
@@ -121,24 +105,34 @@ def bad_messages(policy: Policy) -> dict[str, tuple[Any, str]]:
         "reset": (pack({**good, "reset": "yes"}), "reset is 'yes'"),
         "executed": (pack({**good, "executed": 1.5}), "executed is 1.5"),
         "deep": (b"\x91" * 50_000, "not msgpack"),
+        "empty lists": (b"\xdc\x03\xe8" + (b"\xdc\x00\x3f" + b"\x90" * 63) * 1000, "more than [0-9]+ values"),
+        "empty maps": (b"\xdc\x03\xe8" + (b"\xdc\x00\x3f" + b"\x80" * 63) * 1000, "more than [0-9]+ values"),
+        "long list": (b"\xdd\x00\x00\xff\xff" + b"\x00" * 65535, "exceeds max_array_len"),
+        "long map": (pack({f"{i}": 0 for i in range(1000)}), "exceeds max_map_len"),
+        "key twice": (b"\x82" + 2 * (pack("points") + b"\x00"), "one of them twice"),
+        "extension": (pack(msgpack.Timestamp(5)), "exceeds max_ext_len"),
+        "long word": (pack({**good, "points": "far" * 10_000}), "no array of numbers"),
+        "mixed": (pack({**good, "points": good["points"][0]}), "expected all of one kind"),
     }
 
 
 @pytest.mark.parametrize("name", list(bad_messages(small_policy())))
-def test_a_bad_message_is_told_and_closes_its_connection_only(server: Running, policy: Policy, name: str) -> None:
+def test_a_bad_message_is_told_in_a_line_and_the_next_good_one_is_answered(
+    server: Running, policy: Policy, name: str
+) -> None:
     message, told = bad_messages(policy)[name]
-    with server.connect() as other, server.connect() as client:
-        other.recv()
+    histories = [some_observation(policy.spec, seed=i) for i in range(2)]
+    with server.connect() as client:
         client.recv()
+        first = infer(client, histories[0])
         client.send(message)
         error = client.recv(timeout=30)
         assert isinstance(error, str)
         assert re.search(told, error), error
-        with pytest.raises(ConnectionClosedError) as closed:
-            client.recv(timeout=30)
-        assert closed.value.rcvd is not None
-        assert closed.value.rcvd.code == 1011
-        assert infer(other, some_observation(policy.spec))["actions"].shape == (7, 2)
+        assert len(error) <= 200
+        answers = [first, infer(client, histories[1])]
+    for answer, expected in zip(answers, expected_episode(policy, histories), strict=True):
+        np.testing.assert_allclose(answer["actions"], expected, rtol=1e-5, atol=1e-4)
 
 
 def test_an_oversized_message_closes_its_connection(server: Running, policy: Policy) -> None:
@@ -153,29 +147,6 @@ def test_an_oversized_message_closes_its_connection(server: Running, policy: Pol
     with server.connect() as client:
         client.recv()
         infer(client, some_observation(policy.spec))
-
-
-def test_health_metrics_and_refusals(policy: Policy) -> None:
-    with running(policy, api_key="s3cret", max_connections=1) as server:
-        assert server.get("/healthz") == "OK\n"
-
-        def refusal(headers: dict[str, str]) -> int:
-            with pytest.raises(InvalidStatus) as refused:
-                server.connect(additional_headers=headers)
-            return int(refused.value.response.status_code)
-
-        assert refusal({}) == refusal({"Authorization": "Api-Key wrong"}) == 401
-        key = {"Authorization": "Api-Key s3cret"}
-        with server.connect(additional_headers=key) as client:
-            client.recv()
-            infer(client, some_observation(policy.spec))
-            assert server.metric("parapolicy_connections") == 1
-            assert refusal(key) == 503
-        text = server.get("/metrics")
-        assert 'parapolicy_requests_total{result="ok"} 1.0' in text
-        assert "parapolicy_rounds_bucket" in text
-        with pytest.raises(urllib.error.HTTPError):
-            server.get("/elsewhere")
 
 
 def test_clients_that_vanish_or_flood_do_not_stop_the_others(server: Running, policy: Policy) -> None:
@@ -248,19 +219,6 @@ def test_a_deadline_cuts_chunks_short(policy: Policy) -> None:
         assert server.metric("parapolicy_incomplete_total") == 1
 
 
-@pytest.mark.parametrize(
-    ("settings", "message"), [({"max_batch": 0}, "max_batch is 0"), ({"deadline_ms": 0.0}, "deadline_ms is 0.0")]
-)
-def test_bad_settings_are_named(policy: Policy, settings: Any, message: str) -> None:
-    with pytest.raises(ValueError, match=message):
-        PolicyServer(policy, ServeConfig(**settings))
-
-
-def test_a_policy_with_an_options_name_is_refused() -> None:
-    with pytest.raises(ValueError, match=r"observes \['reset'\]"):
-        Session(small_policy(observation={"reset": (1,)}).spec, True)
-
-
 def mutations(policy: Policy, seed: int) -> Iterator[bytes]:
     """Messages that are almost right, for ever."""
     rng = random.Random(seed)
@@ -285,16 +243,12 @@ def test_a_fuzzer_leaves_the_server_alive_and_correct(server: Running, policy: P
     """PARAPOLICY_FUZZ messages, 400 by default; a mutant that happens to be right may be answered."""
     count = int(os.environ.get("PARAPOLICY_FUZZ", 400))
     messages = mutations(policy, seed=1)
-    sent = refused = 0
-    while sent < count:
-        with server.connect() as client:
-            client.recv()
-            reply: str | bytes = b""
-            while sent < count and isinstance(reply, bytes):
-                client.send(next(messages))
-                reply = client.recv(timeout=60)
-                sent += 1
-            refused += isinstance(reply, str)
+    refused = 0
+    with server.connect() as client:
+        client.recv()
+        for _ in range(count):
+            client.send(next(messages))
+            refused += isinstance(client.recv(timeout=60), str)
     assert refused > 0.8 * count
     history = some_observation(policy.spec)
     with server.connect() as client:

@@ -14,7 +14,8 @@ from websockets.exceptions import ConnectionClosed
 from websockets.sync.client import connect
 
 from parapolicy.cli import main
-from parapolicy.policy import Policy, save_policy
+from parapolicy.loading import save_policy
+from parapolicy.policy import Policy
 from tests.conftest import ROOT
 from tests.helpers import some_observation
 from tests.serving import expected_episode, infer, running, served_policy
@@ -51,11 +52,12 @@ def command(policy: Policy, tmp_path: Path) -> Iterator[Callable[..., tuple[subp
         process.kill()
 
 
-def test_the_published_client(command: Callable, policy: Policy) -> None:
+def test_the_published_client(command: Callable, policy: Policy, tmp_path: Path) -> None:
     """openpi-client as it is published, in a process and an environment of its own."""
     if not CLIENT_PYTHON.is_file() or subprocess.run([CLIENT_PYTHON, "-c", "import openpi_client"]).returncode:
         pytest.skip(f"no openpi-client at {CLIENT_PYTHON}; make test installs it where its own pins can be had")
-    process, port = command("api_key=k3y")
+    (tmp_path / "key").write_text("k3y\n")
+    process, port = command(f"api_key_file={tmp_path / 'key'}")
     histories = [some_observation(policy.spec, seed=i) for i in range(3)]
     script = (
         "import json, sys, numpy as np\n"
@@ -69,16 +71,19 @@ def test_the_published_client(command: Callable, policy: Policy) -> None:
         "    client.infer({'nothing': 1})\n"
         "except RuntimeError as error:\n"
         "    print(json.dumps(str(error)))\n"
+        "print(json.dumps(client.infer({**message, 'reset': True})['actions'].tolist()))\n"
     )
     lines = "\n".join(json.dumps({k: v.tolist() for k, v in history.items()}) for history in histories)
     done = subprocess.run(
         [CLIENT_PYTHON, "-c", script, str(port)], input=lines, capture_output=True, text=True, timeout=120
     )
     assert done.returncode == 0, done.stderr
-    *answers, error = map(json.loads, done.stdout.splitlines())
+    *answers, error, again = map(json.loads, done.stdout.splitlines())
     for actions, expected in zip(answers, expected_episode(policy, histories, warm_start=False), strict=True):
         np.testing.assert_allclose(actions, expected, rtol=1e-5, atol=1e-4)
     assert "lacks ['position', 'points']" in error
+    (expected,) = expected_episode(policy, histories[-1:])
+    np.testing.assert_allclose(again, expected, rtol=1e-5, atol=1e-4)  # on the same connection
     process.send_signal(signal.SIGTERM)
     assert process.wait(30) == 0
 
@@ -103,6 +108,9 @@ def test_closing_finishes_what_was_asked(command: Callable, policy: Policy) -> N
         (["port=high"], "high"),
         (["checkpoint=nowhere"], "no checkpoint at 'nowhere'"),
         (["sampler=fast"], "sampler is 'fast'"),
+        (["max_batch=0"], "max_batch is 0"),
+        (["api_key="], "api_key holds 0 characters"),
+        (["api_key_file=nowhere"], "nowhere"),
     ],
 )
 def test_the_command_names_bad_settings(settings: list[str], message: str, capsys: pytest.CaptureFixture[str]) -> None:

@@ -3,12 +3,25 @@
 import asyncio
 import dataclasses
 import time
-from collections.abc import Sequence
+from collections import deque
+from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
 
 from parapolicy.episode import Request, group_requests, predict_together
 from parapolicy.policy import Chunk, Policy
 from parapolicy.serve.metrics import ServerMetrics
+
+
+class DroppedError(Exception):
+    """A request that will not be computed: its client has gone, or the server is closing."""
+
+
+@dataclass(frozen=True)
+class _Waiting:
+    request: Request
+    wanted: Callable[[], bool]
+    future: asyncio.Future[Chunk]
 
 
 class Batcher:
@@ -25,32 +38,64 @@ class Batcher:
         self.policy = dataclasses.replace(policy, reproducible=True)
         self.max_batch, self.deadline_ms, self.metrics = max_batch, deadline_ms, metrics
         self._thread = ThreadPoolExecutor(1, "parapolicy-infer")
-        self._waiting: asyncio.Queue[tuple[Request, asyncio.Future[Chunk]]] = asyncio.Queue()
+        self._waiting: deque[_Waiting] = deque()
+        self._changed = asyncio.Event()
+        self._stopped = False
 
-    async def infer(self, request: Request) -> Chunk:
-        """The chunk of one request; raises what computing it raised."""
+    async def infer(self, request: Request, wanted: Callable[[], bool] = lambda: True) -> Chunk:
+        """The chunk of one request.
+
+        Args:
+            request: from an episode.
+            wanted: whether its client is still there, asked when the batch begins.
+
+        Raises:
+            DroppedError: it was not wanted, or :meth:`stop` was called before its batch began.
+            Exception: what computing it raised.
+        """
+        if self._stopped:
+            raise DroppedError("the server is closing")
         future: asyncio.Future[Chunk] = asyncio.get_running_loop().create_future()
-        await self._waiting.put((request, future))
+        self._waiting.append(_Waiting(request, wanted, future))
+        self._changed.set()
         return await future
 
+    def stop(self) -> None:
+        """Drop what waits; :meth:`run` ends after the batch at hand."""
+        self._stopped = True
+        while self._waiting:
+            self._waiting.popleft().future.set_exception(DroppedError("the server is closing"))
+        self._changed.set()
+
     async def run(self) -> None:
-        """Compute batches until cancelled."""
+        """Compute batches until stopped."""
         loop = asyncio.get_running_loop()
         try:
-            while True:
-                batch = [await self._waiting.get()]
-                while not self._waiting.empty() and len(batch) < self.max_batch:
-                    batch.append(self._waiting.get_nowait())
-                outcomes = await loop.run_in_executor(self._thread, self._compute, [request for request, _ in batch])
-                for (_, future), outcome in zip(batch, outcomes, strict=True):
-                    if future.done():  # its client has gone
-                        continue
+            while not self._stopped:
+                batch = self._take()
+                if not batch:
+                    self._changed.clear()
+                    await self._changed.wait()
+                    continue
+                outcomes = await loop.run_in_executor(self._thread, self._compute, [entry.request for entry in batch])
+                for entry, outcome in zip(batch, outcomes, strict=True):
                     if isinstance(outcome, Exception):
-                        future.set_exception(outcome)
+                        entry.future.set_exception(outcome)
                     else:
-                        future.set_result(outcome)
+                        entry.future.set_result(outcome)
         finally:
             self._thread.shutdown(wait=False, cancel_futures=True)
+
+    def _take(self) -> list[_Waiting]:
+        """The next batch, without the requests of clients that have gone."""
+        batch: list[_Waiting] = []
+        while self._waiting and len(batch) < self.max_batch:
+            entry = self._waiting.popleft()
+            if entry.wanted():
+                batch.append(entry)
+            else:
+                entry.future.set_exception(DroppedError("the client has gone"))
+        return batch
 
     def _compute(self, requests: Sequence[Request]) -> list[Chunk | Exception]:
         """Each request's chunk, or what went wrong with it alone."""

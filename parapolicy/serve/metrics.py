@@ -17,7 +17,7 @@ class ServerMetrics:
         self._registry = registry = CollectorRegistry()
         self.connections = Gauge("parapolicy_connections", "Open connections", registry=registry)
         self.requests = Counter(
-            "parapolicy_requests", "Messages answered, by result: ok or error", ["result"], registry=registry
+            "parapolicy_requests", "Messages by result: ok, refused or error", ["result"], registry=registry
         )
         self.incomplete = Counter("parapolicy_incomplete", "Chunks that a deadline cut short", registry=registry)
         self.request_seconds = self._histogram("request_seconds", "From a message to its reply", _SECONDS)

@@ -4,105 +4,102 @@ import asyncio
 import contextlib
 import hmac
 import http
+import ipaddress
 import logging
 import signal
 import time
-from dataclasses import dataclass
+from collections.abc import AsyncIterator
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
+from urllib.parse import urlsplit
 
 from websockets.asyncio.server import Server, ServerConnection, serve
 from websockets.datastructures import Headers
 from websockets.exceptions import ConnectionClosed
 from websockets.http11 import Request as HttpRequest
 from websockets.http11 import Response
+from websockets.protocol import State
 
+from parapolicy.episode import Request
+from parapolicy.errors import ObservationError
 from parapolicy.loading import load_policy
 from parapolicy.planner import made_up_observations
 from parapolicy.policy import Policy
-from parapolicy.serve.batcher import Batcher
+from parapolicy.serve.batcher import Batcher, DroppedError
+from parapolicy.serve.config import ServeConfig
 from parapolicy.serve.metrics import ServerMetrics
 from parapolicy.serve.session import Session
-from parapolicy.serve.wire import pack, unpack
+from parapolicy.serve.wire import Limits, WireError, pack, unpack
 
 log = logging.getLogger("parapolicy.serve")
 
-
-@dataclass
-class ServeConfig:
-    """Settings of ``parapolicy serve``, each given as ``key=value``.
-
-    Attributes:
-        checkpoint: the policy folder.
-        host, port: where to listen; 0.0.0.0 for every network, port 0 for any free one.
-        sampler, device, engine: see :func:`parapolicy.load_policy`.
-        warm_start: start each chunk of an episode from the one before.
-        deadline_ms: time for a batch of chunks; None: none.
-        api_key: asked of clients as ``Authorization: Api-Key …``; None: none is asked.
-        max_batch: most clients computed together.
-        max_connections: further ones are refused with 503.
-        max_message_bytes: longer messages close their connection.
-    """
-
-    checkpoint: str = "checkpoints/pusht_lowdim"
-    host: str = "127.0.0.1"
-    port: int = 8000
-    sampler: str = "secant"
-    device: str = "auto"
-    engine: str = "eager"
-    warm_start: bool = False
-    deadline_ms: float | None = None
-    api_key: str | None = None
-    max_batch: int = 16
-    max_connections: int = 64
-    max_message_bytes: int = 16 * 2**20
+CLOSE_S = 3.0  # at most, for saying goodbye after the last batch; the process is to be gone within 5 s
+_LONGEST_ERROR = 200  # characters: an error quotes what a client has sent
 
 
 class PolicyServer:
     """Serves one policy to many clients by the openpi protocol.
 
-    Each connection is an episode. Its messages are answered one after the other; those of different connections are
-    computed together, each to the result that it would have alone. ``GET /healthz`` and ``GET /metrics`` are answered
-    on the same port.
+    Each connection is an episode, or several, one after the other. Its messages are answered in their order; those of
+    different connections are computed together, each to the result that it would have alone. ``GET /healthz`` and
+    ``GET /metrics`` are answered on the same port.
 
     Args:
         policy: see :class:`parapolicy.serve.batcher.Batcher`.
         config: ``checkpoint``, ``sampler``, ``device`` and ``engine`` are not looked at.
+
+    Raises:
+        ValueError: the policy observes what is an option of a message, or the API key cannot be one.
+        OSError: the file of the API key cannot be read.
     """
 
     def __init__(self, policy: Policy, config: ServeConfig) -> None:
-        if config.deadline_ms is not None and not config.deadline_ms > 0:
-            raise ValueError(f"deadline_ms is {config.deadline_ms}, expected a positive number, or null for none")
-        for name in ("max_batch", "max_connections", "max_message_bytes"):
-            if getattr(config, name) < 1:
-                raise ValueError(f"{name} is {getattr(config, name)}, expected at least 1")
-        Session(policy.spec, config.warm_start)  # the policy's keys fit
-        self.policy, self.config = policy, config
+        spec = policy.spec
+        self.policy, self.config, self.limits = policy, config, Limits.of(spec)
+        self.pause_s = config.episode_pause_s or max(1.0, 4 * spec.n_action_steps / spec.control_hz)
+        self._new_session()  # the policy's keys fit
+        self._key = config.read_api_key()
+        self._hosts = {"localhost", config.host.lower(), *(urlsplit(origin).hostname for origin in config.origins)}
         self.metrics = ServerMetrics()
         self.batcher = Batcher(policy, config.max_batch, config.deadline_ms, self.metrics)
-        self._connections = 0
+        self._open: set[ServerConnection] = set()
+        self._reader = ThreadPoolExecutor(1, "parapolicy-read")  # unpacking and checking hold up no other connection
 
     @contextlib.asynccontextmanager
-    async def running(self) -> Any:
-        """The server listens; at the end it finishes what it is computing and closes every connection."""
+    async def running(self) -> AsyncIterator[Server]:
+        """The server listens. At the end it accepts no more, drops what waits, delivers the batch that it is computing
+        and closes every connection, which takes at most ``CLOSE_S`` after that batch."""
         compute = asyncio.create_task(self.batcher.run())
+        config = self.config
         server: Server = await serve(
             self._converse,
-            self.config.host,
-            self.config.port,
+            config.host,
+            config.port,
             process_request=self._answer_http,
             compression=None,
-            max_size=self.config.max_message_bytes,
-            max_queue=4,  # a client that floods waits in its own socket
+            max_size=config.max_message_bytes or self.limits.message_bytes,
+            max_queue=1,  # a client that sends before it is answered waits in its own socket
+            ping_interval=config.ping_interval,
+            ping_timeout=config.ping_timeout,
+            close_timeout=CLOSE_S / 2,
             logger=logging.getLogger("parapolicy.serve.websockets"),
         )
         try:
             yield server
         finally:
-            server.close()
-            await server.wait_closed()
-            compute.cancel()
-            with contextlib.suppress(asyncio.CancelledError):
-                await compute
+            server.close(close_connections=False)
+            self.batcher.stop()
+            await (
+                compute
+            )  # its clients' tasks are woken before this one, so that the replies go before the close frames
+            goodbyes = [asyncio.ensure_future(each.close(1001, "the server is closing")) for each in self._open]
+            await asyncio.wait([*goodbyes, asyncio.ensure_future(server.wait_closed())], timeout=CLOSE_S)
+            for connection in self._open:  # of clients that do not read
+                connection.transport.abort()
+            self._reader.shutdown(wait=False, cancel_futures=True)
+
+    def _new_session(self) -> Session:
+        return Session(self.policy.spec, self.config.warm_start, self.pause_s)
 
     def describe(self) -> dict[str, Any]:
         """The first frame of every connection."""
@@ -115,66 +112,132 @@ class PolicyServer:
             "action_horizon": spec.horizon - spec.n_obs_steps + 1,
             "action_dim": spec.action_dim,
             "control_hz": spec.control_hz,
+            "history": (
+                f"send the last {spec.n_obs_steps} control steps stacked, or one step at every control step with "
+                "executed=1; one step alone stands for the whole history"
+            ),
+            "warm_start": self.config.warm_start,
+            "episode_pause_s": self.pause_s,
         }
 
     def _answer_http(self, connection: ServerConnection, request: HttpRequest) -> Response | None:
         """Health, metrics and refusals; None lets the websocket handshake go on."""
         path = request.path.split("?")[0]
+        refusal = self._refusal(connection, request.headers, path)
+        if refusal is not None:
+            status, text = refusal
+            log.info("%s: refused: %d, %s", connection.remote_address, status, text)
+            return connection.respond(status, f"{text}\n")
         if path == "/healthz":
             return connection.respond(http.HTTPStatus.OK, "OK\n")
         if path == "/metrics":
             headers = Headers({"Content-Type": "text/plain; version=0.0.4; charset=utf-8"})
             return Response(200, "OK", headers, self.metrics.text())
-        expected = self.config.api_key
-        if expected is not None:
-            given = request.headers.get_all("Authorization")
-            if len(given) != 1 or not hmac.compare_digest(given[0].encode(), f"Api-Key {expected}".encode()):
-                return connection.respond(
-                    http.HTTPStatus.UNAUTHORIZED, "expected the header Authorization: Api-Key …\n"
-                )
-        if self._connections >= self.config.max_connections:
-            return connection.respond(http.HTTPStatus.SERVICE_UNAVAILABLE, "all connections are taken\n")
         return None
+
+    def _refusal(self, connection: ServerConnection, headers: Headers, path: str) -> tuple[http.HTTPStatus, str] | None:
+        """Why a request is not let in. Web pages that a browser on this machine shows are kept out by their origin, and
+        by the host they ask for, where they give their own name this machine's address (DNS rebinding)."""
+        hosts, origins, given = (headers.get_all(name) for name in ("Host", "Origin", "Authorization"))
+        if ipaddress.ip_address(connection.local_address[0]).is_loopback and not (
+            len(hosts) == 1 and self._is_own_name(hosts[0])
+        ):
+            named = sorted(filter(None, self._hosts))
+            return http.HTTPStatus.FORBIDDEN, f"Host is {_short(hosts)}, expected an address or one of {named}"
+        if any(origin not in self.config.origins for origin in origins):
+            return (
+                http.HTTPStatus.FORBIDDEN,
+                f"Origin is {_short(origins)}, expected none, or one of those in 'origins'",
+            )
+        if path == "/healthz":
+            return None
+        if self._key is not None:
+            expected = f"Api-Key {self._key}".encode()
+            if len(given) != 1 or not hmac.compare_digest(given[0].encode(errors="surrogateescape"), expected):
+                return http.HTTPStatus.UNAUTHORIZED, "expected the header Authorization: Api-Key …"
+        if path != "/metrics" and len(self._open) >= self.config.max_connections:
+            return http.HTTPStatus.SERVICE_UNAVAILABLE, "all connections are taken"
+        return None
+
+    def _is_own_name(self, host: str) -> bool:
+        try:
+            name = urlsplit(f"//{host}").hostname or ""
+            return name in self._hosts or bool(ipaddress.ip_address(name))
+        except ValueError:
+            return False
 
     async def _converse(self, connection: ServerConnection) -> None:
         """One client, from its first frame to its last."""
-        self._connections += 1
-        self.metrics.connections.set(self._connections)
-        session = Session(self.policy.spec, self.config.warm_start)
-        previous_ms: float | None = None
+        if len(self._open) >= self.config.max_connections:  # several handshakes were under way at once
+            await connection.close(1013, "all connections are taken")
+            return
+        self._open.add(connection)
+        self.metrics.connections.set(len(self._open))
         try:
-            await connection.send(pack(self.describe()))
-            async for message in connection:
-                begin = time.perf_counter()
-                try:
-                    reply = await self._reply(session, message, previous_ms)
-                except Exception as error:
-                    self.metrics.requests.labels("error").inc()
-                    log.info("%s: %s: %s", connection.remote_address, type(error).__name__, error)
-                    await connection.send(f"{type(error).__name__}: {error}")
-                    await connection.close(1011, "error; the last frame tells it")
-                    return
-                await connection.send(reply)
-                seconds = time.perf_counter() - begin
-                previous_ms = 1e3 * seconds
-                self.metrics.requests.labels("ok").inc()
-                self.metrics.request_seconds.observe(seconds)
-        except ConnectionClosed:
-            pass  # a client may leave at any time
+            await self._answer_messages(connection)
+        except ConnectionClosed as closed:
+            why = str(closed)
+        except DroppedError as dropped:
+            why = str(dropped)
+            await connection.close(1001, why)
+        except Exception as error:
+            why = _short(f"{type(error).__name__}: {error}")
+            self.metrics.requests.labels("error").inc()
+            with contextlib.suppress(ConnectionClosed):
+                await connection.send(why)
+            await connection.close(1011, "error; the last frame tells it")
         finally:
-            self._connections -= 1
-            self.metrics.connections.set(self._connections)
+            self._open.discard(connection)
+            self.metrics.connections.set(len(self._open))
+        log.info("%s: connection ended: %s", connection.remote_address, why)
 
-    async def _reply(self, session: Session, message: str | bytes, previous_ms: float | None) -> bytes:
-        begin = time.perf_counter()
+    async def _answer_messages(self, connection: ServerConnection) -> None:
+        """Answer until the connection ends; a message that is refused is told so, and does not end it."""
+        session = self._new_session()
+        await connection.send(pack(self.describe()))
+        previous_ms: float | None = None
+        replied = time.perf_counter()
+        while True:
+            message = await connection.recv()
+            begin = time.perf_counter()
+            try:
+                request = await self._read(session, message, begin - replied)
+                chunk = await self.batcher.infer(request, wanted=lambda: connection.state is State.OPEN)
+            except (ObservationError, WireError) as error:
+                text = _short(f"{type(error).__name__}: {error}")
+                self.metrics.requests.labels("refused").inc()
+                log.info("%s: refused: %s", connection.remote_address, text)
+                await connection.send(text)
+                replied = time.perf_counter()
+                continue
+            timing = {"infer_ms": 1e3 * (time.perf_counter() - begin)}
+            if previous_ms is not None:
+                timing["prev_total_ms"] = previous_ms
+            policy_timing = {"infer_ms": 1e3 * chunk.stats.seconds}
+            await connection.send(
+                pack({**session.answer(chunk), "policy_timing": policy_timing, "server_timing": timing})
+            )
+            replied = time.perf_counter()
+            previous_ms = 1e3 * (replied - begin)
+            self.metrics.requests.labels("ok").inc()
+            self.metrics.request_seconds.observe(replied - begin)
+
+    async def _read(self, session: Session, message: str | bytes, silence_s: float) -> Request:
+        """What a message asks for."""
         if isinstance(message, str):
-            raise ValueError("the message is a text frame, expected a binary one")
-        chunk = await self.batcher.infer(session.request(unpack(message)))
-        timing = {"infer_ms": 1e3 * (time.perf_counter() - begin)}
-        if previous_ms is not None:
-            timing["prev_total_ms"] = previous_ms
-        policy_timing = {"infer_ms": 1e3 * chunk.stats.seconds}
-        return pack({**session.answer(chunk), "policy_timing": policy_timing, "server_timing": timing})
+            raise WireError("the message is a text frame, expected a binary one")
+
+        def read() -> Request:
+            return session.request(unpack(message, self.limits), silence_s)
+
+        return await asyncio.get_running_loop().run_in_executor(self._reader, read)
+
+
+def _short(value: object) -> str:
+    """A text to quote, without its middle where it is long."""
+    text = str(value)
+    half = _LONGEST_ERROR // 2 - 2
+    return text if len(text) <= _LONGEST_ERROR else f"{text[:half]} … {text[-half:]}"
 
 
 async def _serve_until_told(server: PolicyServer) -> None:
@@ -194,8 +257,9 @@ def run_server(config: ServeConfig) -> None:
 
     Raises:
         CheckpointError, ValueError: as :func:`parapolicy.load_policy` raises them.
-        OSError: the port is taken.
+        OSError: the port is taken, or the file of the API key cannot be read.
     """
+    config.read_api_key()  # what is wrong with it is said before the policy is loaded
     policy = load_policy(config.checkpoint, config.sampler, config.device, config.engine)
     server = PolicyServer(policy, config)
     policy.predict(made_up_observations(policy, 1)[0])

@@ -1,5 +1,6 @@
 """One client's episode: what a message asks for, what the policy is given for it, and what is answered."""
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
@@ -19,19 +20,23 @@ OPTIONS = ("reset", "seed", "executed")
 class Session:
     """A connection's episode.
 
-    A message is a map of the policy's observation keys, each for one control step (...), or for the last
-    ``n_obs_steps`` of them (To, ...), oldest first, as a client must send it that does not ask at every control step.
-    Three more keys may stand in it: ``reset`` (true: a new episode begins with this observation), ``seed`` (of the
-    episode's noise, with ``reset`` or in the first message) and ``executed`` (control steps since the last message,
-    where it is not ``n_action_steps``; warm starts need it).
+    A message is a map of the policy's observation keys. Each is for the last ``n_obs_steps`` control steps, stacked
+    (To, ...), oldest first, or for the present one (...). One step alone joins the steps of the messages before only
+    where ``executed`` is 1; otherwise it stands for the whole history, because the steps between are not known.
+
+    Three more keys may stand in it. ``executed``: control steps since the last answered message; ``n_action_steps``
+    where it is not given. Warm starts use it, too. ``reset``: whether a new episode begins with this observation; where
+    it is not given, one begins after a pause. ``seed``: of the episode's noise, with the first message of an episode.
 
     Args:
         spec: the policy's.
         warm_start: start each chunk from the one before.
+        pause_s: seconds of silence after which a message without ``reset`` begins a new episode.
     """
 
     spec: PolicySpec
     warm_start: bool
+    pause_s: float = math.inf
     episode: Episode = field(init=False)
 
     def __post_init__(self) -> None:
@@ -40,8 +45,12 @@ class Session:
             raise ValueError(f"the policy observes {clash}, which are options of a message to the server")
         self.episode = Episode(self.spec, warm_start=self.warm_start)
 
-    def request(self, message: Any) -> Request:
-        """What a message asks for.
+    def request(self, message: Any, silence_s: float = 0.0) -> Request:
+        """What a message asks for. A message that is refused leaves the episode as it was.
+
+        Args:
+            message: as unpacked.
+            silence_s: seconds from the last reply to its arrival.
 
         Raises:
             ObservationError: not a map, a missing or unknown key, a wrong shape or option, or a value not finite.
@@ -52,7 +61,7 @@ class Session:
         observation = {key: value for key, value in message.items() if key not in OPTIONS}
         seed = _integer(options, "seed", self.episode.seed[0], 2**63 - 1)
         executed = _integer(options, "executed", self.spec.n_action_steps, 2**31)
-        reset = options.get("reset", False)
+        reset = options.get("reset", silence_s > self.pause_s)
         if not isinstance(reset, bool | np.bool_):
             raise ObservationError(f"reset is {reset!r}, expected true or false")
         begins = bool(reset) or self.episode.chunks == 0
@@ -61,6 +70,8 @@ class Session:
         steps = self._steps(observation)
         if begins:
             self.episode = Episode(self.spec, (seed,), self.warm_start)
+        elif len(steps) > 1 or executed != 1:
+            self.episode.history.reset()
         for step in steps:
             self.episode.push(step)
         self.last = self.episode.request(executed)
@@ -74,6 +85,7 @@ class Session:
             "rounds": int(chunk.stats.rounds),
             "residual": float(chunk.stats.residual),
             "complete": bool(chunk.stats.complete),
+            "new_episode": self.last.number == 0,
         }
 
     def _steps(self, observation: dict[str, Any]) -> list[dict[str, Any]]:
@@ -86,7 +98,14 @@ class Session:
             and _shape(observation[key]) in ((count, *feature.shape), (count, *feature.tensor_shape))
         }
         steps = [observation]
-        if stacked:  # a key that is not is left as it came, for the history to name
+        if stacked:  # a key of another shape is left as it came, for the history to name
+            for key in self.spec.observation.keys() & observation.keys() - stacked:
+                feature, shape = self.spec.observation[key], _shape(observation[key])
+                if shape in (feature.shape, feature.tensor_shape):
+                    raise ObservationError(
+                        f"observation {key!r} has shape {shape}, for one step, but {sorted(stacked)} are stacked for "
+                        f"{count}; expected all of one kind"
+                    )
             steps = [{k: v[i] if k in stacked else v for k, v in observation.items()} for i in range(count)]
         check = ObservationHistory(self.spec)
         for step in steps:

@@ -2,10 +2,16 @@
 
 import math
 import re
+from collections.abc import Sequence
+from dataclasses import dataclass
+from itertools import accumulate
+from operator import mul
 from typing import Any
 
 import msgpack
 import numpy as np
+
+from parapolicy.spec import PolicySpec
 
 _DTYPE = re.compile(r"[<>|=]?(b1|[iu][1248]|f[248])")
 _MAX_DIMENSIONS = 8
@@ -15,24 +21,77 @@ class WireError(ValueError):
     """A message that is not of the protocol."""
 
 
+@dataclass(frozen=True)
+class Limits:
+    """The most that a message may hold; what goes beyond is refused before it takes memory or time.
+
+    Attributes:
+        message_bytes: its length.
+        values: numbers, lists and maps, with all that they hold. The bytes of an array are one.
+        list_length, map_length: of any one.
+    """
+
+    message_bytes: int
+    values: int
+    list_length: int
+    map_length: int
+
+    @classmethod
+    def of(cls, spec: PolicySpec) -> "Limits":
+        """Room for a policy's observations, ``n_obs_steps`` of each, even as nested lists of float64, and some more, so
+        that a message that is wrong by a little gets an error that names what is wrong."""
+        shapes = [(spec.n_obs_steps, *shape) for f in spec.observation.values() for shape in (f.shape, f.tensor_shape)]
+        values = sum(sum(accumulate(shape, mul, initial=1)) for shape in shapes)
+        texts = sum(len(key.encode()) for key in spec.observation)
+        return cls(
+            message_bytes=max(1 << 16, 9 * values + texts + 4096),  # a float64 takes nine bytes
+            values=values + 4096,
+            list_length=max(1024, *(max(shape) for shape in shapes)),
+            map_length=len(spec.observation) + 64,
+        )
+
+
 def pack(message: Any) -> bytes:
     """A message as bytes; numpy arrays and scalars of numbers may stand anywhere in it."""
     packed: bytes = msgpack.packb(message, default=_pack_array)
     return packed
 
 
-def unpack(data: bytes) -> Any:
-    """What :func:`pack` packed; arrays are read-only views of ``data``.
+def unpack(data: bytes, limits: Limits | None = None) -> Any:
+    """What :func:`pack` packed; arrays are read-only.
 
     Raises:
-        WireError: not msgpack, or an array whose bytes, type and shape do not fit together.
+        WireError: not msgpack, beyond the limits, a key twice in one map, or an array whose bytes, type and shape do
+            not fit together.
     """
+    left = math.inf if limits is None else limits.values
+
+    def count(values: int) -> None:
+        nonlocal left
+        left -= values
+        if left < 0:
+            raise WireError(f"the message holds more than {limits and limits.values} values; send numpy arrays")
+
+    def make_list(items: list[Any]) -> list[Any]:
+        count(1 + len(items))
+        return items
+
+    def make_map(pairs: Sequence[tuple[Any, Any]]) -> Any:
+        count(1 + 2 * len(pairs))
+        value = dict(pairs)
+        if len(value) < len(pairs):
+            raise WireError(f"a map of {len(pairs)} keys has one of them twice")
+        return _unpack_array(value)
+
+    lengths = {"max_array_len": limits.list_length, "max_map_len": limits.map_length} if limits else {}
     try:
-        return msgpack.unpackb(data, object_hook=_unpack_array, strict_map_key=False)
+        return msgpack.unpackb(
+            data, list_hook=make_list, object_pairs_hook=make_map, strict_map_key=False, max_ext_len=0, **lengths
+        )
     except WireError:
         raise
     except (ValueError, TypeError, OverflowError, RecursionError) as error:
-        raise WireError(f"the message is not msgpack: {error or type(error).__name__}") from error
+        raise WireError(f"the message is not msgpack of the expected size: {error or type(error).__name__}") from error
 
 
 def _pack_array(value: Any) -> dict[bytes, Any]:
