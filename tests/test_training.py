@@ -212,9 +212,10 @@ def stop_at(step: int, patch: pytest.MonkeyPatch) -> None:
 
 
 def interrupted_run(data: Demonstrations, folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+    with monkeypatch.context() as patch:
         stop_at(6, patch)
-        train(small_spec(), data, CONFIG, folder, torch.device("cpu"))
+        with pytest.raises(KeyboardInterrupt):
+            train(small_spec(), data, CONFIG, folder, torch.device("cpu"))
 
 
 def test_a_run_does_not_go_on_with_other_data(buffer: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -230,7 +231,7 @@ def test_a_state_with_one_flipped_bit_is_refused(buffer: Path, tmp_path: Path, m
     data = read_zarr(buffer, SOURCES)
     interrupted_run(data, tmp_path / "run", monkeypatch)
     path = tmp_path / "run" / STATE
-    whole, refused = path.read_bytes(), 0
+    whole, refused = path.read_bytes(), []
     kept = TrainingFolder(tmp_path / "run", torch.load(path, weights_only=True)["run"])
     state = digest(kept.load(torch.device("cpu")))
     rng = np.random.default_rng(0)
@@ -241,9 +242,9 @@ def test_a_state_with_one_flipped_bit_is_refused(buffer: Path, tmp_path: Path, m
         try:
             assert digest(kept.load(torch.device("cpu"))) == state
         except ValueError as error:
-            refused += 1
-            assert "to start anew" in str(error)
-    assert refused > 100
+            refused.append(str(error))
+    assert len(refused) > 100
+    assert all("to start anew" in sentence for sentence in refused)
     path.write_bytes(whole[: len(whole) // 2])
     with pytest.raises(ValueError, match="damaged"):
         train(small_spec(), data, CONFIG, tmp_path / "run", torch.device("cpu"))
@@ -270,7 +271,7 @@ def test_a_finished_policy_is_never_trained_over(buffer: Path, tmp_path: Path) -
 
 
 def test_an_action_that_never_moves_comes_out_as_its_constant(tmp_path: Path) -> None:
-    """Whatever an untrained network says; an observation that never moved has no influence, whatever the sensor says."""
+    """Whatever the network says; an observation that never moved has no influence, whatever the sensor says."""
     rng = np.random.default_rng(0)
     arrays = {
         "position": torch.tensor(rng.uniform(0, 512, (40, 2)), dtype=torch.float32),
@@ -280,7 +281,7 @@ def test_an_action_that_never_moves_comes_out_as_its_constant(tmp_path: Path) ->
     arrays["position"][:, 1] = 311.0
     arrays["action"][:, 1] = 0.05
     arrays["action"][:, 2] = 511.9
-    arrays["action"][:, 3] = torch.tensor(rng.uniform(-5e-6, 5e-6, 40))  # next to nothing
+    arrays["action"][:, 3] = torch.tensor(rng.uniform(-1e-6, 1e-6, 40))  # next to nothing
     spec = small_spec(action_dim=4)
     train(spec, Demonstrations(arrays, np.array([40])), CONFIG, tmp_path, torch.device("cpu"))
     policy = parapolicy.load_policy(tmp_path, device="cpu")
@@ -345,7 +346,7 @@ def test_arrays_take_the_shape_that_is_asked_for(buffer: Path) -> None:
         ({"array": "state", "columns": [0, 1], "shape": [3]}, r"shape \(2,\) per step in these columns.* \(3,\)"),
         (
             {"array": "state", "column": [0, 1]},
-            r"unknown keys \['column'\]; expected array: NAME and, optionally, colu",
+            r"unknown keys \['column'\]; expected array: NAME and",
         ),
         ({"columns": [0, 1]}, "expected array: NAME"),
         ("words", "data/words holds <U3, expected real numbers"),
@@ -394,7 +395,7 @@ def test_a_policy_of_another_range_is_not_gone_on_from(buffer: Path, tmp_path: P
     data, cpu = read_zarr(buffer, SOURCES), torch.device("cpu")
     still = {**data.arrays, "action": torch.full((34, 2), 0.5)}
     train(small_spec(), Demonstrations(still, data.episode_ends), CONFIG, tmp_path / "first", cpu)
-    with pytest.raises(ValueError, match="'action' is up to .* trained on data in another range"):
+    with pytest.raises(ValueError, match=r"'action' is up to .* trained on data in another range"):
         train(small_spec(), data, dataclasses.replace(CONFIG, init=str(tmp_path / "first")), tmp_path / "second", cpu)
 
 

@@ -50,8 +50,8 @@ class TrainingFolder:
             raise ValueError(f"{path} is damaged: its digest does not match its content; delete it to start anew")
         if differing := _differing(saved["run"], self.run):
             raise ValueError(
-                f"{path} is the state of a run with other settings ({differing}); continue that one with its own settings, or "
-                "delete the file to start anew"
+                f"{path} is the state of a run with other settings ({differing}); continue that one with its own "
+                "settings, or delete the file to start anew"
             )
         return _to(state, device)
 

@@ -95,19 +95,16 @@ def train(
         FloatingPointError: the loss is no longer finite.
     """
     if make_schedule(spec.scheduler, sample_shape=spec.sample_shape).solver == "flow":
-        raise ValueError(
-            "the scheduler is one of flow matching, whose velocities this does not train; take DDPMScheduler"
-        )
+        raise ValueError("the scheduler is one of flow matching, which this does not train; take DDPMScheduler")
+    torch.manual_seed(config.seed)
+    network = build_network(spec).to(device)
+    normalizer = None if config.init is None else _take_over(config.init, spec, network)
     data.check(spec)
     windows = data.windows(spec.horizon, spec.n_obs_steps, spec.n_action_steps)
     used = windows.unique()  # steps
     data.warn_of_outliers(used)
-    torch.manual_seed(config.seed)
-    network = build_network(spec).to(device)
-    if config.init is None:
+    if normalizer is None:
         normalizer = Normalizer.fit({key: value[used] for key, value in data.arrays.items()})
-    else:
-        normalizer = _take_over(config.init, spec, network)
     values = {key: normalizer.normalize(key, data.arrays[key]) for key in spec.normalizer_shapes}
     for key, normalised in values.items():
         if not (most := normalised[used].abs().max()) < FAR:
