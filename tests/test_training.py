@@ -235,7 +235,7 @@ def test_a_state_with_one_flipped_bit_is_refused(buffer: Path, tmp_path: Path, m
     kept = TrainingFolder(tmp_path / "run", torch.load(path, weights_only=True)["run"])
     state = digest(kept.load(torch.device("cpu")))
     rng = np.random.default_rng(0)
-    for place in rng.integers(len(whole), size=150):
+    for place in rng.integers(len(whole), size=60):
         damaged = bytearray(whole)
         damaged[place] ^= 1 << rng.integers(8)
         path.write_bytes(damaged)
@@ -243,7 +243,7 @@ def test_a_state_with_one_flipped_bit_is_refused(buffer: Path, tmp_path: Path, m
             assert digest(kept.load(torch.device("cpu"))) == state
         except ValueError as error:
             refused.append(str(error))
-    assert len(refused) > 100
+    assert len(refused) > 40
     assert all("to start anew" in sentence for sentence in refused)
     path.write_bytes(whole[: len(whole) // 2])
     with pytest.raises(ValueError, match="damaged"):
@@ -403,10 +403,10 @@ def test_without_a_compiler_training_goes_on(buffer: Path, tmp_path: Path, monke
     monkeypatch.setattr(torch._inductor.config.cpp, "cxx", ("/nonexistent",))
     monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", str(tmp_path / "cache"))
     torch.compiler.reset()
-    data, compiled = read_zarr(buffer, SOURCES), dataclasses.replace(CONFIG, compile=True)
+    data, compiled = read_zarr(buffer, SOURCES), dataclasses.replace(CONFIG, steps=2, compile=True)
     with pytest.warns(UserWarning, match="runs uncompiled") as caught:
         train(small_spec(), data, compiled, tmp_path / "compiled", torch.device("cpu"))
     assert len([w for w in caught if "runs uncompiled" in str(w.message)]) == 1
-    train(small_spec(), data, CONFIG, tmp_path / "plain", torch.device("cpu"))
+    train(small_spec(), data, dataclasses.replace(CONFIG, steps=2), tmp_path / "plain", torch.device("cpu"))
     plain, same = weights(tmp_path / "plain"), weights(tmp_path / "compiled")
     assert all(torch.equal(value, plain[name]) for name, value in same.items())

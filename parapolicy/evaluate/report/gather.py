@@ -102,7 +102,7 @@ def chunk_table(runs: Sequence[Run]) -> pd.DataFrame:
         task = {"env": run.results["env"], "checkpoint": run.results["checkpoint"]}
         episodes = read_episodes(run.folder)
         found = {(episode["sampler"], episode["seed"]) for episode in episodes}
-        for label, result in run.results["samplers"].items() if (run.folder / "episodes.jsonl").is_file() else ():
+        for label, result in run.results["samplers"].items() if run.about is not None else ():
             for episode in result["per_episode"]:
                 if (label, episode["seed"]) not in found:
                     raise ValueError(

@@ -66,7 +66,7 @@ class RunFolder:
 
     def finish(self, results: Mapping[str, Any]) -> None:
         """Write the summary."""
-        write_whole(self.path / "results.json", seal(results, indent=2))
+        write_whole(self.path / "results.json", seal({"format": FORMAT, **results}, indent=2))
 
     def note_progress(self, label: str, part: float) -> None:
         """Write which share of a sampler's episodes is done, 0 to 1; the bar of a sweep reads it."""
@@ -172,6 +172,8 @@ def read_results(folder: Path) -> dict[str, Any] | None:
     if not path.is_file():
         return None
     results = unseal(path.read_bytes(), str(path), way_out, _is_sealed(folder))
+    if results.pop("format", None) and read_about(folder) is None:
+        raise ValueError(f"{path} has no run.json beside it, which says of which run it is; copy that, too")
     if not isinstance(results.get("samplers"), dict):
         raise ValueError(f"{path} is damaged: it has no samplers; {way_out}")
     return results
