@@ -13,7 +13,7 @@ import gymnasium
 import hydra
 from hydra.core.hydra_config import HydraConfig
 from hydra.types import RunMode
-from omegaconf import DictConfig
+from omegaconf import DictConfig, OmegaConf
 
 from envs import make_env
 from envs.inference_delay import InferenceDelay
@@ -21,8 +21,10 @@ from parapolicy.control import SimulatedClock
 from parapolicy.evaluate.report.plots import plot_latency_reward, plot_simulated_latency
 from parapolicy.evaluate.report.terminal import print_table
 from parapolicy.evaluate.run.evaluation import evaluate
-from parapolicy.evaluate.run.run_folder import note_failure
+from parapolicy.evaluate.run.run_folder import job_folder, note_failure
 from parapolicy.spec import PolicySpec
+
+OmegaConf.register_new_resolver("job_folder", job_folder, replace=True)
 
 
 @hydra.main(version_base="1.3", config_path="conf", config_name="eval")

@@ -11,6 +11,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
+import gymnasium
 import hydra
 import torch
 from omegaconf import DictConfig, OmegaConf
@@ -18,14 +19,18 @@ from tqdm import tqdm
 
 import parapolicy
 from envs import make_env
+from parapolicy.checkpoint.native import CONFIG
 from parapolicy.evaluate.measure.machine import describe_machine, describe_versions
 from parapolicy.evaluate.run.results import summarize_episodes
 from parapolicy.evaluate.run.rollout import rollout
 from parapolicy.loading import pick_device
 from parapolicy.spec import Feature, PolicySpec
-from parapolicy.train.card import write_card
+from parapolicy.train.card import CARD, write_card
 from parapolicy.train.data import read_hdf5, read_zarr
+from parapolicy.train.state import STATE
 from parapolicy.train.trainer import TrainConfig, train
+
+DATA_SETTINGS = {"path", "name", "env", "control_hz", "mask", "observation", "action"}
 
 
 def run(config: DictConfig) -> None:
@@ -36,11 +41,16 @@ def run(config: DictConfig) -> None:
         raise ValueError("data.path is not set; give the zarr replay buffer to train on, data.path=FOLDER")
     settings: Any = OmegaConf.to_container(config, resolve=True)
     data, policy = settings["data"], settings["policy"]
+    if unknown := sorted(set(data) - DATA_SETTINGS):
+        raise ValueError(f"data has unknown settings {unknown}, expected some of {sorted(DATA_SETTINGS)}")
     device = pick_device(config.device)
-    sources = {
-        key: {name: value[name] for name in ("array", "columns", "rotation_6d") if name in value}
-        for key, value in {**data["observation"], "action": data["action"]}.items()
-    }
+    given = {**data["observation"], "action": data["action"]}
+    for key, source in given.items():
+        if not isinstance(source, dict) or not isinstance(source.get("shape"), list):
+            raise ValueError(f"data gives {source!r} for {key!r}, expected {{shape: [...], array: NAME}}")
+    sources = {key: {k: v for k, v in source.items() if k != "kind"} for key, source in given.items()}
+    if len(data["action"]["shape"]) != 1:
+        raise ValueError(f"data.action.shape is {data['action']['shape']}, expected the length of one action, as [2]")
     spec = PolicySpec(
         observation={
             key: Feature(tuple(value["shape"]), value.get("kind", "state"))
@@ -55,9 +65,25 @@ def run(config: DictConfig) -> None:
     folder = Path(config.output)
     if str(data["path"]).endswith((".hdf5", ".h5")):
         demonstrations = read_hdf5(data["path"], sources, data.get("mask"))
-    else:
+    elif data.get("mask") is None:
         demonstrations = read_zarr(data["path"], sources)
+    else:
+        raise ValueError(
+            f"data.mask is {data['mask']!r}, but only HDF5 files have masks; leave it out (data.mask=null)"
+        )
+    if config.score.episodes < 0:
+        raise ValueError(f"score.episodes is {config.score.episodes}, expected at least 0")
+
+    def build() -> gymnasium.Env:
+        return make_env(data["env"], spec, **config.score.options)
+
+    if config.score.episodes:  # what it cannot build is known before the hours of training
+        build().close()
+    complete = not (folder / STATE).is_file() and all((folder / name).is_file() for name in (CONFIG, CARD))
     result = train(spec, demonstrations, train_config, folder, device)
+    if complete:
+        print(f"{folder} is finished")
+        return
 
     score = None
     if config.score.episodes:
@@ -65,9 +91,7 @@ def run(config: DictConfig) -> None:
         seeds = range(config.score.seed, config.score.seed + config.score.episodes)
         with tqdm(total=len(seeds), desc="score", unit="episode") as bar:
             episodes = []
-            for episode in rollout(
-                trained, lambda: make_env(data["env"], spec, **config.score.options), seeds, num_envs=50
-            ):
+            for episode in rollout(trained, build, seeds, num_envs=50):
                 episodes.append(episode)
                 bar.update()
         score = summarize_episodes(episodes, 0.0, [])
@@ -91,7 +115,7 @@ def run(config: DictConfig) -> None:
 def main(config: DictConfig) -> None:
     try:
         run(config)
-    except ValueError as error:
+    except (ValueError, FloatingPointError, OSError) as error:
         raise SystemExit(f"error: {error}") from error
     except KeyboardInterrupt:
         raise SystemExit(130) from None

@@ -1,5 +1,6 @@
 """Simulated environments by name. The library never imports them."""
 
+import inspect
 from collections.abc import Mapping
 from importlib import import_module
 from importlib.metadata import entry_points
@@ -32,14 +33,23 @@ def make_env(name: str, spec: PolicySpec, **options: Any) -> gymnasium.Env:
         options: of the environment; see its class.
 
     Raises:
-        ValueError: an unknown name, or the environment does not give the policy's observations.
+        ValueError: an unknown name or option, or the environment does not give the policy's observations.
     """
     if name in ENVS:
         module, attribute, fixed = ENVS[name]
-        env: gymnasium.Env = getattr(import_module(module), attribute)(spec, **fixed, **options)
-        return env
-    plugins = {entry.name: entry for entry in entry_points(group="parapolicy.envs")}
-    if name not in plugins:
-        raise ValueError(f"env is {name!r}, expected one of {[*ENVS, *plugins]}")
-    env = plugins[name].load()(spec, **options)
+        build = getattr(import_module(module), attribute)
+    else:
+        plugins = {entry.name: entry for entry in entry_points(group="parapolicy.envs")}
+        if name not in plugins:
+            raise ValueError(f"env is {name!r}, expected one of {[*ENVS, *plugins]}")
+        build, fixed = plugins[name].load(), {}
+    try:
+        inspect.signature(build).bind(spec, **fixed, **options)
+    except TypeError as error:
+        known = [option for option in list(inspect.signature(build).parameters)[1:] if option not in fixed]
+        raise ValueError(f"env {name} does not take the options {options} ({error}); it has {known}") from error
+    steps = options.get("max_episode_steps")
+    if steps is not None and not (isinstance(steps, int) and steps >= 1):
+        raise ValueError(f"max_episode_steps is {steps!r}, expected a whole number, at least 1")
+    env: gymnasium.Env = build(spec, **fixed, **options)
     return env

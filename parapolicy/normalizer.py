@@ -6,6 +6,10 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+# Powers of two, by which a constant is multiplied and divided without rounding.
+STILL_ACTION = 2.0**-20  # smallest range, in the action's units, to which -1 and 1 are mapped
+STILL_SCALE = 2.0**-14  # of an observation that never moves
+
 
 class Affine(NamedTuple):
     """Scale and offset, both of the value's own shape."""
@@ -33,15 +37,24 @@ class Normalizer:
     def fit(cls, data: Mapping[str, Tensor], min_range: float = 1e-4) -> "Normalizer":
         """Map each element's minimum and maximum over the data to -1 and 1.
 
+        An element that never moves teaches nothing, so the network must not matter for it. An action's scale becomes so
+        large that whatever the network says comes out as the constant. An observation's becomes so small that the
+        network hardly sees it, whatever the sensor says.
+
         Args:
             data: key -> (N, ...) float tensor.
-            min_range: an element that varies less than this is only centred, not stretched.
+            min_range: an observed element that varies less than this, or than a few roundings, never moves.
         """
         maps = {}
         for key, values in data.items():
             low, high = values.amin(0).double(), values.amax(0).double()
-            constant = high - low < min_range
-            scale = torch.where(constant, 1.0, 2.0 / torch.where(constant, 1.0, high - low))
+            size = high - low
+            if key == "action":
+                scale = 2 / size.clamp(min=STILL_ACTION)
+            else:
+                roundings = 8 * torch.finfo(torch.float32).eps * torch.maximum(low.abs(), high.abs())
+                still = size < roundings.clamp(min=min_range)
+                scale = torch.where(still, STILL_SCALE, 2 / torch.where(still, 1.0, size))
             offset = -scale * (low + high) / 2
             maps[key] = Affine(scale.float(), offset.float())
         return cls(maps)

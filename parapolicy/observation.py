@@ -106,12 +106,19 @@ def _check_keys(spec: PolicySpec, observation: Mapping[str, Any]) -> None:
 
 def _as_array(key: str, feature: Feature, value: Any) -> np.ndarray:
     """float32; an image that is uint8 stays so."""
-    if isinstance(value, Tensor):
-        value = value.detach().cpu().numpy()
+    if np.ma.isMaskedArray(value):
+        raise ObservationError(f"observation {key!r} is a masked array; fill in what is masked")
     try:
-        array = np.asarray(value, dtype=np.float32 if feature.kind == "state" else None)
-    except (TypeError, ValueError) as error:
+        if isinstance(value, Tensor):
+            value = value.detach().cpu()
+            value = (value.float() if value.is_floating_point() else value).numpy()  # numpy has no bfloat16
+        array = np.asarray(value)
+    except (TypeError, ValueError, RuntimeError) as error:
         raise ObservationError(f"observation {key!r} is no array of numbers: {error}") from error
+    if array.dtype.kind not in "biuf":
+        raise ObservationError(f"observation {key!r} is an array of {array.dtype}, expected real numbers")
+    if feature.kind == "state":
+        array = array.astype(np.float32, copy=False)
     if feature.kind == "image" and array.dtype != np.uint8 and array.dtype.kind != "f":
         raise ObservationError(
             f"the image {key!r} is {array.dtype}, expected uint8 (…, height, width, channels), or floating point "

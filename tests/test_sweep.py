@@ -13,9 +13,20 @@ import pytest
 from omegaconf import DictConfig
 
 from parapolicy.evaluate.run.progress import SweepBar, job_cost, list_jobs, sweep_cost
+from parapolicy.evaluate.run.records import read_latencies
 from parapolicy.evaluate.run.rollout import EpisodeRecord
-from parapolicy.evaluate.run.run_folder import RunFolder
+from parapolicy.evaluate.run.run_folder import MAX_NAME, RunFolder, job_folder
 from tests.conftest import ROOT
+
+DDIM = "[{name: sequential, solver: ddim, steps: 4, label: ddim}]"
+SWEPT = ("[{name: sequential, solver: ddim, steps: 10}]", DDIM, "[fast]")
+SETTINGS = ("episodes=3", "num_envs=3", "env.options.max_episode_steps=16")
+
+
+def jobs_of(sweep: Path) -> list[Path]:
+    """The folders of the fixture's three jobs."""
+    fixed = sorted([*SETTINGS, "samplers="])
+    return [sweep / job_folder(",".join([*fixed[:-1], f"samplers={samplers}"])) for samplers in SWEPT]
 
 
 def start(*overrides: str) -> subprocess.Popen[str]:
@@ -32,40 +43,39 @@ def finish(process: subprocess.Popen[str]) -> str:
 def sweep(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Two samplers in jobs of their own, and one that does not exist."""
     folder = tmp_path_factory.mktemp("sweep")
-    ddim = "[{name: sequential, solver: ddim, steps: 4, label: ddim}]"
-    output = finish(
-        start(
-            "-m",
-            "+experiment=pareto_pusht",
-            "episodes=3",
-            "num_envs=3",
-            "env.options.max_episode_steps=16",
-            f"samplers=[{{name: sequential, solver: ddim, steps: 10}}],{ddim},[fast]",
-            f"hydra.sweep.dir={folder}",
-            "hydra.callbacks.report.latency_chunks=3",
-            "hydra.callbacks.report.engine=eager",
-        )
+    process = start(
+        "-m",
+        "+experiment=pareto_pusht",
+        *SETTINGS,
+        f"samplers={','.join(SWEPT)}",
+        f"hydra.sweep.dir={folder}",
+        "hydra.callbacks.report.latency_chunks=3",
+        "hydra.callbacks.report.engine=eager",
     )
+    output = finish(process)
     assert (folder / "report" / "report.html").is_file(), output
     assert "all 3 jobs:" in output
+    assert process.returncode == 1
+    assert "1 jobs failed: " in output
     return folder
 
 
 def test_a_failed_job_costs_only_itself_and_is_reported(sweep: Path) -> None:
-    assert [(sweep / str(job) / "results.json").is_file() for job in range(3)] == [True, True, False]
-    assert "sampler is 'fast'" in (sweep / "2" / "error.txt").read_text()
+    jobs = jobs_of(sweep)
+    assert [(job / "results.json").is_file() for job in jobs] == [True, True, False]
+    assert "sampler is 'fast'" in (jobs[2] / "error.txt").read_text()
     page = (sweep / "report" / "report.html").read_text()
     assert "Jobs that failed" in page
     assert "sampler is &#x27;fast&#x27;" in page
 
 
 def test_a_sweep_times_its_samplers_side_by_side(sweep: Path) -> None:
-    rows = json.loads((sweep / "latency.json").read_text())
-    assert [row["sampler"] for row in rows] == ["sequential", "ddim", "upstream sequential"]
-    assert [row["engine"] for row in rows] == ["eager", "eager", "upstream"]
+    rows = read_latencies(sweep / "latency.json")
+    engines = {row["sampler"]: row["engine"] for row in rows}
+    assert engines == {"sequential": "eager", "ddim": "eager", "upstream sequential": "upstream"}
     assert all(row["chunk_ms"]["chunks"] == len(row["chunk_ms"]["each"]) == 3 for row in rows)
-    for job in range(2):  # and not in the jobs themselves
-        (row,) = json.loads((sweep / str(job) / "results.json").read_text())["samplers"].values()
+    for job in jobs_of(sweep)[:2]:  # and not in the jobs themselves
+        (row,) = json.loads((job / "results.json").read_text())["samplers"].values()
         assert "chunk_ms" not in row
 
 
@@ -74,13 +84,14 @@ def test_a_sweep_that_is_run_again_does_nothing_twice(sweep: Path) -> None:
         path: path.stat().st_mtime_ns for path in sweep.rglob("*") if path.name in ("episodes.jsonl", "latency.json")
     }
     assert len(before) == 3
-    command = [sys.executable, str(ROOT / "eval.py"), "-m", "+experiment=pareto_pusht", "episodes=3", "num_envs=3"]
-    ddim = "[{name: sequential, solver: ddim, steps: 4, label: ddim}]"
     done = subprocess.run(
         [
-            *command,
-            "env.options.max_episode_steps=16",
-            f"samplers=[{{name: sequential, solver: ddim, steps: 10}}],{ddim},[fast]",
+            sys.executable,
+            str(ROOT / "eval.py"),
+            "-m",
+            "+experiment=pareto_pusht",
+            *SETTINGS,
+            f"samplers={','.join(SWEPT)}",
             f"hydra.sweep.dir={sweep}",
             "hydra.callbacks.report.latency_chunks=3",
             "hydra.callbacks.report.engine=eager",
@@ -90,7 +101,7 @@ def test_a_sweep_that_is_run_again_does_nothing_twice(sweep: Path) -> None:
         cwd=ROOT,
         timeout=250,
     )
-    assert f"{sweep}/0 is finished" in done.stdout, done.stderr
+    assert f"{jobs_of(sweep)[0]} is finished" in done.stdout, done.stderr
     assert {path: path.stat().st_mtime_ns for path in before} == before
 
 
@@ -174,3 +185,31 @@ def test_an_episode_comes_back_as_it_was(tmp_path: Path) -> None:
     assert row["max_reward"] == 0.5
     with pytest.raises(ValueError, match="holds a run with another a"):
         RunFolder(tmp_path, {"config": {"a": 2}})
+
+
+def test_a_job_keeps_its_folder_in_a_longer_sweep(tmp_path: Path) -> None:
+    ddim = "samplers=[{name: sequential, solver: ddim, steps: 4}]"
+    settings = ("-m", "episodes=1", "env.options.max_episode_steps=8", "latency_chunks=0", "videos=0", ddim)
+    sweep = start(*settings, "seed=1,2", f"hydra.sweep.dir={tmp_path}")
+    output = finish(sweep)
+    assert sweep.returncode == 0, output
+    before = {path: path.stat().st_mtime_ns for path in tmp_path.rglob("results.json")}
+    assert len(before) == 2
+    sweep = start(*settings, "seed=0,1,2", f"hydra.sweep.dir={tmp_path}")
+    output = finish(sweep)
+    assert (sweep.returncode, output.count("is finished")) == (0, 2), output
+    after = {path: path.stat().st_mtime_ns for path in tmp_path.rglob("results.json")}
+    assert before.items() <= after.items()
+    assert sorted(json.loads(path.read_text())["seeds"][0] for path in after) == [0, 1, 2]
+
+
+def test_names_of_job_folders_are_file_names() -> None:
+    assert job_folder("episodes=3,seed=1") == "episodes=3,seed=1"
+    names = [
+        job_folder(text) for text in ("", "a=/x/../y", "a=_x_.._y", "a=é", "seed=1," * 100, "samplers=[{name: a}]")
+    ]
+    assert len(set(names)) == len(names)
+    for name in names:
+        assert 0 < len(name) <= MAX_NAME + 9
+        assert "/" not in name
+        assert name.isascii()

@@ -1,7 +1,10 @@
 """Reading demonstrations, and training that can be stopped anywhere."""
 
 import dataclasses
+import shutil
+import warnings
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -9,9 +12,12 @@ import torch
 import zarr
 
 import parapolicy
+from parapolicy.digest import digest
+from parapolicy.normalizer import STILL_SCALE, Normalizer
 from parapolicy.train import trainer
 from parapolicy.train.data import Demonstrations, read_zarr
-from parapolicy.train.trainer import STATE, TrainConfig, train
+from parapolicy.train.state import RECORD, STATE, TrainingFolder
+from parapolicy.train.trainer import TrainConfig, train
 from tests.helpers import network_inputs, received_condition, small_spec
 
 SOURCES = {"position": {"array": "state", "columns": [0, 1]}, "points": "points", "action": "action"}
@@ -192,3 +198,215 @@ def test_a_run_goes_on_from_a_trained_policy(buffer: Path, tmp_path: Path) -> No
 
     with pytest.raises(ValueError, match="has the horizon"):
         train(small_spec(horizon=32), data, still, tmp_path / "third", cpu)
+
+
+def stop_at(step: int, patch: pytest.MonkeyPatch) -> None:
+    original = trainer._Loss.__call__
+
+    def interrupted(self: trainer._Loss, now: int) -> torch.Tensor:
+        if now == step:
+            raise KeyboardInterrupt
+        return original(self, now)
+
+    patch.setattr(trainer._Loss, "__call__", interrupted)
+
+
+def interrupted_run(data: Demonstrations, folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    with monkeypatch.context() as patch:
+        stop_at(6, patch)
+        with pytest.raises(KeyboardInterrupt):
+            train(small_spec(), data, CONFIG, folder, torch.device("cpu"))
+
+
+def test_a_run_does_not_go_on_with_other_data(buffer: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    data, cpu = read_zarr(buffer, SOURCES), torch.device("cpu")
+    interrupted_run(data, tmp_path / "run", monkeypatch)
+    data.arrays["position"][12, 0] += 0.001
+    with pytest.raises(ValueError, match=r"state of a run with other settings \(data\)"):
+        train(small_spec(), data, CONFIG, tmp_path / "run", cpu)
+
+
+def test_a_state_with_one_flipped_bit_is_refused(buffer: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Wherever the bit is: refused, or one that carries nothing."""
+    data = read_zarr(buffer, SOURCES)
+    interrupted_run(data, tmp_path / "run", monkeypatch)
+    path = tmp_path / "run" / STATE
+    whole, refused = path.read_bytes(), []
+    kept = TrainingFolder(tmp_path / "run", torch.load(path, weights_only=True)["run"])
+    state = digest(kept.load(torch.device("cpu")))
+    rng = np.random.default_rng(0)
+    for place in rng.integers(len(whole), size=60):
+        damaged = bytearray(whole)
+        damaged[place] ^= 1 << rng.integers(8)
+        path.write_bytes(damaged)
+        try:
+            assert digest(kept.load(torch.device("cpu"))) == state
+        except ValueError as error:
+            refused.append(str(error))
+    assert len(refused) > 40
+    assert all("to start anew" in sentence for sentence in refused)
+    path.write_bytes(whole[: len(whole) // 2])
+    with pytest.raises(ValueError, match="damaged"):
+        train(small_spec(), data, CONFIG, tmp_path / "run", torch.device("cpu"))
+
+
+def test_a_finished_policy_is_never_trained_over(buffer: Path, tmp_path: Path) -> None:
+    data, cpu, folder = read_zarr(buffer, SOURCES), torch.device("cpu"), tmp_path / "policy"
+    result = train(small_spec(), data, CONFIG, folder, cpu)
+    before = {path: (path.stat().st_mtime_ns, path.read_bytes()) for path in folder.iterdir()}
+    assert train(small_spec(), data, CONFIG, folder, cpu) == result
+    with pytest.raises(ValueError, match=r"finished policy of a run with other settings \(steps\); choose another"):
+        train(small_spec(), data, dataclasses.replace(CONFIG, steps=20), folder, cpu)
+    moved = Demonstrations({key: value + 1 for key, value in data.arrays.items()}, data.episode_ends)
+    with pytest.raises(ValueError, match=r"other settings \(data\)"):
+        train(small_spec(), moved, CONFIG, folder, cpu)
+    assert {path: (path.stat().st_mtime_ns, path.read_bytes()) for path in folder.iterdir()} == before
+    record = (folder / RECORD).read_text()
+    (folder / RECORD).write_text(record.replace('"loss": ', '"loss": 1'))
+    with pytest.raises(ValueError, match="damaged"):
+        train(small_spec(), data, CONFIG, folder, cpu)
+    (folder / RECORD).unlink()
+    with pytest.raises(ValueError, match="holds a finished policy without"):
+        train(small_spec(), data, CONFIG, folder, cpu)
+
+
+def test_an_action_that_never_moves_comes_out_as_its_constant(tmp_path: Path) -> None:
+    """Whatever the network says; an observation that never moved has no influence, whatever the sensor says."""
+    rng = np.random.default_rng(0)
+    arrays = {
+        "position": torch.tensor(rng.uniform(0, 512, (40, 2)), dtype=torch.float32),
+        "points": torch.tensor(rng.uniform(0, 512, (40, 3, 2)), dtype=torch.float32),
+        "action": torch.tensor(rng.uniform(0, 512, (40, 4)), dtype=torch.float32),
+    }
+    arrays["position"][:, 1] = 311.0
+    arrays["action"][:, 1] = 0.05
+    arrays["action"][:, 2] = 511.9
+    arrays["action"][:, 3] = torch.tensor(rng.uniform(-1e-6, 1e-6, 40))  # next to nothing
+    spec = small_spec(action_dim=4)
+    train(spec, Demonstrations(arrays, np.array([40])), CONFIG, tmp_path, torch.device("cpu"))
+    policy = parapolicy.load_policy(tmp_path, device="cpu")
+    normalised = policy.normalizer.normalize("action", arrays["action"])
+    assert normalised.abs().max() < 1 + 1e-5
+    assert normalised[:, 1:3].abs().max() == 0
+    observation = {"position": np.full((2, 2), 300.0), "points": np.full((2, 3, 2), 250.0)}
+    seen = policy.predict(observation, seed=1).trajectory
+    np.testing.assert_allclose(seen[:, 1:], np.tile([0.05, 511.9, 0], (8, 1)), rtol=0, atol=1e-4)
+    extreme = policy.normalizer.unnormalize("action", torch.full((4,), 30.0))
+    np.testing.assert_allclose(extreme[1:], [0.05, 511.9, 0], rtol=0, atol=1e-4)
+    observation["position"][:, 1] = 0.0
+    moved = received_condition(policy, observation)
+    observation["position"][:, 1] = 311.0
+    assert (moved - received_condition(policy, observation)).abs().max() < 0.1
+
+
+def test_roundings_of_a_large_constant_are_not_motion() -> None:
+    values = torch.full((20, 1), 1e6)
+    values[::2] += 0.0625  # one rounding
+    affine = Normalizer.fit({"time": values}).maps["time"]
+    assert affine.scale == STILL_SCALE
+
+
+def test_short_episodes_are_named_and_left_out_of_the_fit(buffer: Path, tmp_path: Path) -> None:
+    root = zarr.open_group(str(buffer), mode="a")
+    root["data/action"][:5] = 1e5
+    data = read_zarr(buffer, SOURCES)
+    with pytest.warns(UserWarning, match=r"1 of 3 episodes are left out.* less than 6 steps.*: \[0\]"):
+        train(small_spec(horizon=10, n_action_steps=4, n_obs_steps=2), data, CONFIG, tmp_path, torch.device("cpu"))
+    scale = parapolicy.load_policy(tmp_path, device="cpu").normalizer.maps["action"].scale
+    assert scale.min() > 2 / 520
+
+
+def test_a_value_that_alone_widens_the_range_is_named(buffer: Path, tmp_path: Path) -> None:
+    root = zarr.open_group(str(buffer), mode="a")
+    root["data/action"][9, 1] = -6e3
+    steps = torch.arange(34)
+    with pytest.warns(UserWarning, match=r"action, number 1: the smallest value, -6000 at step 9 \(episode 1\)"):
+        read_zarr(buffer, SOURCES).warn_of_outliers(steps)
+    root["data/action"][9, 1] = -600  # only twice as wide
+    root["data/action"][:, 0] = np.arange(34) % 2  # a gripper
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        read_zarr(buffer, SOURCES).warn_of_outliers(steps)
+
+
+def test_arrays_take_the_shape_that_is_asked_for(buffer: Path) -> None:
+    root = zarr.open_group(str(buffer), mode="a")
+    root["data/flat"] = root["data/points"][:].reshape(34, 6)
+    flat = read_zarr(buffer, {**SOURCES, "points": {"array": "flat", "shape": [3, 2]}})
+    assert torch.equal(flat.arrays["points"], read_zarr(buffer, SOURCES).arrays["points"])
+
+
+@pytest.mark.parametrize(
+    ("source", "message"),
+    [
+        (
+            {"array": "points", "shape": [2]},
+            r"data/points has the shape \(3, 2\) per step, the configuration .* \(2,\)",
+        ),
+        ({"array": "state", "columns": [0, 1], "shape": [3]}, r"shape \(2,\) per step in these columns.* \(3,\)"),
+        (
+            {"array": "state", "column": [0, 1]},
+            r"unknown keys \['column'\]; expected array: NAME and",
+        ),
+        ({"columns": [0, 1]}, "expected array: NAME"),
+        ("words", "data/words holds <U3, expected real numbers"),
+        ("waves", "data/waves holds complex64, expected real numbers"),
+        ({"array": "state", "rotation_6d": True}, r"data/state has shape \(34, 5\), which rotation_6d cannot take"),
+    ],
+)
+def test_bad_sources_are_named(buffer: Path, source: Any, message: str) -> None:
+    root = zarr.open_group(str(buffer), mode="a")
+    root["data/waves"] = np.ones((34, 2), np.complex64)
+    root["data/words"] = np.full((34, 2), "1.0")
+    with pytest.raises(parapolicy.DataError, match=message):
+        read_zarr(buffer, {**SOURCES, "position": source})
+
+
+def test_arrays_that_do_not_fit_the_policy_are_named_before_training(buffer: Path, tmp_path: Path) -> None:
+    data, cpu = read_zarr(buffer, SOURCES), torch.device("cpu")
+    with pytest.raises(parapolicy.DataError, match=r"the data's 'action' is \(2,\) per step, the policy's is \(3,\)"):
+        train(small_spec(action_dim=3), data, CONFIG, tmp_path, cpu)
+    with pytest.raises(parapolicy.DataError, match="the data's 'camera' is missing"):
+        train(small_spec(observation={"camera": (2,)}), data, CONFIG, tmp_path, cpu)
+    flow = {"_class_name": "FlowMatchEulerDiscreteScheduler", "num_train_timesteps": 1000}
+    with pytest.raises(ValueError, match="flow matching"):
+        train(small_spec(scheduler=flow), data, CONFIG, tmp_path, cpu)
+    assert not (tmp_path / "config.json").exists()
+
+
+@pytest.mark.parametrize("ends", [[[5], [14], [34]], [5.0, 14.0, 34.0]])
+def test_episode_ends_may_be_a_column(buffer: Path, ends: list) -> None:
+    root = zarr.open_group(str(buffer), mode="a")
+    del root["meta/episode_ends"]
+    root["meta/episode_ends"] = np.array(ends)
+    assert read_zarr(buffer, SOURCES).episode_ends.tolist() == [5, 14, 34]
+
+
+def test_a_zipped_replay_buffer_reads_like_its_folder(buffer: Path, tmp_path: Path) -> None:
+    zipped = Path(shutil.make_archive(str(tmp_path / "replay.zarr"), "zip", buffer))
+    here, there = read_zarr(buffer, SOURCES), read_zarr(zipped, SOURCES)
+    assert digest([here.arrays, here.episode_ends]) == digest([there.arrays, there.episode_ends])
+    zipped.write_bytes(zipped.read_bytes()[:1000])
+    with pytest.raises(parapolicy.DataError, match=r"replay.zarr.zip.* is no zarr group"):
+        read_zarr(zipped, SOURCES)
+
+
+def test_a_policy_of_another_range_is_not_gone_on_from(buffer: Path, tmp_path: Path) -> None:
+    data, cpu = read_zarr(buffer, SOURCES), torch.device("cpu")
+    still = {**data.arrays, "action": torch.full((34, 2), 0.5)}
+    train(small_spec(), Demonstrations(still, data.episode_ends), CONFIG, tmp_path / "first", cpu)
+    with pytest.raises(ValueError, match=r"'action' is up to .* trained on data in another range"):
+        train(small_spec(), data, dataclasses.replace(CONFIG, init=str(tmp_path / "first")), tmp_path / "second", cpu)
+
+
+def test_without_a_compiler_training_goes_on(buffer: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch._inductor.config.cpp, "cxx", ("/nonexistent",))
+    monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", str(tmp_path / "cache"))
+    torch.compiler.reset()
+    data, compiled = read_zarr(buffer, SOURCES), dataclasses.replace(CONFIG, steps=2, compile=True)
+    with pytest.warns(UserWarning, match="runs uncompiled") as caught:
+        train(small_spec(), data, compiled, tmp_path / "compiled", torch.device("cpu"))
+    assert len([w for w in caught if "runs uncompiled" in str(w.message)]) == 1
+    train(small_spec(), data, dataclasses.replace(CONFIG, steps=2), tmp_path / "plain", torch.device("cpu"))
+    plain, same = weights(tmp_path / "plain"), weights(tmp_path / "compiled")
+    assert all(torch.equal(value, plain[name]) for name, value in same.items())

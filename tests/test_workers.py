@@ -2,6 +2,7 @@
 
 import os
 import signal
+import time
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -15,6 +16,7 @@ from envs import make_env
 from parapolicy.evaluate.run.results import episode_row, summarize_episodes
 from parapolicy.evaluate.run.rollout import EpisodeRecord, rollout
 from parapolicy.evaluate.run.run_folder import RunFolder
+from parapolicy.evaluate.run.simulated_latency import SimulatedLatency, run_with_latency
 from parapolicy.evaluate.run.workers import ProcessEnv, reset
 from tests.helpers import small_policy, small_spec
 
@@ -40,9 +42,14 @@ class Crashing(gymnasium.Env):
             if marks:
                 os._exit(3)
             os.kill(os.getpid(), signal.SIGKILL)
-        if self.seed == 13:
+        if self.seed == 13 and self.steps == 6:
             raise ValueError("the number is 13")
-        return {"state": self.state.copy()}, float(self.state[0]), False, self.steps == STEPS, {"is_success": True}
+        if self.seed == 14 and self.steps == 2:
+            self.state[1] = np.nan
+        if self.seed == 15:
+            time.sleep(1000)
+        reward = np.inf if self.seed == 16 else float(self.state[0])
+        return {"state": self.state.copy()}, reward, False, self.steps == STEPS, {"is_success": True}
 
 
 def run(make: Any, seeds: list[int], **options: Any) -> dict[int, EpisodeRecord]:
@@ -64,7 +71,7 @@ def test_a_crash_costs_only_its_own_episode(tmp_path: Path) -> None:
     assert not found[2].success
     assert (
         found[2].error
-        == "the process of its environment ended with exit code 3, twice; the last time after 4 control steps"
+        == "the process of its environment ended with exit code 3, twice; the last time, after 4 control steps"
     )
     assert sum(steps) == 3 * STEPS + 4
 
@@ -80,9 +87,43 @@ def test_processes_give_the_same_episodes() -> None:
             np.testing.assert_array_equal(frame, other)
 
 
-def test_errors_of_a_worker_process_are_raised(tmp_path: Path) -> None:
-    with pytest.raises(ValueError, match="the number is 13"):
-        run(partial(Crashing, tmp_path, {}), [13], processes=True)
+ERRORS = {
+    13: "the environment failed with ValueError: the number is 13, after 4 control steps",
+    14: "the environment failed with ValueError: its observation 'state' holds nan, after 0 control steps",
+    16: "the environment failed with ValueError: its reward is inf, after 0 control steps",
+}
+
+
+@pytest.mark.parametrize("processes", [False, True])
+def test_an_environment_that_fails_costs_only_its_own_episode(tmp_path: Path, processes: bool) -> None:
+    seeds = [13, 1, 14, 2, 16]
+    found = run(partial(Crashing, tmp_path, {}), seeds, num_envs=2, processes=processes)
+    calm = run(partial(Crashing, tmp_path, {}), [1, 2])
+    for seed, error in ERRORS.items():
+        assert (found[seed].error, found[seed].success) == (error, False)
+    for seed, episode in calm.items():
+        assert found[seed].rewards == pytest.approx(episode.rewards, rel=1e-5)
+
+
+def test_an_environment_that_hangs_costs_only_its_own_episode(tmp_path: Path) -> None:
+    found = run(partial(Crashing, tmp_path, {}), [15, 1], num_envs=2, processes=True, timeout=20)
+    assert found[15].error == "the environment gave no answer within 20 s, after 0 control steps"
+    assert (found[1].error, len(found[1].rewards)) == (None, STEPS)
+
+
+def test_an_environment_that_fails_in_a_simulated_world_costs_only_its_own_episode(tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    policy = small_policy(observation={"state": (5,)})
+    latency = SimulatedLatency.parse("none")
+    episodes = run_with_latency(policy, "ours", lambda clock: Crashing(tmp_path, {}), [13, 14, 16, 1], latency)
+    found = {episode.seed: episode for episode, _ in episodes}
+    assert found[13].error == ERRORS[13].replace("4 control", "5 control")  # step by step, not chunk by chunk
+    assert found[14].error == ERRORS[14].replace("0 control", "1 control")
+    assert found[16].error == ERRORS[16]
+    assert (found[1].error, found[1].success, len(found[1].rewards)) == (None, True, STEPS)
+
+
+def test_errors_of_a_worker_process_that_cannot_begin_are_raised() -> None:
     worker = ProcessEnv(partial(make_env, "pusht", small_spec()))
     worker.submit(reset, 0, False)
     with pytest.raises(ValueError, match="the policy observes"):

@@ -8,6 +8,8 @@ from parapolicy.networks import build_network
 from parapolicy.spec import PolicySpec
 from parapolicy.train.trainer import TrainResult
 
+CARD = "README.md"
+
 
 def write_card(
     folder: Path,
@@ -50,4 +52,4 @@ def write_card(
             f"**{score['success_rate']:.2f}** [{success_low:.2f}, {success_high:.2f}] (95 % intervals) over "
             f"{score['overall']['n_episodes']} episodes, seeds from {first_seed}, all steps one after the other |",
         ]
-    (folder / "README.md").write_text("\n".join(lines) + "\n")
+    (folder / CARD).write_text("\n".join(lines) + "\n")

@@ -1,5 +1,7 @@
 """Demonstrations, of zarr or of HDF5, as training windows: (observation history, action horizon) pairs."""
 
+import math
+import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -12,6 +14,7 @@ from torch import Tensor
 
 from parapolicy.errors import DataError
 from parapolicy.rotation import to_rotation_6d
+from parapolicy.spec import PolicySpec
 
 
 @dataclass(frozen=True)
@@ -30,50 +33,163 @@ class Demonstrations:
         """Indices (M, H) of all training windows.
 
         As in the published sampler, a window may begin ``n_obs_steps - 1`` steps before its episode and end
-        ``n_action_steps - 1`` steps after it; what lies outside repeats the first or last step.
+        ``n_action_steps - 1`` steps after it; what lies outside repeats the first or last step. Episodes that are too
+        short for a window are named in a warning.
+
+        Raises:
+            DataError: no episode is long enough.
         """
-        rows = []
+        rows, short = [], []
         start = 0
-        for end in self.episode_ends:
+        for number, end in enumerate(self.episode_ends):
             first = np.arange(start - (n_obs_steps - 1), end - horizon + n_action_steps)
             rows.append(np.clip(first[:, None] + np.arange(horizon), start, end - 1))
+            if not len(first):
+                short.append(number)
             start = end
+        if len(short) == len(rows):
+            raise DataError(f"no episode is long enough for a horizon of {horizon}; shorten it or add data")
+        if short:
+            needed = horizon - n_action_steps - n_obs_steps + 2
+            warnings.warn(
+                f"{len(short)} of {len(rows)} episodes are left out, because they have less than {needed} steps and "
+                f"give no window of the horizon of {horizon}: {short[:10]}{'…' if len(short) > 10 else ''}",
+                stacklevel=2,
+            )
         return torch.from_numpy(np.concatenate(rows))
+
+    def check(self, spec: PolicySpec) -> None:
+        """Check that the arrays are what a policy observes and does.
+
+        Raises:
+            DataError: an array is missing or of another shape, or the policy observes images.
+        """
+        for key, shape in spec.normalizer_shapes.items():
+            if key in spec.observation and spec.observation[key].kind != "state":
+                raise DataError(f"{key!r} is of kind {spec.observation[key].kind!r}; only states can be trained on")
+            if key not in self.arrays or tuple(self.arrays[key].shape[1:]) != shape:
+                found = tuple(self.arrays[key].shape[1:]) if key in self.arrays else "missing"
+                raise DataError(f"the data's {key!r} is {found} per step, the policy's is {shape}; set them alike")
+
+    def warn_of_outliers(self, steps: Tensor) -> None:
+        """Name each key in which one value alone makes the range of the given steps (n,) ten times as wide."""
+        for key, values in self.arrays.items():
+            flat = values[steps].reshape(len(steps), -1)
+            if len(flat) < 3:
+                continue
+            for sign, text in ((1, "largest"), (-1, "smallest")):
+                first, second = (sign * flat).topk(2, dim=0).values.double()
+                rest = second - (sign * flat).amin(0).double()
+                alone = torch.nonzero((first - second > 9 * rest) & (first - second > 1e-4)).flatten().tolist()
+                if alone:
+                    column = alone[0]
+                    step = int(steps[(sign * flat)[:, column].argmax()])
+                    episode = np.searchsorted(self.episode_ends, step, side="right")
+                    warnings.warn(
+                        f"{key}, number {column}: the {text} value, {sign * first[column]:g} at step {step} (episode "
+                        f"{episode}), is more than ten times as far out as all others, and the range to which actions "
+                        "and observations are scaled follows it; mend it or drop the episode"
+                        + (f" ({len(alone) - 1} more numbers of {key} alike)" if alone[1:] else ""),
+                        stacklevel=2,
+                    )
+
+
+@dataclass(frozen=True)
+class Source:
+    """Where a data set has a key's values.
+
+    Attributes:
+        array: its name.
+        columns: those taken, of a step's first axis; None: all.
+        rotation_6d: whether to turn absolute actions with axis-angle, as robomimic keeps them, into those with six
+            numbers (:func:`parapolicy.rotation.to_rotation_6d`).
+        shape: of a step's value, to which numbers in another arrangement are brought; None: as the array has it.
+    """
+
+    array: str
+    columns: Sequence[int] | None = None
+    rotation_6d: bool = False
+    shape: Sequence[int] | None = None
+
+    @classmethod
+    def parse(cls, key: str, given: "str | Mapping[str, Any]") -> "Source":
+        """From an array's name, or a mapping of this class's fields.
+
+        Raises:
+            DataError: unknown fields, or no array.
+        """
+        fields = {"array": given} if isinstance(given, str) else dict(given)
+        unknown = sorted(set(fields) - set(cls.__dataclass_fields__))
+        if unknown or not isinstance(fields.get("array"), str):
+            raise DataError(
+                f"the source of {key!r} is {fields}, with unknown keys {unknown}; expected array: NAME and, "
+                f"optionally, {', '.join(list(cls.__dataclass_fields__)[1:])}"
+            )
+        return cls(**fields)
+
+    def take(self, values: Any, where: str) -> np.ndarray:
+        """The key's values (N, ...), float32, of an array (N, ...).
+
+        Raises:
+            DataError: no real numbers, no such columns, or another shape than asked for.
+        """
+        values = np.asarray(values)
+        if values.dtype.kind not in "biuf" or values.ndim < 1:
+            raise DataError(f"{where} holds {values.dtype}, expected real numbers, one record per step")
+        if self.columns is not None:
+            try:
+                values = values[:, list(self.columns)]
+            except (IndexError, TypeError) as error:
+                raise DataError(f"{where} has shape {values.shape}, no columns {list(self.columns)}") from error
+        if self.rotation_6d:
+            try:
+                values = to_rotation_6d(values)
+            except (ValueError, IndexError) as error:
+                raise DataError(f"{where} has shape {values.shape}, which rotation_6d cannot take: {error}") from error
+        if self.shape is not None:
+            shape = tuple(self.shape)
+            if math.prod(values.shape[1:]) != math.prod(shape):
+                raise DataError(
+                    f"{where} has the shape {values.shape[1:]} per step{' in these columns' if self.columns else ''}, "
+                    f"the configuration asks for {shape}; correct it, or take the right numbers by columns"
+                )
+            values = values.reshape(len(values), *shape)
+        with np.errstate(over="ignore"):  # what is too large for float32 is named as not finite
+            return values.astype(np.float32)
 
 
 def read_zarr(path: str | Path, sources: Mapping[str, str | Mapping[str, Any]]) -> Demonstrations:
     """Read a replay buffer in the published layout: ``data/<name>`` arrays and ``meta/episode_ends``.
 
     Args:
-        path: the zarr folder.
-        sources: key -> array name, or ``{"array": name, "columns": [...]}`` for some of its columns. Must have
-            ``"action"``.
+        path: the zarr folder, or a ``.zarr.zip`` file of it.
+        sources: key -> array name, or a mapping of the fields of :class:`Source`. Must have ``"action"``.
 
     Raises:
-        DataError: no such folder or array, arrays of different lengths, or a value that is not finite.
+        DataError: no such folder or array, arrays of different lengths or of other shapes than asked for, or a value
+            that is not finite.
     """
-    path = Path(path)
-    if not path.is_dir():
-        raise DataError(f"no data set at {str(path)!r}; give the path of a zarr replay buffer, data.path=FOLDER")
+    path, taken = Path(path), {key: Source.parse(key, given) for key, given in sources.items()}
+    if not path.is_dir() and not (path.is_file() and path.suffix == ".zip"):
+        raise DataError(
+            f"no data set at {str(path)!r}; give the path of a zarr replay buffer, data.path=FOLDER or FILE.zarr.zip"
+        )
     try:
-        root = zarr.open_group(str(path), mode="r")
-    except (FileNotFoundError, ValueError, KeyError) as error:
+        store: Any = zarr.storage.ZipStore(str(path), mode="r") if path.is_file() else str(path)
+        root = zarr.open_group(store, mode="r")
+    except Exception as error:  # of many kinds: zarr's own, zipfile's, json's
         raise DataError(f"{str(path)!r} is no zarr group with data/ and meta/ ({error})") from error
-    ends = np.asarray(_array(root, "meta", "episode_ends", path), dtype=np.int64)
-    if len(ends) == 0 or (np.diff(ends, prepend=0) < 1).any():
-        raise DataError(f"{path}: meta/episode_ends is {ends[:4]}…, expected increasing step counts, one per episode")
+    ends = _episode_ends(_array(root, "meta", "episode_ends", path), path)
     arrays = {}
-    for key, source in sources.items():
-        name, columns = (source, None) if isinstance(source, str) else (source["array"], source.get("columns"))
-        values = np.asarray(_array(root, "data", name, path), dtype=np.float32)
-        if columns is not None:
-            values = _columns(values, columns, name, path)
+    for key, source in taken.items():
+        where = f"{path}: data/{source.array}"
+        values = source.take(_array(root, "data", source.array, path), where)
         if len(values) != ends[-1]:
-            raise DataError(f"{path}: data/{name} has {len(values)} steps, meta/episode_ends calls for {ends[-1]}")
+            raise DataError(f"{where} has {len(values)} steps, meta/episode_ends calls for {ends[-1]}")
         bad = np.flatnonzero(~np.isfinite(values.reshape(len(values), -1)).all(1))
         if len(bad):
             raise DataError(
-                f"{path}: data/{name} has {len(bad)} steps with a value that is not finite, the first at step {bad[0]} "
+                f"{where} has {len(bad)} steps with a value that is not finite, the first at step {bad[0]} "
                 f"(episode {np.searchsorted(ends, bad[0], side='right')}); drop or mend those episodes"
             )
         arrays[key] = torch.from_numpy(values)
@@ -85,17 +201,16 @@ def read_hdf5(path: str | Path, sources: Mapping[str, Any], mask: str | None = N
 
     Args:
         path: the file.
-        sources: as :func:`read_zarr` takes them; an array's name is ``actions`` or ``obs/<name>``. With
-            ``"rotation_6d": True`` absolute actions with axis-angle, as robomimic keeps them, become those with six
-            numbers (:func:`parapolicy.rotation.to_rotation_6d`).
+        sources: as :func:`read_zarr` takes them; an array's name is ``actions`` or ``obs/<name>``.
         mask: only the demonstrations that ``mask/<mask>`` lists, such as ``train``.
 
     Raises:
-        DataError: no such file, array or mask, arrays of different lengths, or a value that is not finite.
+        DataError: no such file, array or mask, arrays of different lengths or of other shapes than asked for, or a
+            value that is not finite.
     """
     import h5py
 
-    path = Path(path)
+    path, taken = Path(path), {key: Source.parse(key, given) for key, given in sources.items()}
     if not path.is_file():
         raise DataError(f"no data set at {str(path)!r}; give the path of a robomimic HDF5 file, data.path=FILE")
     parts: dict[str, list[np.ndarray]] = {key: [] for key in sources}
@@ -109,20 +224,17 @@ def read_hdf5(path: str | Path, sources: Mapping[str, Any], mask: str | None = N
             for name in names:
                 demo = file[f"data/{name}"]
                 lengths.append(len(demo["actions"]))
-                for key, source in sources.items():
-                    given: Mapping[str, Any] = {"array": source} if isinstance(source, str) else source
-                    array, columns = given["array"], given.get("columns")
-                    values = np.asarray(demo[array][:], dtype=np.float32)
-                    values = values if columns is None else _columns(values, columns, array, path)
-                    if given.get("rotation_6d"):
-                        values = to_rotation_6d(values).astype(np.float32)
+                for key, source in taken.items():
+                    values = source.take(demo[source.array][:], f"{path}: {name}/{source.array}")
                     if len(values) != lengths[-1] or not np.isfinite(values).all():
                         raise DataError(
-                            f"{path}: {name}/{array} has {len(values)} steps for {lengths[-1]} actions, or a value "
-                            "that is not finite; drop or mend this demonstration"
+                            f"{path}: {name}/{source.array} has {len(values)} steps for {lengths[-1]} actions, or a "
+                            "value that is not finite; drop or mend this demonstration"
                         )
                     parts[key].append(values)
-    except (OSError, KeyError, TypeError) as error:
+    except DataError:
+        raise
+    except Exception as error:  # of many kinds, where a file is damaged
         raise DataError(f"{path} does not hold what was asked for in robomimic's layout: {error}") from error
     if not lengths:
         raise DataError(f"{path} holds no demonstrations{f' under mask {mask!r}' if mask else ''}")
@@ -136,10 +248,15 @@ def _array(root: zarr.Group, group: str, name: str, path: Path) -> Any:
     except KeyError as error:
         there = sorted(root[group].array_keys()) if group in root else []  # type: ignore[union-attr]
         raise DataError(f"{path} has no array {group}/{name}; {group}/ holds {there}. Name one of them") from error
+    except Exception as error:  # of many kinds, where a chunk is damaged
+        raise DataError(f"{path}: {group}/{name} cannot be read ({error}); copy the data set again") from error
 
 
-def _columns(values: np.ndarray, columns: Sequence[int], name: str, path: Path) -> np.ndarray:
-    try:
-        return values[:, list(columns)]
-    except IndexError as error:
-        raise DataError(f"{path}: data/{name} has shape {values.shape}, no columns {list(columns)}") from error
+def _episode_ends(given: Any, path: Path) -> np.ndarray:
+    """(E,) int64, of (E,) or of a column (E, 1)."""
+    ends = np.asarray(given)
+    ends = ends[:, 0] if ends.ndim == 2 and ends.shape[1] == 1 else ends
+    whole = ends.ndim == 1 and ends.size > 0 and ends.dtype.kind in "iuf" and (ends == np.floor(ends)).all()
+    if not whole or (np.diff(ends.astype(np.int64), prepend=0) < 1).any():
+        raise DataError(f"{path}: meta/episode_ends is {ends[:4]}…, expected increasing step counts, one per episode")
+    return ends.astype(np.int64)

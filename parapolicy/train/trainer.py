@@ -20,14 +20,17 @@ from tqdm import tqdm
 
 from parapolicy.checkpoint import read_checkpoint
 from parapolicy.checkpoint.native import write_checkpoint
-from parapolicy.errors import DataError
+from parapolicy.compiling import Compiling
+from parapolicy.digest import digest
 from parapolicy.networks import Network, build_network
 from parapolicy.noise import mix_seeds
 from parapolicy.normalizer import Normalizer
+from parapolicy.schedule import make_schedule
 from parapolicy.spec import PolicySpec
 from parapolicy.train.data import Demonstrations
+from parapolicy.train.state import STATE, TrainingFolder
 
-STATE = "training.pt"
+FAR = 100.0  # normalised: no value that a policy was trained on is as far from 0
 
 
 @dataclass(frozen=True)
@@ -41,7 +44,7 @@ class TrainConfig:
         weight_decay: of AdamW.
         ema_power, ema_max_decay: the average's decay at step s is ``min(max, 1 - (1 + s) ** -power)``.
         precision: ``float32``, ``bfloat16`` (autocast), or ``auto``: bfloat16 where the device computes in it.
-        compile: run the network through ``torch.compile``.
+        compile: run the network through ``torch.compile``, where that works.
         checkpoint_every: steps between savings of the run's whole state.
         seed: of weights, batches, noise and timesteps.
         init: folder of a trained policy, whose weights and normalizer the run begins with; None: anew.
@@ -82,55 +85,62 @@ def train(
     """Train a policy and write it, the averaged weights, to ``folder``.
 
     The run's state stands in ``folder/training.pt`` until the run is finished; calling again with the same arguments
-    resumes from it. Ctrl-C saves the state before it ends the run.
+    resumes from it, and does nothing when it is finished. Ctrl-C saves the state before it ends the run.
 
     Raises:
-        ValueError: the saved state belongs to a run with other settings, or ``config.init`` to another kind of policy.
+        DataError: the data does not fit the policy, or has no window.
+        ValueError: the folder holds a run with other settings or data, or a damaged state; the scheduler is not one of
+            noise; or ``config.init`` is of another kind of policy or of data in another range.
         CheckpointError: ``config.init`` cannot be read.
         FloatingPointError: the loss is no longer finite.
     """
-    folder = Path(folder)
-    folder.mkdir(parents=True, exist_ok=True)
+    if make_schedule(spec.scheduler, sample_shape=spec.sample_shape).solver == "flow":
+        raise ValueError("the scheduler is one of flow matching, which this does not train; take DDPMScheduler")
     torch.manual_seed(config.seed)
     network = build_network(spec).to(device)
-    normalizer = Normalizer.fit(data.arrays)
-    if config.init is not None:
-        normalizer = _take_over(config.init, spec, network)
+    normalizer = None if config.init is None else _take_over(config.init, spec, network)
+    data.check(spec)
+    windows = data.windows(spec.horizon, spec.n_obs_steps, spec.n_action_steps)
+    used = windows.unique()  # steps
+    data.warn_of_outliers(used)
+    if normalizer is None:
+        normalizer = Normalizer.fit({key: value[used] for key, value in data.arrays.items()})
+    values = {key: normalizer.normalize(key, data.arrays[key]) for key in spec.normalizer_shapes}
+    for key, normalised in values.items():
+        if not (most := normalised[used].abs().max()) < FAR:
+            raise ValueError(
+                f"{key!r} is up to {most:.3g} when normalised by the policy at {config.init!r}, "
+                "which was trained on data in another range; train without init"
+            )
+    same = {"data": digest([{key: data.arrays[key] for key in values}, data.episode_ends, normalizer.state_dict()])}
+    run = {"spec": _json_like(spec.to_dict()), "config": dataclasses.asdict(config), **same}
+    kept = TrainingFolder(Path(folder), run)
+    if kept.finished is not None:
+        return TrainResult(**kept.finished)
     average = [parameter.detach().clone() for parameter in network.parameters()]
     optimizer = torch.optim.AdamW(
         network.parameters(), lr=config.learning_rate, betas=(0.95, 0.999), weight_decay=config.weight_decay, fused=True
     )
-    loss_of = _Loss(spec, data, normalizer, config, network, device)
-    run = {"spec": _json_like(spec.to_dict()), "config": dataclasses.asdict(config)}
+    loss_of = _Loss(spec, values, windows, config, network, device)
     step, seconds, smooth = 0, 0.0, math.nan
 
-    if (folder / STATE).is_file():
-        state = torch.load(folder / STATE, map_location=device, weights_only=True)
-        if state["run"] != run:
-            raise ValueError(
-                f"{folder / STATE} is the state of a run with other settings; continue that one with its own settings, "
-                "or delete the file to start anew"
-            )
+    if (state := kept.load(device)) is not None:
         network.load_state_dict(state["network"])
         optimizer.load_state_dict(state["optimizer"])
         average = state["average"]
         step, seconds, smooth = state["step"], state["seconds"], state["loss"]
 
     def save() -> None:
-        partial = folder / f".{STATE}.partial"
-        torch.save(
+        kept.save(
             {
-                "run": run,
                 "network": network.state_dict(),
                 "optimizer": optimizer.state_dict(),
                 "average": average,
                 "step": step,
                 "seconds": seconds + time.perf_counter() - begin,
                 "loss": smooth,
-            },
-            partial,
+            }
         )
-        partial.replace(folder / STATE)
 
     begin = time.perf_counter()
     with tqdm(total=config.steps, initial=step, desc="train", unit="step", smoothing=0.05) as bar:
@@ -156,13 +166,15 @@ def train(
                     save()
         except KeyboardInterrupt:
             save()
-            tqdm.write(f"interrupted at step {step}; the same command resumes from {folder / STATE}")
+            tqdm.write(f"interrupted at step {step}; the same command resumes from {kept.path / STATE}")
             raise
 
     names = [name for name, _ in network.named_parameters()]
-    write_checkpoint(folder, spec, dict(zip(names, average, strict=True)), normalizer)
-    (folder / STATE).unlink(missing_ok=True)
-    return TrainResult(smooth, seconds + time.perf_counter() - begin)
+    result = TrainResult(smooth, seconds + time.perf_counter() - begin)
+    kept.record(dataclasses.asdict(result))
+    write_checkpoint(kept.path, spec, dict(zip(names, average, strict=True)), normalizer)
+    kept.finish()
+    return result
 
 
 def _take_over(folder: str, spec: PolicySpec, network: Network) -> Normalizer:
@@ -177,25 +189,21 @@ def _take_over(folder: str, spec: PolicySpec, network: Network) -> Normalizer:
 
 
 class _Loss:
-    """The mean squared error of the network's prediction on step s's batch."""
+    """The mean squared error of the network's prediction on step s's batch, of normalised values (N, ...)."""
 
     def __init__(
         self,
         spec: PolicySpec,
-        data: Demonstrations,
-        normalizer: Normalizer,
+        values: Mapping[str, Tensor],
+        windows: Tensor,
         config: TrainConfig,
         network: Network,
         device: torch.device,
     ) -> None:
-        values = {key: normalizer.normalize(key, value) for key, value in data.arrays.items()}
         self.observation = {key: values[key].to(device) for key in spec.observation}
-        self.actions = values["action"].to(device)
-        self.windows = data.windows(spec.horizon, spec.n_obs_steps, spec.n_action_steps)
-        if len(self.windows) == 0:
-            raise DataError(f"no episode is long enough for a horizon of {spec.horizon}; shorten it or add data")
+        self.actions, self.windows = values["action"].to(device), windows
         self.scheduler = DDPMScheduler.from_config(dict(spec.scheduler))
-        self.predict = torch.compile(network.predict) if config.compile else network.predict
+        self.predict = Compiling(network.predict) if config.compile else network.predict
         self.spec, self.config, self.device = spec, config, device
         self.bfloat16 = config.precision == "bfloat16" or (config.precision == "auto" and _computes_bfloat16(device))
 

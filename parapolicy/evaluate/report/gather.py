@@ -1,6 +1,5 @@
 """Tables of any number of result folders."""
 
-import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -8,7 +7,8 @@ from typing import Any
 
 import pandas as pd
 
-from parapolicy.evaluate.run.run_folder import read_episodes
+from parapolicy.evaluate.run.records import read_latencies
+from parapolicy.evaluate.run.run_folder import read_about, read_episodes, read_results
 from parapolicy.evaluate.run.variants import SCHEDULE_SETTINGS, entry_label
 from parapolicy.samplers import SAMPLERS
 
@@ -32,14 +32,12 @@ def gather_runs(folders: Sequence[Path]) -> list[Run]:
     """All finished runs in the folders and their subfolders, sorted by path.
 
     Raises:
-        ValueError: there is none.
+        ValueError: there is none, or one is damaged.
     """
     runs = []
-    for path in sorted({path for folder in folders for path in folder.rglob("results.json")}):
-        about = path.with_name("run.json")
-        runs.append(
-            Run(path.parent, json.loads(about.read_text()) if about.is_file() else None, json.loads(path.read_text()))
-        )
+    for path in sorted({path.parent for folder in folders for path in folder.rglob("results.json")}):
+        if (results := read_results(path)) is not None:
+            runs.append(Run(path, read_about(path), results))
     if not runs:
         raise ValueError(f"no results.json in {', '.join(map(str, folders))} or below")
     return runs
@@ -102,7 +100,16 @@ def chunk_table(runs: Sequence[Run]) -> pd.DataFrame:
     rows = []
     for run in runs:
         task = {"env": run.results["env"], "checkpoint": run.results["checkpoint"]}
-        for episode in read_episodes(run.folder):
+        episodes = read_episodes(run.folder)
+        found = {(episode["sampler"], episode["seed"]) for episode in episodes}
+        for label, result in run.results["samplers"].items() if run.about is not None else ():
+            for episode in result["per_episode"]:
+                if (label, episode["seed"]) not in found:
+                    raise ValueError(
+                        f"{run.folder / 'episodes.jsonl'} lacks seed {episode['seed']} of {label}, which results.json "
+                        "has; delete results.json, and the same run runs that episode again"
+                    )
+        for episode in episodes:
             name = {"sampler": episode["sampler"], "seed": episode["seed"]}
             costs = zip(episode.get("rounds", []), episode.get("evaluations", []), strict=True)
             for chunk, (rounds, evaluations) in enumerate(costs):
@@ -114,7 +121,7 @@ def gather_latencies(runs: Sequence[Run], folders: Sequence[Path]) -> dict[tuple
     """(env, checkpoint, sampler) -> its measurements, such as chunk_ms; those of a sweep replace those of its runs."""
     found: dict[tuple[str, str, str], dict[str, Any]] = {}
     for path in sorted({path for folder in folders for path in folder.rglob("latency.json")}):
-        for row in json.loads(path.read_text()):
+        for row in read_latencies(path):
             found.setdefault((row["env"], row["checkpoint"], row["sampler"]), row)
     for run in runs:
         for label, row in run.results["samplers"].items():

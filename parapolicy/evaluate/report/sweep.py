@@ -1,6 +1,5 @@
 """Sweeps by hydra: a progress bar over all jobs; at the end, timings of all samplers and a report."""
 
-import json
 from collections.abc import Collection, Sequence
 from pathlib import Path
 from typing import Any
@@ -14,6 +13,7 @@ from parapolicy.evaluate.measure.timing import count_evaluations, measure_chunks
 from parapolicy.evaluate.report.gather import Run, gather_runs
 from parapolicy.evaluate.report.html_report import write_report
 from parapolicy.evaluate.run.progress import SweepBar
+from parapolicy.evaluate.run.records import read_latencies, write_latencies
 from parapolicy.evaluate.run.results import summarize_chunks
 from parapolicy.evaluate.run.run_folder import read_observations
 from parapolicy.evaluate.run.variants import build_variants, entry_label
@@ -29,13 +29,13 @@ def measure_latencies(
 
     Args:
         runs: with ``run.json`` and the observations of their episodes.
-        path: of the result, a JSON list with a record per sampler.
+        path: of the result, JSON with a record per sampler.
         chunks: per sampler.
         engine: None for the runs' own.
         upstream: labels of sequential samplers whose schedules are also timed with the published code, see
             :func:`parapolicy.evaluate.measure.upstream.upstream_chunk`.
     """
-    done = json.loads(path.read_text()) if path.is_file() else []
+    done = read_latencies(path)
     groups: dict[tuple[str, str], list[tuple[Path, dict[str, Any]]]] = {}
     for run in runs:
         if run.about is not None:
@@ -69,7 +69,7 @@ def measure_latencies(
                 record["engine"] = name
                 record["evaluated"] = count_evaluations(policies[label], current[:COUNTED])
             done.append(record | summarize_chunks(result, policies.get(label)))
-        path.write_text(json.dumps(done, indent=2) + "\n")
+        write_latencies(path, done)
 
 
 class SweepReport(Callback):

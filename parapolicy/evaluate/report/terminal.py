@@ -36,5 +36,10 @@ def print_table(results: Mapping[str, Any], console: Console | None = None) -> N
             f"{error['p95']:.1e}" if error else "—",
             *([f"{row['energy_distance']['mean']:.4f}"] if measured else []),
         )
+    failed = sum("error" in episode for row in results["samplers"].values() for episode in row["per_episode"])
+    if failed:
+        table.caption = (
+            f"{table.caption}\n{failed} episodes ended with an error and count as failures; see episodes.jsonl"
+        )
     # Into a pipe, rich would wrap the table at 80 columns.
     (console or Console(width=None if os.isatty(1) else 160)).print(table)

@@ -12,6 +12,7 @@ from omegaconf import DictConfig, OmegaConf
 from tqdm import tqdm
 
 from parapolicy.control import ControlRecord, SimulatedClock
+from parapolicy.digest import digest
 from parapolicy.evaluate.measure.chunk_error import measure_errors
 from parapolicy.evaluate.measure.fidelity import measure_fidelity
 from parapolicy.evaluate.measure.machine import describe_git, describe_machine, describe_versions
@@ -55,13 +56,17 @@ def evaluate(config: DictConfig, folder: Path, make_env: MakeEnv) -> dict[str, A
     """
     if config.episodes < 1 or config.latency_chunks < 0:
         raise ValueError(f"episodes is {config.episodes}, latency_chunks {config.latency_chunks}; expected at least 1")
+    if config.env_timeout_s is not None and not config.env_timeout_s > 0:
+        raise ValueError(f"env_timeout_s is {config.env_timeout_s}, expected seconds, or null for no limit")
     if config.threads:
         torch.set_num_threads(config.threads)
     policy = load_policy(config.checkpoint, device=config.device, engine=config.engine)
     plain: Any = OmegaConf.to_container(config, resolve=True)
     variants = build_variants(policy, plain["samplers"], config.control, config.env.latency)
     machine = {"machine": describe_machine(policy.device), "versions": describe_versions()}
-    kept = RunFolder(folder, {"config": plain, **machine, "git": describe_git(Path(__file__).parent)})
+    weights = digest([policy.spec.to_dict(), policy.network.state_dict(), policy.normalizer.state_dict()])
+    about = {"checkpoint_digest": weights, **machine, "git": describe_git(Path(__file__).parent)}
+    kept = RunFolder(folder, {"config": plain, **about})
     if (finished := kept.results()) is not None:
         print(f"{folder} is finished")
         return finished
@@ -79,6 +84,12 @@ def evaluate(config: DictConfig, folder: Path, make_env: MakeEnv) -> dict[str, A
     for label, variant in variants.items():
         episodes, results["samplers"][label] = run_episodes(label, variant, config, kept, make_env, not recorded, view)
         recorded = recorded or [e.observations for e in sorted(episodes, key=lambda episode: episode.seed)]
+    if not any(recorded) and (config.latency_chunks or config.fidelity.observations or config.errors.chunks):
+        first, row = next(iter(results["samplers"].items()))
+        raise ValueError(
+            f"no episode of {first} came to its first chunk ({row['per_episode'][0]['error']}), so there is nothing to "
+            "measure; mend the environment and delete this folder, or set latency_chunks=0"
+        )
     policies = {label: variant.policy for label, variant in variants.items()}
     for measure in (_add_latency, _add_fidelity):
         measure(results, policies, recorded, config)
@@ -122,8 +133,9 @@ def run_episodes(
         stream: Iterator[tuple[EpisodeRecord, ControlRecord | None]]
         if variant.latency == "none" and not variant.asynchronous and view is None:
             build = partial(make_env, policy.spec, None)
+            limit = config.env_timeout_s
             rolled = rollout(
-                policy, build, seeds, config.noise_seed, config.num_envs, filmed, advance, config.processes
+                policy, build, seeds, config.noise_seed, config.num_envs, filmed, advance, config.processes, limit
             )
             stream = ((episode, None) for episode in rolled)
         else:
@@ -150,16 +162,15 @@ def run_episodes(
                 for number, seconds in enumerate(row["control"]["chunk_seconds"]):
                     timed = {"seed": episode.seed, "chunk": number, "seconds": seconds}
                     kept.append("chunks.jsonl", {"sampler": label, **timed})
-            if episode.frames:
-                video = kept.save_video(label, episode.seed, episode.frames, round(policy.spec.control_hz))
-                episode.frames.clear()
-                row["video_path"] = str(video)
             kept.save_episode(label, episode, row, keep_observations)
+            if episode.frames:
+                kept.save_video(label, episode.seed, episode.frames, round(policy.spec.control_hz))
+                episode.frames.clear()
             episodes.append(episode)
             rows.append(row)
             bar.set_postfix(reward=f"{sum(e.max_reward for e in episodes) / len(episodes):.3f}")
     kept.note_progress(label, 1.0)
-    videos = [row["video_path"] for row in rows if "video_path" in row]
+    videos = [str(path) for seed in filmed if (path := kept.video(label, seed)).is_file()]
     summary = summarize_episodes(episodes, time.perf_counter() - begin, videos)
     if controls := [row["control"] for row in rows if "control" in row]:
         loop = {"asynchronous": variant.asynchronous, "latency": variant.latency}

@@ -8,9 +8,11 @@ from pathlib import Path
 from typing import Any
 
 from hydra.core.override_parser.overrides_parser import OverridesParser
+from hydra.experimental.callback import Callback
 from omegaconf import DictConfig, OmegaConf
 from tqdm import tqdm
 
+from parapolicy.evaluate.run.run_folder import read_about
 from parapolicy.evaluate.run.variants import entry_label
 
 # Evaluations per chunk, in multiples of the schedule's length. Rough: they only weight the jobs of the time estimate.
@@ -59,6 +61,19 @@ class SweepBar:
         self.bar.refresh()
 
 
+class SweepStatus(Callback):
+    """Hydra's callback of a sweep that ends the command with status 1 where a job in its folder has failed."""
+
+    def on_multirun_end(self, config: DictConfig, **kwargs: Any) -> None:
+        """Called by hydra, after the other callbacks."""
+        failed = sorted(str(note) for note in Path(config.hydra.sweep.dir).rglob("error.txt"))
+        if failed:
+            print(
+                f"{len(failed)} jobs failed: {', '.join(failed)}; run the sweep again, or delete what it is not to have"
+            )
+            raise SystemExit(1)
+
+
 def list_jobs(config: DictConfig) -> Iterator[dict[str, Any]]:
     """``samplers`` and ``episodes`` of each job, as hydra's basic sweeper combines them."""
     plain: Any = OmegaConf.to_container(config, resolve=False)
@@ -82,7 +97,10 @@ def sweep_cost(folder: Path) -> float:
     """The cost of what the jobs in a sweep's folder have computed so far."""
     done = 0.0
     for about in folder.rglob("run.json"):
-        costs = _sampler_costs(json.loads(about.read_text())["config"])
+        try:
+            costs = _sampler_costs((read_about(about.parent) or {})["config"])
+        except (ValueError, KeyError, TypeError):  # its job says so
+            continue
         finished = about.with_name("results.json").is_file()
         parts = dict.fromkeys(costs, 1.0) if finished else _read_parts(about.with_name("progress.json"))
         done += sum(parts.get(label, 0.0) * cost for label, cost in costs.items())
@@ -91,10 +109,9 @@ def sweep_cost(folder: Path) -> float:
 
 def _read_parts(path: Path) -> dict[str, float]:
     try:
-        parts: dict[str, float] = json.loads(path.read_text())
-    except (OSError, ValueError):  # not started, or being written now
+        return {str(label): float(part) for label, part in json.loads(path.read_text()).items()}
+    except (OSError, ValueError, TypeError, AttributeError):  # not started, or being written now
         return {}
-    return parts
 
 
 def _sampler_costs(config: Mapping[str, Any]) -> dict[str, float]:

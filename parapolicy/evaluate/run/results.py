@@ -102,7 +102,7 @@ def control_row(record: ControlRecord) -> dict[str, Any]:
 
 def summarize_control(rows: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
     """Sum the counts of several episodes; percentiles of the simulated chunk latencies, in ms."""
-    seconds = [value for row in rows for value in row["chunk_seconds"]]
+    seconds = [value for row in rows for value in row["chunk_seconds"]] or [0.0]
     percentiles = {f"p{q}": float(np.percentile(seconds, q) * 1e3) for q in (50, 95, 99)}
     return {**{name: sum(row[name] for row in rows) for name in COUNTS}, "chunk_ms": percentiles}
 
@@ -159,4 +159,5 @@ def compare_to_baseline(row: dict[str, Any], baseline: dict[str, Any], name: str
 
 
 def _mean_p95(values: Sequence[int]) -> dict[str, float]:
+    values = values or [0]  # where every episode failed before its first chunk
     return {"mean": float(np.mean(values)), "p95": float(np.percentile(values, 95))}

@@ -11,7 +11,8 @@ import gymnasium
 import numpy as np
 
 from parapolicy.episode import Episode, Request, group_requests, predict_together
-from parapolicy.evaluate.run.workers import EnvHandle, LocalEnv, ProcessEnv, WorkerDied, execute, reset
+from parapolicy.errors import ObservationError
+from parapolicy.evaluate.run.workers import EnvFailed, EnvHandle, LocalEnv, ProcessEnv, WorkerDied, execute, reset
 from parapolicy.policy import Chunk, Policy
 
 
@@ -41,6 +42,10 @@ class EpisodeRecord:
     seams: list[float] = field(default_factory=list)
     motion: list[float] = field(default_factory=list)
     error: str | None = None
+
+    def fail(self, error: str) -> None:
+        """The episode is aborted, which counts as a failure."""
+        self.success, self.error = False, f"{error}, after {len(self.rewards)} control steps"
 
     @property
     def max_reward(self) -> float:
@@ -78,7 +83,10 @@ class _Slot:
         """Record the outcome of the last request; True when the episode is over."""
         transitions = self.env.receive()
         for transition in transitions:
-            self.episode.push(transition.observation)
+            try:
+                self.episode.push(transition.observation)
+            except ObservationError as error:
+                raise EnvFailed(f"the environment does not give what the policy observes: {error}") from error
             if transition.frame is not None:
                 self.record.frames.append(transition.frame)
             if self.begun:
@@ -98,7 +106,7 @@ class _Slot:
         self.executed = actions
 
     def replace(self) -> None:
-        """Replace an environment whose process died."""
+        """Replace an environment that failed."""
         self.env.close()
         self.env = self.make_handle()
 
@@ -112,6 +120,7 @@ def rollout(
     record: Container[int] = (),
     progress: Callable[[int], Any] = lambda steps: None,
     processes: bool = False,
+    timeout: float | None = None,
 ) -> Iterator[EpisodeRecord]:
     """Run one episode per seed with a receding horizon, and yield each as it ends.
 
@@ -127,7 +136,12 @@ def rollout(
         record: seeds whose episodes are filmed.
         progress: called with the number of control steps since the last call; it is negative when an episode restarts.
         processes: run each environment in its own process, all in parallel. If a process dies, its episode restarts
-            once in a new process; if that dies too, the episode ends without success and has an ``error``.
+            once in a new process.
+        timeout: seconds that an environment may take for the steps of one chunk, or for its start; needs
+            ``processes``. None: no limit.
+
+    An environment that fails costs its episode, which ends without success and has an ``error``: one that raises an
+    error, gives numbers that are not finite, takes too long, or dies twice. The others go on.
 
     Raises:
         ValueError: ``num_envs`` below 1.
@@ -136,7 +150,7 @@ def rollout(
         raise ValueError(f"num_envs is {num_envs}, expected at least 1")
     policy = dataclasses.replace(policy, reproducible=True)
     waiting = list(reversed(seeds))
-    make_handle = partial(ProcessEnv if processes else LocalEnv, make_env)
+    make_handle = partial(ProcessEnv, make_env, timeout) if processes else partial(LocalEnv, make_env)
     slots = [_Slot(make_handle, policy, noise_seed) for _ in range(min(num_envs, len(seeds)))]
     restarted: set[int] = set()  # seeds
     try:
@@ -151,17 +165,18 @@ def rollout(
                 before = len(outcome.rewards)
                 try:
                     over = slot.receive()
-                except WorkerDied as death:
+                except EnvFailed as failure:
                     slot.replace()
-                    if outcome.seed not in restarted:
+                    if isinstance(failure, WorkerDied) and outcome.seed not in restarted:
                         restarted.add(outcome.seed)
                         progress(-before)
                         slot.begin(outcome.seed, outcome.seed in record)
                         remaining.append(slot)
                         continue
                     over = True
-                    outcome.success = False
-                    outcome.error = f"{death}, twice; the last time after {before} control steps"
+                    outcome.fail(
+                        f"{failure}, twice; the last time" if isinstance(failure, WorkerDied) else str(failure)
+                    )
                 if taken := len(outcome.rewards) - before:
                     progress(taken)
                 if over:

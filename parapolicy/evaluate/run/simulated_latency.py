@@ -1,7 +1,6 @@
 """Closed-loop episodes in a world that keeps moving during inference."""
 
 import dataclasses
-import json
 from collections.abc import Callable, Container, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -10,8 +9,11 @@ import gymnasium
 import numpy as np
 
 from parapolicy.control import Controller, ControlRecord, SimulatedClock
+from parapolicy.errors import ObservationError
+from parapolicy.evaluate.run.records import unseal
 from parapolicy.evaluate.run.rollout import EpisodeRecord
 from parapolicy.evaluate.run.watch import View
+from parapolicy.evaluate.run.workers import EnvFailed, Transition, attempt, close, execute, reset
 from parapolicy.noise import mix_seeds
 from parapolicy.policy import Chunk, Policy
 from parapolicy.spec import PolicySpec
@@ -90,7 +92,7 @@ def _read_trace(path: Path) -> dict[str, dict[tuple[int, int], float]]:
         raise ValueError(f"there is no latency trace {str(path)!r}")
     for number, line in enumerate(path.read_text().splitlines(), 1):
         try:
-            row = json.loads(line)
+            row = unseal(line, "the line", "run the run that it is from again")
             seconds = float(row["seconds"])
             if not 0 <= seconds < float("inf"):
                 raise ValueError("seconds must not be negative")
@@ -178,15 +180,23 @@ def run_with_latency(
     try:
         for seed in seeds:
             chunk = 0
-            observation, _ = env.reset(seed=seed)
-            controller.reset((noise_seed, seed))  # rollout() draws the same noise for this episode
             episode = EpisodeRecord(seed)
-            clocked.observations = episode.observations
             show = _watcher(view, label, seed, env, controller, newest)
-            _run_episode(controller, env, observation, episode, seed in record, progress, show)
+            try:
+                (first,) = attempt(env, reset, seed, seed in record)
+                controller.reset((noise_seed, seed))  # rollout() draws the same noise for this episode
+                clocked.observations = episode.observations
+                _run_episode(controller, env, first, episode, progress, show)
+            except (EnvFailed, ObservationError) as failure:
+                episode.fail(str(failure))
+                close(env)
+                env = make_env(clock)
+            chunks = [done.stats for done in controller.record.chunks if done.stats is not None]
+            episode.rounds = [int(stats.rounds) for stats in chunks]
+            episode.evaluations = [int(stats.evaluations) for stats in chunks]
             yield episode, controller.record
     finally:
-        env.close()
+        close(env)
 
 
 def _watcher(
@@ -205,23 +215,18 @@ def _watcher(
 def _run_episode(
     controller: Controller,
     env: gymnasium.Env,
-    observation: Mapping[str, np.ndarray],
+    before: Transition,
     episode: EpisodeRecord,
-    film: bool,
     progress: Callable[[int], Any],
     show: Callable[[EpisodeRecord], Any],
 ) -> None:
-    over = False
-    while not over:
-        if film:
-            episode.frames.append(np.asarray(env.render()))
-        action = controller.act(observation)
+    film = before.frame is not None
+    while not before.over:
+        if before.frame is not None:
+            episode.frames.append(before.frame)
+        action = controller.act(before.observation)
         show(episode)
-        observation, reward, terminated, truncated, info = env.step(action)
-        over = terminated or truncated
-        episode.rewards.append(float(reward))
-        episode.success = episode.success or bool(info.get("is_success", False))
+        (before,) = attempt(env, execute, [action], film)
+        episode.rewards.append(before.reward)
+        episode.success = episode.success or before.success
         progress(1)
-    chunks = [chunk.stats for chunk in controller.record.chunks if chunk.stats is not None]
-    episode.rounds = [int(stats.rounds) for stats in chunks]
-    episode.evaluations = [int(stats.evaluations) for stats in chunks]

@@ -1,4 +1,4 @@
-"""Environments in this process or in worker processes. The death of a worker costs only the episode that ran in it.
+"""Environments in this process or in worker processes. What goes wrong in one costs only the episode that runs in it.
 
 gymnasium's ``AsyncVectorEnv`` steps all its environments together and fails when one of them dies. Here each
 environment has its own process and pipe. A process that dies closes its pipe, so nothing waits for it forever.
@@ -8,7 +8,9 @@ import contextlib
 import multiprocessing
 import pickle
 import signal
-from collections.abc import Callable, Sequence
+import time
+import warnings
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from multiprocessing.connection import Connection
 from typing import Any, Protocol
@@ -40,6 +42,7 @@ class Transition:
 def reset(env: gymnasium.Env, seed: int, film: bool) -> list[Transition]:
     """Start an episode."""
     observation, _ = env.reset(seed=seed)
+    _check(observation, 0.0)
     return [Transition(observation, frame=_frame(env, film))]
 
 
@@ -48,6 +51,7 @@ def execute(env: gymnasium.Env, actions: Sequence[np.ndarray], film: bool) -> li
     done: list[Transition] = []
     for action in actions:
         observation, reward, terminated, truncated, info = env.step(action)
+        _check(observation, float(reward))
         over, success = bool(terminated or truncated), bool(info.get("is_success", False))
         done.append(Transition(observation, float(reward), over, success, _frame(env, film)))
         if over:
@@ -56,11 +60,48 @@ def execute(env: gymnasium.Env, actions: Sequence[np.ndarray], film: bool) -> li
 
 
 def _frame(env: gymnasium.Env, film: bool) -> np.ndarray | None:
-    return np.asarray(env.render()) if film else None
+    if not film:
+        return None
+    try:
+        return np.asarray(env.render())
+    except Exception as error:  # of many kinds: GL's, the simulator's
+        warnings.warn(f"the environment gives no pictures, the run goes on without: {error}", stacklevel=2)
+        return None
 
 
-class WorkerDied(RuntimeError):
+def _check(observation: Mapping[str, Any], reward: float) -> None:
+    if not np.isfinite(reward):
+        raise ValueError(f"its reward is {reward}")
+    for key, value in observation.items():
+        value = np.asarray(value)
+        if value.dtype.kind == "f" and not np.isfinite(value).all():
+            raise ValueError(f"its observation {key!r} holds {value[~np.isfinite(value)][0]}")
+
+
+class EnvFailed(RuntimeError):
+    """An environment raised an error, gave no answer in time, or gave numbers that are not finite."""
+
+
+class WorkerDied(EnvFailed):
     """The process of an environment ended unexpectedly."""
+
+
+def attempt(env: gymnasium.Env, function: Callable[..., list[Transition]], *arguments: Any) -> list[Transition]:
+    """``function(env, *arguments)``.
+
+    Raises:
+        EnvFailed: the environment raised an error.
+    """
+    try:
+        return function(env, *arguments)
+    except Exception as error:
+        raise EnvFailed(f"the environment failed with {type(error).__name__}: {error}") from error
+
+
+def close(env: gymnasium.Env) -> None:
+    """Close an environment; one that has failed may not be able to."""
+    with contextlib.suppress(Exception):
+        env.close()
 
 
 class EnvHandle(Protocol):
@@ -70,10 +111,12 @@ class EnvHandle(Protocol):
         """Request ``function(env, *arguments)``."""
 
     def receive(self) -> list[Transition]:
-        """Return the result of the last request, or raise its error.
+        """Return the result of the last request.
 
         Raises:
+            EnvFailed: the environment failed.
             WorkerDied: the process ended before it answered.
+            Exception: what building the environment raised.
         """
 
     def close(self) -> None:
@@ -91,10 +134,10 @@ class LocalEnv:
 
     def receive(self) -> list[Transition]:
         function, arguments = self._call
-        return function(self.env, *arguments)
+        return attempt(self.env, function, *arguments)
 
     def close(self) -> None:
-        self.env.close()
+        close(self.env)
 
 
 class ProcessEnv:
@@ -102,31 +145,40 @@ class ProcessEnv:
 
     Args:
         make_env: builds the environment in the worker; :meth:`receive` raises its errors.
+        timeout: seconds that a request may take; then the process is killed. None: no limit.
     """
 
-    def __init__(self, make_env: Callable[[], gymnasium.Env]) -> None:
+    def __init__(self, make_env: Callable[[], gymnasium.Env], timeout: float | None = None) -> None:
         # Do not fork this process: it has threads and maybe a GPU. The fork server imports the modules once.
         context = multiprocessing.get_context("forkserver")
         context.set_forkserver_preload(["__main__", __name__])
+        self._timeout = timeout
         self._pipe, theirs = context.Pipe()
         self._process = context.Process(target=_serve, args=(theirs, cloudpickle.dumps(make_env)), daemon=True)
         self._process.start()
         theirs.close()
 
     def submit(self, function: Callable[..., list[Transition]], *arguments: Any) -> None:
+        self._submitted = time.monotonic()
         with contextlib.suppress(BrokenPipeError, ConnectionResetError):  # receive() raises WorkerDied
             self._pipe.send((function, arguments))
 
     def receive(self) -> list[Transition]:
+        left = None if self._timeout is None else max(0.0, self._submitted + self._timeout - time.monotonic())
+        if not self._pipe.poll(left):
+            self._process.kill()
+            raise EnvFailed(f"the environment gave no answer within {self._timeout:g} s")
         try:
-            result, error = self._pipe.recv()
+            kind, result = self._pipe.recv()
         except (EOFError, ConnectionResetError) as closed:
             self._process.join()
             code = self._process.exitcode or 0
             how = f"was killed by {signal.Signals(-code).name}" if code < 0 else f"ended with exit code {code}"
             raise WorkerDied(f"the process of its environment {how}") from closed
-        if error is not None:
-            raise error
+        if kind == "unbuilt":
+            raise result
+        if kind == "failed":
+            raise EnvFailed(result)
         return list(result)
 
     def close(self) -> None:
@@ -138,27 +190,34 @@ class ProcessEnv:
 def _serve(pipe: Connection, pickled: bytes) -> None:
     """Answer requests until the pipe is closed."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # the parent handles Ctrl-C and closes the pipe
-    env, failure = None, None
+    env: gymnasium.Env | None = None
+    answer: tuple[str, Any] = ("unbuilt", None)
     try:
         env = pickle.loads(pickled)()
     except Exception as error:
-        failure = error
+        answer = ("unbuilt", _sendable(error))
     while True:
         try:
             function, arguments = pipe.recv()
         except (EOFError, ConnectionResetError):
             break
-        result = None
-        if env is not None:
-            try:
-                result, failure = function(env, *arguments), None
-            except Exception as error:
-                failure = error
         try:
-            pipe.send((result, failure))
+            if env is not None:
+                answer = ("done", attempt(env, function, *arguments))
+            pipe.send(answer)
+        except EnvFailed as failure:
+            pipe.send(("failed", str(failure)))
         except (BrokenPipeError, ConnectionResetError):
             break
-        except Exception:  # an error that cannot be pickled
-            pipe.send((None, RuntimeError(f"{type(failure).__name__}: {failure}")))
+        except Exception as error:  # a result that cannot be pickled
+            pipe.send(("failed", f"the environment gave what cannot be sent: {error}"))
     if env is not None:
         env.close()
+
+
+def _sendable(error: Exception) -> Exception:
+    """The error, or one like it, where it cannot be pickled and back."""
+    try:
+        return error if isinstance(pickle.loads(pickle.dumps(error)), type(error)) else RuntimeError(str(error))
+    except Exception:
+        return RuntimeError(f"{type(error).__name__}: {error}")

@@ -1,0 +1,112 @@
+"""What a training run leaves in its folder: its state while it is under way, a record when it is finished."""
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from parapolicy.checkpoint.native import CONFIG
+from parapolicy.digest import digest
+
+STATE, RECORD = "training.pt", "training.json"
+
+
+class TrainingFolder:
+    """The folder of one run.
+
+    Args:
+        path: created if missing.
+        run: what must be the same for a run to go on: settings, and digests of data. Of dicts, lists, numbers, strings.
+
+    Raises:
+        ValueError: the folder holds a finished policy of another run, or a damaged record of one.
+    """
+
+    def __init__(self, path: Path, run: Mapping[str, Any]) -> None:
+        self.path, self.run = path, run
+        self.finished: dict[str, Any] | None = None  # the results, where there is nothing left to do
+        path.mkdir(parents=True, exist_ok=True)
+        if (path / CONFIG).is_file() and not (path / STATE).is_file():
+            self.finished = self._read_record()
+
+    def load(self, device: torch.device) -> dict[str, Any] | None:
+        """The state that was saved last; None for a run that begins.
+
+        Raises:
+            ValueError: it belongs to another run, or is damaged.
+        """
+        path = self.path / STATE
+        if not path.is_file():
+            return None
+        try:
+            saved = torch.load(path, map_location="cpu", weights_only=True)
+            state: dict[str, Any] = saved["state"]
+            sound = saved["digest"] == digest([saved["run"], state])
+        except Exception as error:  # of many kinds
+            raise ValueError(f"{path} is damaged or of an older version ({error}); delete it to start anew") from error
+        if not sound:
+            raise ValueError(f"{path} is damaged: its digest does not match its content; delete it to start anew")
+        if differing := _differing(saved["run"], self.run):
+            raise ValueError(
+                f"{path} is the state of a run with other settings ({differing}); continue that one with its own "
+                "settings, or delete the file to start anew"
+            )
+        return _to(state, device)
+
+    def save(self, state: Mapping[str, Any]) -> None:
+        """Write the state; the file appears whole or not at all."""
+        partial = self.path / f".{STATE}.partial"
+        torch.save({"run": self.run, "state": state, "digest": digest([self.run, state])}, partial)
+        partial.replace(self.path / STATE)
+
+    def record(self, results: Mapping[str, Any]) -> None:
+        """Write the record, before the policy itself: a policy is finished when both are there, and no state."""
+        content = {"run": self.run, "results": results}
+        partial = self.path / f".{RECORD}.partial"
+        partial.write_text(json.dumps({**content, "digest": digest(content)}, indent=2) + "\n")
+        partial.replace(self.path / RECORD)
+
+    def finish(self) -> None:
+        """Drop the state."""
+        (self.path / STATE).unlink(missing_ok=True)
+
+    def _read_record(self) -> dict[str, Any]:
+        path = self.path / RECORD
+        way_out = "choose another folder (output=FOLDER), or delete this one"
+        if not path.is_file():
+            raise ValueError(f"{self.path} holds a finished policy without {RECORD}, not to be trained over; {way_out}")
+        try:
+            saved = json.loads(path.read_bytes())
+            sound = saved.pop("digest") == digest(saved)
+        except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
+            raise ValueError(f"{path} is damaged ({error}); {way_out}") from error
+        if not sound:
+            raise ValueError(f"{path} is damaged: its digest does not match its content; {way_out}")
+        if differing := _differing(saved["run"], self.run):
+            raise ValueError(
+                f"{self.path} holds a finished policy of a run with other settings ({differing}); {way_out}"
+            )
+        results: dict[str, Any] = saved["results"]
+        return results
+
+
+def _differing(there: Mapping[str, Any], here: Mapping[str, Any]) -> str:
+    """The names of the settings that differ, at most one level down."""
+    names = []
+    for key in sorted(there.keys() | here.keys()):
+        old, new = there.get(key), here.get(key)
+        if isinstance(old, Mapping) and isinstance(new, Mapping):
+            names += [name for name in sorted(old.keys() | new.keys()) if old.get(name) != new.get(name)]
+        elif old != new:
+            names.append(key)
+    return ", ".join(names)
+
+
+def _to(value: Any, device: torch.device) -> Any:
+    if isinstance(value, torch.Tensor):
+        return value.to(device)
+    if isinstance(value, Mapping):
+        return {key: _to(inner, device) for key, inner in value.items()}
+    return [_to(inner, device) for inner in value] if isinstance(value, list) else value
