@@ -15,6 +15,7 @@ from parapolicy.noise import mix_seeds
 from parapolicy.policy import Policy
 from parapolicy.serve.server import PolicyServer, ServeConfig
 from parapolicy.serve.wire import pack, unpack
+from tests.conftest import PATIENCE
 from tests.helpers import small_policy
 
 
@@ -26,7 +27,8 @@ class Running:
         self._ready = threading.Event()
         self._thread = threading.Thread(target=lambda: asyncio.run(self._run()))
         self._thread.start()
-        assert self._ready.wait(30)
+        while not self._ready.wait(0.1):
+            assert self._thread.is_alive()
 
     async def _run(self) -> None:
         self._stop, self._loop = asyncio.Event(), asyncio.get_running_loop()
@@ -37,14 +39,14 @@ class Running:
 
     def stop(self) -> None:
         self._loop.call_soon_threadsafe(self._stop.set)
-        self._thread.join(30)
+        self._thread.join(PATIENCE)
         assert not self._thread.is_alive()
 
     def connect(self, **options: Any) -> ClientConnection:
-        return connect(f"ws://127.0.0.1:{self.port}", compression=None, max_size=None, **options)
+        return connect(f"ws://127.0.0.1:{self.port}", compression=None, max_size=None, open_timeout=PATIENCE, **options)
 
     def get(self, path: str) -> str:
-        with urllib.request.urlopen(f"http://127.0.0.1:{self.port}{path}", timeout=10) as response:
+        with urllib.request.urlopen(f"http://127.0.0.1:{self.port}{path}", timeout=PATIENCE) as response:
             assert response.status == 200
             return str(response.read().decode())
 
@@ -67,7 +69,7 @@ def served_policy() -> Policy:
 
 def infer(client: ClientConnection, message: Any) -> dict[str, Any]:
     client.send(pack(message))
-    reply = client.recv(timeout=60)
+    reply = client.recv(timeout=PATIENCE)
     assert isinstance(reply, bytes), reply
     answer: dict[str, Any] = unpack(reply)
     return answer
