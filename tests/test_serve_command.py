@@ -14,7 +14,8 @@ from websockets.exceptions import ConnectionClosed
 from websockets.sync.client import connect
 
 from parapolicy.cli import main
-from parapolicy.policy import Policy, save_policy
+from parapolicy.loading import save_policy
+from parapolicy.policy import Policy
 from tests.conftest import PATIENCE, ROOT
 from tests.helpers import some_observation
 from tests.serving import expected_episode, infer, running, served_policy
