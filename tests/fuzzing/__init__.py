@@ -7,6 +7,7 @@ is right). Anything else that it returns or raises is a finding.
 
 import logging
 import pkgutil
+import shlex
 import signal
 import tempfile
 import threading
@@ -41,7 +42,7 @@ class Finding:
     what: str
 
     def __str__(self) -> str:
-        repeat = f"python -m tests.fuzzing --seed {self.seed} --case {self.case} --number {self.number}"
+        repeat = f"python -m tests.fuzzing --seed {self.seed} --case {shlex.quote(self.case)} --number {self.number}"
         return f"{self.case}: {self.what}\n  repeat it: {repeat}"
 
 

@@ -60,7 +60,9 @@ def fuzz(cases: Mapping[str, Case], seed: int, seconds: float, tally: Tally) -> 
                 tally.add(name, try_case(name, case, seed, number))
                 passed = time.monotonic() - begin
                 bar.update(min(passed, seconds) - bar.n)
-                bar.set_postfix_str(f"{number + 1} of each, {sum(map(len, tally.findings.values()))} findings")
+                bar.set_postfix_str(
+                    f"{number + 1} of each, {sum(map(len, tally.findings.values()))} findings", refresh=False
+                )
                 if number and passed > seconds:
                     break
             if passed > seconds:
