@@ -6,7 +6,7 @@ BIN := $(VENV)/bin
 ENV ?= pusht
 DEMONSTRATIONS ?= ../shared/data
 
-.PHONY: setup client eval test test-distributed mutate
+.PHONY: setup client eval test test-distributed fuzz mutate
 setup: $(VENV)/.done
 
 $(VENV)/.done: pyproject.toml constraints.txt
@@ -38,6 +38,10 @@ test: setup client
 # Sweeps on a Ray cluster of this machine: a minute on an idle machine, and more processes than the other tests.
 test-distributed: setup
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m distributed $(ARGS)
+
+# Hostile checkpoints, messages, run folders and control loops, for a minute or ARGS='--seconds 600 --seed 3'.
+fuzz: setup
+	OMP_NUM_THREADS=1 $(BIN)/python -m tests.fuzzing $(ARGS)
 
 # Which small changes of the code no test notices, by mutmut: FILE=parapolicy/noise.py, or about an hour for all. What
 # is known already is not run again; mutants/ keeps it. bin/mutmut show NAME prints the change of one that survived.

@@ -9,9 +9,16 @@ import parapolicy
 
 ROOT = Path(__file__).resolve().parent.parent
 SHIPPED = ROOT / "checkpoints" / "pusht_lowdim"
+PATIENCE = 600  # seconds; a bound against hanging, far beyond what a slow machine needs
 
 # Property tests run whole samplers: no time limit per example, and the same examples on every run.
-hypothesis.settings.register_profile("repeatable", deadline=None, derandomize=True, max_examples=40)
+hypothesis.settings.register_profile(
+    "repeatable",
+    deadline=None,
+    suppress_health_check=[hypothesis.HealthCheck.too_slow],
+    derandomize=True,
+    max_examples=40,
+)
 hypothesis.settings.load_profile("repeatable")
 
 

@@ -17,6 +17,7 @@ from parapolicy.policy import Policy
 from parapolicy.serve.config import ServeConfig
 from parapolicy.serve.server import PolicyServer
 from parapolicy.serve.wire import pack, unpack
+from tests.conftest import PATIENCE
 from tests.helpers import small_policy, some_observation
 
 
@@ -28,7 +29,8 @@ class Running:
         self._ready = threading.Event()
         self._thread = threading.Thread(target=lambda: asyncio.run(self._run()))
         self._thread.start()
-        assert self._ready.wait(30)
+        while not self._ready.wait(0.1):
+            assert self._thread.is_alive()
 
     async def _run(self) -> None:
         self._stop, self._loop = asyncio.Event(), asyncio.get_running_loop()
@@ -43,15 +45,15 @@ class Running:
 
     def stop(self) -> None:
         self.begin_stop()
-        self._thread.join(30)
+        self._thread.join(PATIENCE)
         assert not self._thread.is_alive()
 
     def connect(self, **options: Any) -> ClientConnection:
-        return connect(f"ws://127.0.0.1:{self.port}", compression=None, max_size=None, **options)
+        return connect(f"ws://127.0.0.1:{self.port}", compression=None, max_size=None, open_timeout=PATIENCE, **options)
 
     def get(self, path: str, **headers: str) -> str:
         request = urllib.request.Request(f"http://127.0.0.1:{self.port}{path}", headers=headers)
-        with urllib.request.urlopen(request, timeout=30) as response:
+        with urllib.request.urlopen(request, timeout=PATIENCE) as response:
             assert response.status == 200
             return str(response.read().decode())
 
@@ -78,7 +80,7 @@ def one_step(policy: Policy, seed: int) -> dict[str, np.ndarray]:
 
 def silent_client(port: int) -> socket.socket:
     """A client that opens a connection, and then neither reads nor answers."""
-    client = socket.create_connection(("127.0.0.1", port), timeout=60)
+    client = socket.create_connection(("127.0.0.1", port), timeout=PATIENCE)
     client.sendall(
         b"GET / HTTP/1.1\r\nHost: localhost\r\nUpgrade: websocket\r\nConnection: Upgrade\r\n"
         b"Sec-WebSocket-Version: 13\r\nSec-WebSocket-Key: AAAAAAAAAAAAAAAAAAAAAA==\r\n\r\n"
@@ -89,7 +91,7 @@ def silent_client(port: int) -> socket.socket:
 
 def infer(client: ClientConnection, message: Any) -> dict[str, Any]:
     client.send(pack(message))
-    reply = client.recv(timeout=60)
+    reply = client.recv(timeout=PATIENCE)
     assert isinstance(reply, bytes), reply
     answer: dict[str, Any] = unpack(reply)
     return answer

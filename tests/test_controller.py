@@ -17,7 +17,7 @@ from parapolicy import Controller, ObservationError, ObservationHistory
 from parapolicy.control import Histogram, Pacer
 from parapolicy.noise import mix_seeds
 from parapolicy.policy import Chunk, Policy
-from tests.conftest import ROOT
+from tests.conftest import PATIENCE, ROOT
 from tests.helpers import small_policy, some_observation
 
 EXECUTED = 4  # n_action_steps of the small policy; its horizon is 8, of which 7 actions are from now on
@@ -398,7 +398,7 @@ def test_executed_beyond_the_horizon_is_refused() -> None:
 def test_the_examples_run(example: str, printed: str) -> None:
     name, argument = example.split()
     command = [sys.executable, "-m", f"examples.{name}", argument]
-    done = subprocess.run(command, capture_output=True, text=True, cwd=ROOT, timeout=120)
+    done = subprocess.run(command, capture_output=True, text=True, cwd=ROOT, timeout=PATIENCE)
     assert printed in done.stdout, done.stderr
 
 

@@ -11,9 +11,10 @@ from typing import Any
 
 import pytest
 
-from tests.conftest import ROOT
+from tests.conftest import PATIENCE, ROOT
+from tests.holding import holding_env
 
-pytestmark = [pytest.mark.distributed, pytest.mark.timeout(600)]
+pytestmark = [pytest.mark.distributed, pytest.mark.timeout(2400)]
 EPISODES = 6
 SWEEP = (
     "-m",
@@ -22,14 +23,19 @@ SWEEP = (
     "threads=1",
     "videos=0",
     "latency_chunks=0",
+    "env.name=holding",
+    "checkpoint=checkpoints/pusht_lowdim",
     "env.options.max_episode_steps=40",
     "samplers=[{name: sequential, solver: ddim, steps: 10}],[{name: sequential, solver: ddim, steps: 4}]",
 )
 
 
-def start(folder: Path, *overrides: str) -> subprocess.Popen[str]:
+def start(folder: Path, *overrides: str, hold: bool = False) -> subprocess.Popen[str]:
+    """The sweep; to be held, each job stands still after two episodes until there is a file ``holding/go``."""
     command = [sys.executable, str(ROOT / "eval.py"), *SWEEP, f"hydra.sweep.dir={folder}", *overrides]
-    environment = {**os.environ, "PARAPOLICY_TEST_MARK": str(folder)}
+    environment = {**holding_env(folder / "holding"), "PARAPOLICY_TEST_MARK": str(folder)}
+    if not hold:
+        (folder / "holding" / "go").touch()
     return subprocess.Popen(
         command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, cwd=ROOT, env=environment
     )
@@ -48,7 +54,7 @@ def processes(mark: str) -> dict[int, str]:
 
 
 def assert_none_is_left(mark: str) -> None:
-    deadline = time.monotonic() + 60
+    deadline = time.monotonic() + PATIENCE
     while (left := processes(mark)) and time.monotonic() < deadline:
         time.sleep(0.1)
     assert not left
@@ -67,7 +73,7 @@ def tables(folder: Path) -> list[Any]:
 def alone(tmp_path_factory: pytest.TempPathFactory) -> list[Any]:
     """The tables of a sweep in one process."""
     folder = tmp_path_factory.mktemp("alone")
-    output, _ = start(folder).communicate(timeout=280)
+    output, _ = start(folder).communicate(timeout=PATIENCE)
     found = tables(folder)
     assert len(found) == 2, output
     return found
@@ -75,22 +81,25 @@ def alone(tmp_path_factory: pytest.TempPathFactory) -> list[Any]:
 
 def test_a_job_whose_worker_is_killed_goes_on_in_another(tmp_path: Path, alone: list[Any]) -> None:
     pytest.importorskip("ray", reason="Ray is not installed (pip install -e '.[distributed]')")
-    sweep = start(tmp_path, "hydra/launcher=parapolicy_ray", "hydra.launcher.cpus=2", "hydra.launcher.max_retries=1")
-    deadline = time.monotonic() + 240
+    sweep = start(
+        tmp_path, "hydra/launcher=parapolicy_ray", "hydra.launcher.cpus=2", "hydra.launcher.max_retries=1", hold=True
+    )
 
     def of_job_0() -> list[Path]:
-        """Its episodes.jsonl, once it has a line."""
-        found = [path for path in tmp_path.glob("*/episodes.jsonl") if "\n" in path.read_text()]
+        """Its episodes.jsonl, once it has the two lines after which it is held."""
+        found = [path for path in tmp_path.glob("*/episodes.jsonl") if path.read_text().count("\n") == 2]
         return [path for path in found if "steps: 10" in (path.parent / ".hydra" / "overrides.yaml").read_text()]
 
-    while not of_job_0() and time.monotonic() < deadline:
+    while not of_job_0():
+        assert sweep.poll() is None, sweep.communicate()[0]
         time.sleep(0.01)
     (lines,) = of_job_0()
     (worker,) = [pid for pid, title in processes(str(tmp_path)).items() if title.startswith("ray::job 0")]
     os.kill(worker, signal.SIGKILL)
-    assert 1 <= lines.read_text().count("\n") < EPISODES
+    assert lines.read_text().count("\n") == 2
     assert not (lines.parent / "results.json").exists()
-    output, _ = sweep.communicate(timeout=280)
+    (tmp_path / "holding" / "go").touch()
+    output, _ = sweep.communicate(timeout=PATIENCE)
 
     assert sweep.returncode == 0, output
     assert tables(tmp_path) == alone
@@ -104,7 +113,7 @@ def test_a_job_whose_worker_is_killed_goes_on_in_another(tmp_path: Path, alone: 
 def test_submitit_runs_a_sweep_as_slurm_would(tmp_path: Path, alone: list[Any]) -> None:
     pytest.importorskip("hydra_plugins.hydra_submitit_launcher", reason="hydra-submitit-launcher is not installed")
     sweep = start(tmp_path, "hydra/launcher=submitit_local", "hydra.launcher.timeout_min=9")
-    output, _ = sweep.communicate(timeout=280)
+    output, _ = sweep.communicate(timeout=PATIENCE)
     assert sweep.returncode == 0, output
     assert tables(tmp_path) == alone
     assert_none_is_left(str(tmp_path))

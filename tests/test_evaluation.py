@@ -23,13 +23,13 @@ from parapolicy.evaluate.run.results import compare_to_baseline, summarize_chunk
 from parapolicy.evaluate.run.rollout import EpisodeRecord, rollout
 from parapolicy.evaluate.run.variants import build_variants, find_baseline
 from parapolicy.spec import Feature
-from tests.conftest import ROOT
+from tests.conftest import PATIENCE, ROOT
 from tests.helpers import configured, small_policy, some_observation
 
 
 def run(script: str, *overrides: str, cwd: Path = ROOT) -> subprocess.CompletedProcess[str]:
     command = [sys.executable, str(ROOT / script), *overrides]
-    return subprocess.run(command, capture_output=True, text=True, cwd=cwd, timeout=280)
+    return subprocess.run(command, capture_output=True, text=True, cwd=cwd, timeout=PATIENCE)
 
 
 def test_episodes_do_not_depend_on_the_number_of_environments(shipped: parapolicy.Policy) -> None:

@@ -23,6 +23,7 @@ from parapolicy.evaluate.report.figures import CHOSEN, calibration_figure, sampl
 from parapolicy.evaluate.report.gather import episode_table, gather_latencies, gather_runs
 from parapolicy.evaluate.report.html_report import write_report
 from parapolicy.evaluate.report.summary import pareto, recommend, summarize
+from tests.conftest import PATIENCE
 
 BROWSER = next(
     (found for name in ("chromium", "chromium-browser", "google-chrome") if (found := shutil.which(name))), None
@@ -204,7 +205,7 @@ def test_the_page_shows_its_figures_in_a_browser(made_up: Path) -> None:
         ],
         capture_output=True,
         text=True,
-        timeout=120,
+        timeout=PATIENCE,
     )
     dom = dumped.stdout
     assert dom.count("main-svg") >= 2, dumped.stderr[-2000:]

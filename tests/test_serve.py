@@ -21,6 +21,7 @@ from parapolicy.policy import Chunk, Policy
 from parapolicy.serve.config import ServeConfig
 from parapolicy.serve.server import PolicyServer
 from parapolicy.serve.wire import WireError, pack, unpack
+from tests.conftest import PATIENCE
 from tests.helpers import small_policy, some_observation
 from tests.serving import Running, expected_episode, infer, one_step, running, served_policy
 
@@ -63,8 +64,16 @@ def test_reset_begins_a_new_episode(server: Running, policy: Policy) -> None:
     assert not np.array_equal(first["actions"], other["actions"])
 
 
-def test_clients_are_computed_together_and_answered_apart(policy: Policy) -> None:
+def test_clients_are_computed_together_and_answered_apart(policy: Policy, monkeypatch: pytest.MonkeyPatch) -> None:
     """Eight episodes at once: the same actions as one after the other, in fewer batches than requests."""
+    asked, request = threading.Semaphore(0), Session.request
+
+    def counted(session: Session, message: Any) -> Request:
+        made = request(session, message)
+        asked.release()
+        return made
+
+    monkeypatch.setattr(Session, "request", counted)
     episodes = [[some_observation(policy.spec, seed=100 * c + k) for k in range(6)] for c in range(8)]
 
     def play(c: int) -> list[np.ndarray]:
@@ -73,6 +82,15 @@ def test_clients_are_computed_together_and_answered_apart(policy: Policy) -> Non
             return [infer(client, {**m, "seed": c} if k == 0 else m)["actions"] for k, m in enumerate(episodes[c])]
 
     with running(policy, warm_start=True) as server, ThreadPoolExecutor(8) as threads:
+        compute = server.server.batcher._compute
+
+        def all_have_asked(requests: Any) -> Any:
+            """The first batch ends when every client has asked, so that the others wait for the second one."""
+            server.server.batcher._compute = compute  # type: ignore[method-assign]
+            assert all(asked.acquire(timeout=PATIENCE) for _ in range(8))
+            return compute(requests)
+
+        server.server.batcher._compute = all_have_asked  # type: ignore[method-assign]
         played = list(threads.map(play, range(8)))
         assert server.metric("parapolicy_requests_total") == 48
         assert server.metric("parapolicy_batch_size_count") < 48
@@ -126,7 +144,7 @@ def test_a_bad_message_is_told_in_a_line_and_the_next_good_one_is_answered(
         client.recv()
         first = infer(client, histories[0])
         client.send(message)
-        error = client.recv(timeout=30)
+        error = client.recv(timeout=PATIENCE)
         assert isinstance(error, str)
         assert re.search(told, error), error
         assert len(error) <= 200
@@ -141,7 +159,7 @@ def test_an_oversized_message_closes_its_connection(server: Running, policy: Pol
         with contextlib.suppress(ConnectionClosed):  # it may be closed while the rest is being sent
             client.send(b"x" * 200_000)
         with pytest.raises(ConnectionClosed) as closed:
-            client.recv(timeout=30)
+            client.recv(timeout=PATIENCE)
         assert closed.value.rcvd is not None
         assert closed.value.rcvd.code == 1009
     with server.connect() as client:
@@ -171,14 +189,12 @@ def test_clients_that_vanish_or_flood_do_not_stop_the_others(server: Running, po
     with server.connect() as client:
         client.recv()
         for k in range(5):
-            begin = time.monotonic()
             infer(client, some_observation(policy.spec, seed=k))
-            assert time.monotonic() - begin < 30
     flooding.socket.shutdown(socket.SHUT_RDWR)
-    thread.join(30)
+    thread.join(PATIENCE)
     half.close()
     clients.close()
-    deadline = time.monotonic() + 30
+    deadline = time.monotonic() + PATIENCE
     while server.metric("parapolicy_connections") and time.monotonic() < deadline:
         time.sleep(0.05)
     assert server.metric("parapolicy_connections") == 0
@@ -248,7 +264,7 @@ def test_a_fuzzer_leaves_the_server_alive_and_correct(server: Running, policy: P
         client.recv()
         for _ in range(count):
             client.send(next(messages))
-            refused += isinstance(client.recv(timeout=60), str)
+            refused += isinstance(client.recv(timeout=PATIENCE), str)
     assert refused > 0.8 * count
     history = some_observation(policy.spec)
     with server.connect() as client:

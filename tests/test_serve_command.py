@@ -16,7 +16,7 @@ from websockets.sync.client import connect
 from parapolicy.cli import main
 from parapolicy.loading import save_policy
 from parapolicy.policy import Policy
-from tests.conftest import ROOT
+from tests.conftest import PATIENCE, ROOT
 from tests.helpers import some_observation
 from tests.serving import expected_episode, infer, running, served_policy
 
@@ -75,7 +75,7 @@ def test_the_published_client(command: Callable, policy: Policy, tmp_path: Path)
     )
     lines = "\n".join(json.dumps({k: v.tolist() for k, v in history.items()}) for history in histories)
     done = subprocess.run(
-        [CLIENT_PYTHON, "-c", script, str(port)], input=lines, capture_output=True, text=True, timeout=120
+        [CLIENT_PYTHON, "-c", script, str(port)], input=lines, capture_output=True, text=True, timeout=PATIENCE
     )
     assert done.returncode == 0, done.stderr
     *answers, error, again = map(json.loads, done.stdout.splitlines())
@@ -85,20 +85,20 @@ def test_the_published_client(command: Callable, policy: Policy, tmp_path: Path)
     (expected,) = expected_episode(policy, histories[-1:])
     np.testing.assert_allclose(again, expected, rtol=1e-5, atol=1e-4)  # on the same connection
     process.send_signal(signal.SIGTERM)
-    assert process.wait(30) == 0
+    assert process.wait(PATIENCE) == 0
 
 
 def test_closing_finishes_what_was_asked(command: Callable, policy: Policy) -> None:
     process, port = command()
-    with connect(f"ws://127.0.0.1:{port}", compression=None) as client:
+    with connect(f"ws://127.0.0.1:{port}", compression=None, open_timeout=PATIENCE) as client:
         client.recv()
         infer(client, some_observation(policy.spec))
         process.send_signal(signal.SIGINT)
         with pytest.raises(ConnectionClosed) as closed:
-            client.recv(timeout=30)
+            client.recv(timeout=PATIENCE)
         assert closed.value.rcvd is not None
         assert closed.value.rcvd.code == 1001
-    assert process.wait(30) == 0
+    assert process.wait(PATIENCE) == 0
 
 
 @pytest.mark.parametrize(

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from parapolicy.samplers import Sequential, list_samplers, make_sampler
 from parapolicy.schedule import make_schedule
-from tests.conftest import ROOT
+from tests.conftest import PATIENCE, ROOT
 from tests.helpers import DDPM_CONFIG, flat_noise, linear_denoiser
 
 EXACT = [name for name in list_samplers() if name not in ("sequential", "speculative")]  # at tolerance 0
@@ -61,6 +61,6 @@ print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20, before / 2**20
 @pytest.mark.parametrize("name", list_samplers())
 def test_a_thousand_steps_of_an_image_fit_into_four_gigabytes(name: str) -> None:
     command = [sys.executable, "-c", LARGE, name]
-    done = subprocess.run(command, capture_output=True, text=True, cwd=ROOT, timeout=280)
+    done = subprocess.run(command, capture_output=True, text=True, cwd=ROOT, timeout=PATIENCE)
     assert done.returncode == 0, done.stderr
     assert float(done.stdout.split()[0]) < 4.0

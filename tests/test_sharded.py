@@ -21,7 +21,7 @@ from parapolicy import launch
 from parapolicy.engine.sharded import Sharded, WorkerLostError, _pack, _unpack, connect, take_part
 from parapolicy.launch import free_address, start_workers
 from parapolicy.loading import pick_device
-from tests.conftest import ROOT, SHIPPED
+from tests.conftest import PATIENCE, ROOT, SHIPPED
 
 
 def observation(policy: parapolicy.Policy, batch: int) -> dict[str, np.ndarray]:
@@ -99,7 +99,7 @@ def test_a_lost_worker_is_an_error_within_the_timeout(how: int) -> None:
         begin = time.monotonic()
         with pytest.raises(WorkerLostError, match="died or did not answer within 5 s; no chunk was computed"):
             policy.predict(observation(policy, 1), deadline=strike)
-        assert time.monotonic() - begin < 30
+        assert time.monotonic() - begin < PATIENCE
         with pytest.raises(WorkerLostError):  # and no silent wrong chunk afterwards
             policy.predict(observation(policy, 1))
     assert not mp.active_children()
@@ -120,7 +120,7 @@ def test_a_worker_that_never_listens_is_an_error_within_the_timeout(shipped: par
         begin = time.monotonic()
         with pytest.raises(WorkerLostError, match="did not answer within 3 s"):
             sharded.bind(shipped.network, torch.arange(3), {"keypoint": torch.zeros(1, 2, 18)})
-        assert time.monotonic() - begin < 30
+        assert time.monotonic() - begin < PATIENCE
     finally:
         worker.kill()
         worker.join()
@@ -138,7 +138,7 @@ def test_torchrun_starts_it(tmp_path: Path, shipped: parapolicy.Policy) -> None:
     )
     command = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node=2", "--standalone", str(script)]
     environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
-    done = subprocess.run([*command, str(SHIPPED)], env=environment, capture_output=True, text=True, timeout=200)
+    done = subprocess.run([*command, str(SHIPPED)], env=environment, capture_output=True, text=True, timeout=PATIENCE)
     assert done.returncode == 0, done.stderr
     (line,) = [line for line in done.stdout.splitlines() if line.startswith("chunk")]
     keys = shipped.spec.observation.items()

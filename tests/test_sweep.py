@@ -5,6 +5,7 @@ import signal
 import subprocess
 import sys
 import time
+from collections.abc import Mapping
 from pathlib import Path
 
 import hydra
@@ -16,7 +17,8 @@ from parapolicy.evaluate.run.progress import SweepBar, job_cost, list_jobs, swee
 from parapolicy.evaluate.run.records import read_latencies
 from parapolicy.evaluate.run.rollout import EpisodeRecord
 from parapolicy.evaluate.run.run_folder import MAX_NAME, RunFolder, job_folder
-from tests.conftest import ROOT
+from tests.conftest import PATIENCE, ROOT
+from tests.holding import holding_env
 
 DDIM = "[{name: sequential, solver: ddim, steps: 4, label: ddim}]"
 SWEPT = ("[{name: sequential, solver: ddim, steps: 10}]", DDIM, "[fast]")
@@ -29,13 +31,21 @@ def jobs_of(sweep: Path) -> list[Path]:
     return [sweep / job_folder(",".join([*fixed[:-1], f"samplers={samplers}"])) for samplers in SWEPT]
 
 
-def start(*overrides: str) -> subprocess.Popen[str]:
+def start(*overrides: str, env: Mapping[str, str] | None = None) -> subprocess.Popen[str]:
     command = [sys.executable, str(ROOT / "eval.py"), *overrides]
-    return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, cwd=ROOT)
+    return subprocess.Popen(
+        command,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        cwd=ROOT,
+        env=env,
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),  # a script's background jobs ignore it
+    )
 
 
 def finish(process: subprocess.Popen[str]) -> str:
-    output, _ = process.communicate(timeout=250)
+    output, _ = process.communicate(timeout=PATIENCE)
     return output
 
 
@@ -99,44 +109,46 @@ def test_a_sweep_that_is_run_again_does_nothing_twice(sweep: Path) -> None:
         capture_output=True,
         text=True,
         cwd=ROOT,
-        timeout=250,
+        timeout=PATIENCE,
     )
     assert f"{jobs_of(sweep)[0]} is finished" in done.stdout, done.stderr
     assert {path: path.stat().st_mtime_ns for path in before} == before
 
 
 def test_an_interrupted_run_ends_with_the_same_table(tmp_path: Path) -> None:
-    """SIGINT in the middle, then the same command again."""
+    """SIGINT in the third episode, then the same command again."""
+    hold = holding_env(tmp_path / "holding")
     settings = (
         "samplers=[{name: sequential, solver: ddim, steps: 4}]",
-        "episodes=6",
+        "episodes=4",
         "num_envs=1",
-        "env.options.max_episode_steps=80",
+        "env.name=holding",
+        "checkpoint=checkpoints/pusht_lowdim",
+        "env.options.max_episode_steps=24",
         "latency_chunks=0",
         "videos=0",
     )
-    whole = start(*settings, f"hydra.run.dir={tmp_path / 'whole'}")
-    finish(whole)
-    cut = start(*settings, f"hydra.run.dir={tmp_path / 'cut'}")
+    cut = start(*settings, f"hydra.run.dir={tmp_path / 'cut'}", env=hold)
     lines = tmp_path / "cut" / "episodes.jsonl"
-    deadline = time.monotonic() + 120
-    while not (lines.is_file() and lines.read_text().count("\n") >= 2) and time.monotonic() < deadline:
+    while not (lines.is_file() and lines.read_text().count("\n") == 2):
+        assert cut.poll() is None, finish(cut)
         time.sleep(0.01)
     cut.send_signal(signal.SIGINT)
     assert "interrupted; to go on: hydra.run.dir=" in finish(cut)
     assert not (tmp_path / "cut" / "results.json").exists()
-    done_before = lines.read_text().count("\n")
-    assert 2 <= done_before < 6
+    assert lines.read_text().count("\n") == 2
+    (tmp_path / "holding" / "go").touch()
     with lines.open("a") as file:
         file.write('{"sampler": "sequential", "seed": 1000')  # as if it had been killed while writing
-    finish(start(*settings, f"hydra.run.dir={tmp_path / 'cut'}"))
+    for name in ("whole", "cut"):
+        finish(start(*settings, f"hydra.run.dir={tmp_path / name}", env=hold))
     results = [json.loads((tmp_path / name / "results.json").read_text()) for name in ("whole", "cut")]
     tables = [
         [(e["seed"], round(e["max_reward"], 9), e["steps"]) for e in r["samplers"]["sequential"]["per_episode"]]
         for r in results
     ]
     assert tables[0] == tables[1]
-    other = start(*settings[:-1], "videos=1", f"hydra.run.dir={tmp_path / 'cut'}")
+    other = start(*settings[:-1], "videos=1", f"hydra.run.dir={tmp_path / 'cut'}", env=hold)
     assert "holds a run with another videos" in finish(other)
 
 

@@ -13,7 +13,7 @@ from parapolicy import checkpoint
 from parapolicy.networks import Network, build_network
 from parapolicy.normalizer import Affine, Normalizer
 from parapolicy.spec import PolicySpec
-from tests.conftest import ROOT
+from tests.conftest import PATIENCE, ROOT
 from tests.helpers import small_spec, some_observation
 
 
@@ -98,6 +98,6 @@ def test_an_installed_package_adds_a_network_a_reader_and_an_environment(tmp_pat
     (tmp_path / "policy.seed").write_text("7")
     command = [sys.executable, "-c", USE, str(tmp_path / "policy.seed")]
     environment = {"PYTHONPATH": f"{target}:{ROOT}", "PATH": "/usr/bin:/bin", "HOME": str(tmp_path)}
-    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=120)
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=PATIENCE)
     assert done.returncode == 0, done.stderr
     assert done.stdout.splitlines() == ["(4, 2)", "Toy", "an environment for 2 numbers with {'size': 3}"]
