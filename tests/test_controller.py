@@ -356,8 +356,23 @@ def test_the_pacer_skips_ticks_that_are_past() -> None:
     assert pacer.missed == 2
     pacer.wait()
     assert fake.now == pytest.approx(100.3)
-    with pytest.raises(ValueError, match="hz is 0"):
-        Pacer(0)
+    fake.now += 0.15
+    pacer.wait()
+    assert pacer.missed == 3
+
+
+def test_a_step_that_takes_the_whole_period_is_in_time() -> None:
+    fake = FakeTime()
+    pacer = Pacer(0.5, lambda: fake.now, fake.sleep)
+    pacer.wait()
+    fake.now += 2.0
+    assert pacer.wait() == pacer.missed == 0
+
+
+@pytest.mark.parametrize("hz", [0, float("inf")])
+def test_a_pacer_needs_a_period(hz: float) -> None:
+    with pytest.raises(ValueError, match=f"hz is {hz}"):
+        Pacer(hz)
 
 
 def test_a_deadline_ends_sampling_and_is_counted(policy: Timed) -> None:
