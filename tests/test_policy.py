@@ -181,6 +181,18 @@ def test_history_refuses_and_keeps_what_it_had() -> None:
     assert np.isfinite(history.stacked()["position"]).all()
 
 
+def test_history_names_the_key_that_is_no_array() -> None:
+    with pytest.raises(parapolicy.ObservationError, match="'position' is no array of numbers"):
+        parapolicy.ObservationHistory(small_spec()).push({"position": "left", "points": np.zeros((3, 2))})
+
+
+def test_a_history_of_one_step_is_the_newest() -> None:
+    history = parapolicy.ObservationHistory(small_spec(n_obs_steps=1))
+    for i in range(2):
+        history.push({"position": np.full(2, i), "points": np.full((3, 2), i)})
+    assert history.stacked()["position"].tolist() == [[1, 1]]
+
+
 def test_history_does_not_alias_the_callers_buffer() -> None:
     history = parapolicy.ObservationHistory(small_spec())
     buffer = {"position": np.zeros(2, np.float32), "points": np.zeros((3, 2), np.float32)}

@@ -88,6 +88,7 @@ def test_images_as_cameras_and_as_data_sets_give_them(policy: parapolicy.Policy)
         (lambda camera: camera.astype(np.float32), r"shape \(2, 6, 8, 3\), expected \(2, 3, 6, 8\)"),
         (lambda camera: camera.transpose(0, 3, 1, 2), r"shape \(2, 3, 6, 8\), expected \(2, 6, 8, 3\)"),
         (lambda camera: camera.transpose(0, 3, 1, 2) * 1.0, "numbers from 0 to 255, expected 0 to 1"),
+        (lambda camera: camera.transpose(0, 3, 1, 2) / 200, "numbers from 0 to 1.2.*, expected 0 to 1, or uint8"),
     ],
 )
 def test_other_images_are_refused(policy: parapolicy.Policy, change: Any, message: str) -> None:
