@@ -106,8 +106,12 @@ BAD = {
     "wrong shape": (lambda o: o.update(points=np.zeros((2, 4, 2))), r"'points' has shape \(2, 4, 2\), expected"),
     "too little history": (lambda o: o.update(position=np.zeros((1, 2))), r"'position' has shape \(1, 2\)"),
     "mixed batches": (lambda o: o.update(points=np.zeros((1, 2, 3, 2))), "batch axis"),
+    "unequal batches": (
+        lambda o: o.update(position=np.zeros((3, 2, 2)), points=np.zeros((2, 2, 3, 2))),
+        "'points' has shape .*, whose batch axis differs",
+    ),
     "empty batch": (lambda o: o.update(position=np.zeros((0, 2, 2))), r"shape \(0, 2, 2\)"),
-    "NaN": (lambda o: o["position"].__setitem__((1, 0), np.nan), r"holds nan at index \(1, 0\)"),
+    "NaN": (lambda o: o["position"].__setitem__((1, 0), np.nan), r"'position' holds nan at index \(1, 0\)"),
     "infinite": (lambda o: o["points"].__setitem__((0, 2, 1), np.inf), r"holds inf at index \(0, 2, 1\)"),
     "text": (lambda o: o.update(position="left"), "no array of numbers"),
 }

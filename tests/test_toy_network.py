@@ -14,6 +14,7 @@ import parapolicy
 from parapolicy.engine import make_engine
 from parapolicy.launch import start_workers
 from parapolicy.networks import NETWORKS, Embedding, Network
+from parapolicy.observation import normalize_observation
 from parapolicy.spec import Feature, PolicySpec
 from tests.helpers import small_policy
 
@@ -79,6 +80,14 @@ def test_images_as_cameras_and_as_data_sets_give_them(policy: parapolicy.Policy)
     np.testing.assert_allclose(policy.predict({**observation, "camera": floats}).trajectory, expected, atol=1e-3)
     black = np.zeros_like(observation["camera"])
     assert not np.allclose(policy.predict({**observation, "camera": black}).trajectory, expected)
+
+
+def test_white_is_one(policy: parapolicy.Policy) -> None:
+    expected = policy.normalizer.normalize("camera", torch.ones(1, 2, 3, 6, 8))
+    for white in (np.full((2, 6, 8, 3), 255, np.uint8), np.ones((2, 3, 6, 8))):
+        inputs, batched = normalize_observation(policy.spec, policy.normalizer, {**observe(0), "camera": white})
+        assert not batched
+        assert torch.equal(inputs["camera"], expected)
 
 
 @pytest.mark.parametrize(
