@@ -292,6 +292,32 @@ def test_histograms_give_percentiles_to_one_percent() -> None:
     assert histogram.percentile(0) == pytest.approx(1e-6, rel=0.02)
 
 
+def test_a_summary_is_in_milliseconds() -> None:
+    histogram = Histogram()
+    assert np.isnan(histogram.percentile(50))
+    histogram.add(0.05)
+    assert histogram.summary() == {"count": 1, "p50": 50.0, "p95": 50.0, "p99": 50.0, "max": 50.0}
+    histogram = Histogram()
+    for k in range(1, 1001):
+        histogram.add(k / 1e3)
+    summary = histogram.summary()
+    for name, exact in (("p50", 500), ("p95", 950), ("p99", 990)):
+        assert exact <= summary[name] <= 1.0101 * exact
+    assert (summary["count"], summary["max"]) == (1000, 1000.0)
+
+
+def test_a_record_is_summarised_as_json_has_it(policy: Timed) -> None:
+    controller = Controller(policy, 10, clock=policy.clock)
+    act(controller, policy, EXECUTED + 1)
+    summary = controller.latency
+    assert json.loads(json.dumps(summary)) == summary
+    assert summary["steps"] == EXECUTED + 1
+    assert summary["rounds"] == {str(rounds): chunks for rounds, chunks in controller.record.rounds.items()}
+    counts = {stage: times["count"] for stage, times in summary["times"].items()}
+    per_chunk = dict.fromkeys(("encode", "sample", "post", "queue", "chunk"), 2)
+    assert counts == {"observe": EXECUTED + 1, **per_chunk, "act": EXECUTED + 1, "jitter": EXECUTED}
+
+
 def test_records_stay_small(policy: Timed) -> None:
     quick = policy.policy.with_schedule("ddim", 1).with_sampler("sequential")
     controller = Controller(quick, clock=policy.clock)
@@ -334,8 +360,23 @@ def test_the_pacer_skips_ticks_that_are_past() -> None:
     assert pacer.missed == 2
     pacer.wait()
     assert fake.now == pytest.approx(100.3)
-    with pytest.raises(ValueError, match="hz is 0"):
-        Pacer(0)
+    fake.now += 0.15
+    pacer.wait()
+    assert pacer.missed == 3
+
+
+def test_a_step_that_takes_the_whole_period_is_in_time() -> None:
+    fake = FakeTime()
+    pacer = Pacer(0.5, lambda: fake.now, fake.sleep)
+    pacer.wait()
+    fake.now += 2.0
+    assert pacer.wait() == pacer.missed == 0
+
+
+@pytest.mark.parametrize("hz", [0, float("inf")])
+def test_a_pacer_needs_a_period(hz: float) -> None:
+    with pytest.raises(ValueError, match=f"hz is {hz}"):
+        Pacer(hz)
 
 
 def test_a_deadline_ends_sampling_and_is_counted(policy: Timed) -> None:

@@ -143,8 +143,12 @@ BAD = {
     "wrong shape": (lambda o: o.update(points=np.zeros((2, 4, 2))), r"'points' has shape \(2, 4, 2\), expected"),
     "too little history": (lambda o: o.update(position=np.zeros((1, 2))), r"'position' has shape \(1, 2\)"),
     "mixed batches": (lambda o: o.update(points=np.zeros((1, 2, 3, 2))), "batch axis"),
+    "unequal batches": (
+        lambda o: o.update(position=np.zeros((3, 2, 2)), points=np.zeros((2, 2, 3, 2))),
+        "'points' has shape .*, whose batch axis differs",
+    ),
     "empty batch": (lambda o: o.update(position=np.zeros((0, 2, 2))), r"shape \(0, 2, 2\)"),
-    "NaN": (lambda o: o["position"].__setitem__((1, 0), np.nan), r"holds nan at index \(1, 0\)"),
+    "NaN": (lambda o: o["position"].__setitem__((1, 0), np.nan), r"'position' holds nan at index \(1, 0\)"),
     "infinite": (lambda o: o["points"].__setitem__((0, 2, 1), np.inf), r"holds inf at index \(0, 2, 1\)"),
     "text": (lambda o: o.update(position="left"), "no array of numbers"),
 }
@@ -224,6 +228,18 @@ def test_history_refuses_and_keeps_what_it_had() -> None:
         with pytest.raises(parapolicy.ObservationError):
             history.push(bad)
     assert np.isfinite(history.stacked()["position"]).all()
+
+
+def test_history_names_the_key_that_is_no_array() -> None:
+    with pytest.raises(parapolicy.ObservationError, match="'position' is no array of numbers"):
+        parapolicy.ObservationHistory(small_spec()).push({"position": "left", "points": np.zeros((3, 2))})
+
+
+def test_a_history_of_one_step_is_the_newest() -> None:
+    history = parapolicy.ObservationHistory(small_spec(n_obs_steps=1))
+    for i in range(2):
+        history.push({"position": np.full(2, i), "points": np.full((3, 2), i)})
+    assert history.stacked()["position"].tolist() == [[1, 1]]
 
 
 def test_history_does_not_alias_the_callers_buffer() -> None:

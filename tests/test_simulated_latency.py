@@ -1,6 +1,7 @@
 """Simulated latency: the clock, the environment that keeps moving during inference, and whole episodes."""
 
 import json
+import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -27,6 +28,25 @@ def test_a_computation_takes_its_simulated_time() -> None:
     assert clock() == 0.25
     clock.reset()
     assert clock() == 0.0
+
+
+def test_the_time_that_a_computation_took_is_charged() -> None:
+    measured: list[float] = []
+    clock = SimulatedClock(lambda seconds: measured.append(seconds) or 0.25)
+    begin = time.perf_counter()
+    clock.compute(time.sleep, 0.01)
+    assert 0.01 <= measured[0] <= time.perf_counter() - begin
+
+
+def test_a_computation_receives_its_arguments() -> None:
+    clock = SimulatedClock(lambda measured: 0.0)
+    assert clock.compute(int, "11", base=2) == clock.submit(int, "11", base=2).result(0) == 3
+
+
+def test_a_live_clock_stands_still_between_computations() -> None:
+    clock = SimulatedClock(lambda measured: measured, live=True)
+    clock.advance(0.5)
+    assert clock() == 0.5
 
 
 def test_a_live_clock_runs_during_a_computation() -> None:

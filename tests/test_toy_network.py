@@ -14,6 +14,7 @@ import parapolicy
 from parapolicy.engine import make_engine
 from parapolicy.launch import start_workers
 from parapolicy.networks import NETWORKS, Embedding, Network
+from parapolicy.observation import normalize_observation
 from parapolicy.spec import Feature, PolicySpec
 from tests.helpers import small_policy
 
@@ -81,6 +82,14 @@ def test_images_as_cameras_and_as_data_sets_give_them(policy: parapolicy.Policy)
     assert not np.allclose(policy.predict({**observation, "camera": black}).trajectory, expected)
 
 
+def test_white_is_one(policy: parapolicy.Policy) -> None:
+    expected = policy.normalizer.normalize("camera", torch.ones(1, 2, 3, 6, 8))
+    for white in (np.full((2, 6, 8, 3), 255, np.uint8), np.ones((2, 3, 6, 8))):
+        inputs, batched = normalize_observation(policy.spec, policy.normalizer, {**observe(0), "camera": white})
+        assert not batched
+        assert torch.equal(inputs["camera"], expected)
+
+
 @pytest.mark.parametrize(
     ("change", "message"),
     [
@@ -88,6 +97,7 @@ def test_images_as_cameras_and_as_data_sets_give_them(policy: parapolicy.Policy)
         (lambda camera: camera.astype(np.float32), r"shape \(2, 6, 8, 3\), expected \(2, 3, 6, 8\)"),
         (lambda camera: camera.transpose(0, 3, 1, 2), r"shape \(2, 3, 6, 8\), expected \(2, 6, 8, 3\)"),
         (lambda camera: camera.transpose(0, 3, 1, 2) * 1.0, "numbers from 0 to 255, expected 0 to 1"),
+        (lambda camera: camera.transpose(0, 3, 1, 2) / 200, "numbers from 0 to 1.2.*, expected 0 to 1, or uint8"),
     ],
 )
 def test_other_images_are_refused(policy: parapolicy.Policy, change: Any, message: str) -> None:
