@@ -20,6 +20,7 @@ from parapolicy.episode import Request
 from parapolicy.policy import Chunk, Policy
 from parapolicy.serve.config import ServeConfig
 from parapolicy.serve.server import PolicyServer
+from parapolicy.serve.session import Session
 from parapolicy.serve.wire import WireError, pack, unpack
 from tests.conftest import PATIENCE
 from tests.helpers import small_policy, some_observation
