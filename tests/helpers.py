@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -13,12 +14,13 @@ from torch import Tensor
 from torch.nn.modules.module import register_module_forward_pre_hook
 
 from parapolicy.denoiser import Denoiser
+from parapolicy.engine import Eager
 from parapolicy.networks import Network, build_network
 from parapolicy.networks.unet1d import ConditionalUnet1D
 from parapolicy.noise import draw_noise
 from parapolicy.normalizer import Affine, Normalizer
 from parapolicy.policy import Policy
-from parapolicy.samplers import make_sampler
+from parapolicy.samplers import Sample, Sampler, make_sampler
 from parapolicy.schedule import Schedule, make_schedule
 from parapolicy.spec import PolicySpec
 
@@ -74,6 +76,29 @@ def bind(policy: Policy, condition: Tensor, **settings: Any) -> Denoiser:
 def call_network(network: Network, x: Tensor, timesteps: Tensor, condition: Tensor) -> Tensor:
     """A network's output for samples (B, H, D) with timesteps (B,) and condition vectors (B, C) of their own."""
     return network.predict(x, timesteps, {"condition": condition[:, None]})
+
+
+@dataclass(frozen=True)
+class AnyDenoiser:
+    """Any function as a denoiser, for engines."""
+
+    function: Callable
+    schedule: Schedule
+
+    def __call__(self, x: Tensor, step: Tensor, element: Tensor) -> Tensor:
+        return self.function(x, step, element)
+
+
+def run_sampler(
+    sampler: Sampler,
+    denoiser: Callable,
+    schedule: Schedule,
+    noise: Tensor,
+    stop: Callable[[], bool] | None = None,
+    guess: Tensor | None = None,
+) -> Sample:
+    """A batch of samples by the eager engine, of any function as denoiser."""
+    return Eager().run(sampler, AnyDenoiser(denoiser, schedule), noise, stop, guess)
 
 
 def flat_noise(schedule: Schedule, batch: int = 1, seed: int = 0, shape: tuple[int, ...] | None = None) -> Tensor:

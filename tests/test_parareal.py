@@ -10,7 +10,7 @@ from torch import Tensor
 
 import parapolicy
 from parapolicy.samplers import Parareal, Sequential
-from tests.helpers import bind, flat_noise
+from tests.helpers import bind, flat_noise, run_sampler
 from tests.test_samplers import counting, problems, stop_after
 
 
@@ -19,8 +19,8 @@ def test_all_sweeps_are_sequential(problem: Any, data: st.DataObject) -> None:
     schedule, denoiser, noise = problem
     blocks = data.draw(st.one_of(st.none(), st.integers(1, len(schedule))))
     guess = data.draw(st.sampled_from([None, torch.randn(noise.shape[1], *noise[1:, 0].shape)]))
-    expected = Sequential().sample(denoiser, schedule, noise)
-    sample = Parareal(0.0, blocks).sample(denoiser, schedule, noise, guess=guess)
+    expected = run_sampler(Sequential(), denoiser, schedule, noise)
+    sample = run_sampler(Parareal(0.0, blocks), denoiser, schedule, noise, guess=guess)
     scale = max(1.0, float(expected.x.abs().max()))
     torch.testing.assert_close(sample.x, expected.x, rtol=1e-5, atol=1e-4 * scale)
     torch.testing.assert_close(sample.u, expected.u, rtol=1e-5, atol=1e-3 * scale)
@@ -32,7 +32,7 @@ def test_costs_are_what_happened_and_elements_are_alone(problem: Any, data: st.D
     schedule, denoiser, noise = problem
     sampler = Parareal(data.draw(st.sampled_from([0.0, 0.1, 1.0])))
     log: list[Tensor] = []
-    together = sampler.sample(counting(denoiser, log), schedule, noise)
+    together = run_sampler(sampler, counting(denoiser, log), schedule, noise)
     calls = torch.cat(log, 1)
     for b in range(noise.shape[1]):
         assert together.rounds[b] == sum(bool((entries[1] == b).any()) for entries in log)
@@ -41,7 +41,7 @@ def test_costs_are_what_happened_and_elements_are_alone(problem: Any, data: st.D
         def alone(x: Tensor, step: Tensor, element: Tensor, b: int = b) -> Tensor:
             return denoiser(x, step, element + b)
 
-        single = sampler.sample(alone, schedule, noise[:, b : b + 1])
+        single = run_sampler(sampler, alone, schedule, noise[:, b : b + 1])
         assert torch.equal(single.x[0], together.x[b])
         assert single.rounds[0] == together.rounds[b]
 
@@ -51,8 +51,8 @@ def test_stopping_early_returns_what_there_is(problem: Any, data: st.DataObject)
     schedule, denoiser, noise = problem
     guess = data.draw(st.sampled_from([None, torch.zeros(noise.shape[1], *noise[1:, 0].shape)]))
     budget = data.draw(st.integers(0, 30))
-    whole = Parareal().sample(denoiser, schedule, noise, guess=guess)
-    early = Parareal().sample(denoiser, schedule, noise, stop_after(budget), guess)
+    whole = run_sampler(Parareal(), denoiser, schedule, noise, guess=guess)
+    early = run_sampler(Parareal(), denoiser, schedule, noise, stop_after(budget), guess)
     assert torch.equal(early.rounds, whole.rounds.clamp(max=max(1, budget)))
     assert torch.isfinite(early.x).all()
     assert torch.equal(early.x[early.complete], whole.x[early.complete])
@@ -64,10 +64,10 @@ def test_on_the_shipped_policy(shipped: parapolicy.Policy, solver: str, steps: i
     denoiser = bind(policy, torch.rand(3, policy.spec.condition_dim) * 2 - 1)
     noise = flat_noise(policy.schedule, 3, seed=0)
     with torch.inference_mode():
-        expected = Sequential().sample(denoiser, policy.schedule, noise)
-        exact = Parareal(0.0).sample(denoiser, policy.schedule, noise)
-        loose = Parareal(0.1).sample(denoiser, policy.schedule, noise)
-        warm = Parareal(0.1).sample(denoiser, policy.schedule, noise, guess=expected.u)
+        expected = run_sampler(Sequential(), denoiser, policy.schedule, noise)
+        exact = run_sampler(Parareal(0.0), denoiser, policy.schedule, noise)
+        loose = run_sampler(Parareal(0.1), denoiser, policy.schedule, noise)
+        warm = run_sampler(Parareal(0.1), denoiser, policy.schedule, noise, guess=expected.u)
     torch.testing.assert_close(exact.x, expected.x, rtol=0, atol=1e-5)
     assert (loose.x - expected.x).abs().max() < 0.05
     assert (warm.x - expected.x).abs().max() < 1e-4

@@ -16,7 +16,16 @@ from torch import Tensor
 import parapolicy
 from parapolicy.samplers import Sampler, Sequential, make_sampler
 from parapolicy.schedule import Schedule, make_schedule
-from tests.helpers import DDPM_CONFIG, bind, call_network, flat_noise, linear_denoiser, small_policy, small_spec
+from tests.helpers import (
+    DDPM_CONFIG,
+    bind,
+    call_network,
+    flat_noise,
+    linear_denoiser,
+    run_sampler,
+    small_policy,
+    small_spec,
+)
 
 PARALLEL = ["paradigms", "semi_implicit", "anderson", "secant"]
 SHAPE = (4, 2)  # (H, D)
@@ -58,8 +67,8 @@ def counting(denoiser: Callable, log: list[Tensor]) -> Callable:
 def test_tolerance_zero_is_sequential(name: str, problem: Any, data: st.DataObject) -> None:
     schedule, denoiser, noise = problem
     window = data.draw(st.integers(1, len(schedule)))
-    expected = Sequential().sample(denoiser, schedule, noise)
-    sample = make_sampler(name, window=window, tolerance=0.0).sample(denoiser, schedule, noise)
+    expected = run_sampler(Sequential(), denoiser, schedule, noise)
+    sample = run_sampler(make_sampler(name, window=window, tolerance=0.0), denoiser, schedule, noise)
     scale = float(expected.x.abs().max())
     torch.testing.assert_close(sample.x, expected.x, rtol=1e-5, atol=1e-5 * max(1.0, scale))
 
@@ -73,7 +82,9 @@ def test_costs_are_bounded_and_counted(name: str, problem: Any, data: st.DataObj
     window = data.draw(st.integers(1, steps))
     tolerance = data.draw(st.sampled_from([0.0, 0.1, 1.0]))
     log: list[Tensor] = []
-    sample = make_sampler(name, window=window, tolerance=tolerance).sample(counting(denoiser, log), schedule, noise)
+    sample = run_sampler(
+        make_sampler(name, window=window, tolerance=tolerance), counting(denoiser, log), schedule, noise
+    )
     assert (sample.rounds <= steps).all()
     assert (sample.rounds >= -(-steps // window)).all()
     if window == 1:
@@ -95,13 +106,13 @@ def test_elements_do_not_depend_on_each_other(name: str, problem: Any, data: st.
     schedule, denoiser, noise = problem
     parameters = {} if name == "sequential" else {"window": data.draw(st.integers(1, len(schedule)))}
     sampler = make_sampler(name, **parameters)
-    together = sampler.sample(denoiser, schedule, noise)
+    together = run_sampler(sampler, denoiser, schedule, noise)
     for b in range(noise.shape[1]):
 
         def alone(x: Tensor, step: Tensor, element: Tensor, b: int = b) -> Tensor:
             return denoiser(x, step, element + b)
 
-        single = sampler.sample(alone, schedule, noise[:, b : b + 1])
+        single = run_sampler(sampler, alone, schedule, noise[:, b : b + 1])
         assert torch.equal(single.x[0], together.x[b])
         assert single.rounds[0] == together.rounds[b]
         assert single.evaluations[0] == together.evaluations[b]
@@ -111,9 +122,9 @@ def test_elements_do_not_depend_on_each_other(name: str, problem: Any, data: st.
 @given(problem=problems())
 def test_a_smaller_tolerance_is_closer_and_costs_more(name: str, problem: Any) -> None:
     schedule, denoiser, noise = problem
-    exact = Sequential().sample(denoiser, schedule, noise).x
+    exact = run_sampler(Sequential(), denoiser, schedule, noise).x
     loose, tight = (
-        make_sampler(name, window=len(schedule), tolerance=tolerance).sample(denoiser, schedule, noise)
+        run_sampler(make_sampler(name, window=len(schedule), tolerance=tolerance), denoiser, schedule, noise)
         for tolerance in (1.0, 1e-3)
     )
     assert (tight.rounds >= loose.rounds).all()
@@ -127,8 +138,8 @@ def test_a_smaller_tolerance_is_closer_and_costs_more(name: str, problem: Any) -
 def test_acceleration_never_costs_more_than_one_round(name: str, problem: Any, data: st.DataObject) -> None:
     schedule, denoiser, noise = problem
     parameters = {"window": data.draw(st.integers(1, len(schedule))), "tolerance": data.draw(st.floats(1e-3, 1))}
-    plain = make_sampler("semi_implicit", **parameters).sample(denoiser, schedule, noise)
-    accelerated = make_sampler(name, **parameters).sample(denoiser, schedule, noise)
+    plain = run_sampler(make_sampler("semi_implicit", **parameters), denoiser, schedule, noise)
+    accelerated = run_sampler(make_sampler(name, **parameters), denoiser, schedule, noise)
     assert (accelerated.rounds <= plain.rounds + 1).all()
 
 
@@ -139,9 +150,9 @@ def test_noise_is_neither_changed_nor_added_to(name: str, problem: Any) -> None:
     schedule, denoiser, noise = problem
     kept = noise.clone()
     sampler = make_sampler(name)
-    first = sampler.sample(denoiser, schedule, noise)
+    first = run_sampler(sampler, denoiser, schedule, noise)
     torch.manual_seed(1)
-    second = sampler.sample(denoiser, schedule, noise)
+    second = run_sampler(sampler, denoiser, schedule, noise)
     assert torch.equal(noise, kept)
     assert torch.equal(first.x, second.x)
 
@@ -167,7 +178,7 @@ def test_noise_marginals_are_untouched(name: str, solver: str, eta: float) -> No
     expected = float(moments[0, 0])
 
     count = 3000
-    sample = make_sampler(name).sample(denoiser, schedule, torch.randn(len(schedule) + 1, count, 8))
+    sample = run_sampler(make_sampler(name), denoiser, schedule, torch.randn(len(schedule) + 1, count, 8))
     values = sample.x.flatten().double()
     assert abs(float(values.mean())) < 5 * (expected / values.numel()) ** 0.5
     assert abs(float(values.var()) / expected - 1) < 5 * (2 / values.numel()) ** 0.5
@@ -188,8 +199,8 @@ def test_small_networks_at_tolerance_zero(name: str, window: int, batch: int, se
     denoiser = bind(policy, condition, reproducible=True)
     noise = flat_noise(policy.schedule, batch, seed)
     with torch.inference_mode():
-        expected = Sequential().sample(denoiser, policy.schedule, noise)
-        sample = make_sampler(name, window=window, tolerance=0.0).sample(denoiser, policy.schedule, noise)
+        expected = run_sampler(Sequential(), denoiser, policy.schedule, noise)
+        sample = run_sampler(make_sampler(name, window=window, tolerance=0.0), denoiser, policy.schedule, noise)
     assert (sample.rounds <= len(policy.schedule)).all()
     # Untrained networks magnify float32 roundings, DDIM's most; a wrong prefix would show at 1e-2.
     torch.testing.assert_close(sample.x, expected.x, rtol=0, atol=1e-4)
@@ -206,10 +217,10 @@ def test_stopping_early_returns_what_there_is(name: str, problem: Any, data: st.
     """At least one round, never more than asked for; enough rounds give the complete sample, to the bit."""
     schedule, denoiser, noise = problem
     sampler = make_sampler(name) if name == "sequential" else make_sampler(name, window=data.draw(st.integers(1, 20)))
-    whole = sampler.sample(denoiser, schedule, noise)
+    whole = run_sampler(sampler, denoiser, schedule, noise)
     assert whole.complete.all()
     budget = data.draw(st.integers(0, len(schedule) + 1))
-    early = sampler.sample(denoiser, schedule, noise, stop_after(budget))
+    early = run_sampler(sampler, denoiser, schedule, noise, stop_after(budget))
     assert torch.equal(early.rounds, whole.rounds.clamp(max=max(1, budget)))
     assert (early.evaluations <= whole.evaluations).all()
     assert torch.equal(early.complete, whole.rounds <= max(1, budget))
@@ -225,10 +236,10 @@ def test_a_stopped_sample_is_already_an_estimate(name: str, shipped: parapolicy.
     noise = flat_noise(shipped.schedule, 4, seed=0)
     with torch.inference_mode():
         sampler = make_sampler(name)
-        whole = sampler.sample(denoiser, shipped.schedule, noise)
+        whole = run_sampler(sampler, denoiser, shipped.schedule, noise)
         rounds = int(whole.rounds.min())
-        late = sampler.sample(denoiser, shipped.schedule, noise, stop_after(rounds * 9 // 10))
-        once = sampler.sample(denoiser, shipped.schedule, noise, stop_after(1))
+        late = run_sampler(sampler, denoiser, shipped.schedule, noise, stop_after(rounds * 9 // 10))
+        once = run_sampler(sampler, denoiser, shipped.schedule, noise, stop_after(1))
     assert once.x.abs().max() <= 1.0  # an estimate of the clean sample, not a noisy state
     assert (late.x - whole.x).square().mean() < 0.5 * (once.x - whole.x).square().mean()
     assert (late.residual < once.residual).all()
@@ -290,7 +301,7 @@ def test_paradigms_is_the_published_algorithm(
 
     expected, rounds = published_paradigms(predict, scheduler, noise[:, 0], window, tolerance)
     sampler: Sampler = make_sampler("paradigms", window=window, tolerance=tolerance)
-    sample = sampler.sample(bind(policy, condition), schedule, noise.flatten(2))
+    sample = run_sampler(sampler, bind(policy, condition), schedule, noise.flatten(2))
     assert int(sample.rounds[0]) == rounds
     torch.testing.assert_close(sample.x[0], expected.flatten(), rtol=0, atol=1e-5)
 
@@ -307,7 +318,7 @@ def test_the_published_fault_in_ddim_is_mended() -> None:
     x = noise[0]
     for t in scheduler.timesteps:
         x = scheduler.step(call_network(network, x, t[None], condition), t, x).prev_sample
-    sample = make_sampler("paradigms", window=1).sample(bind(policy, condition), schedule, noise.flatten(2))
+    sample = run_sampler(make_sampler("paradigms", window=1), bind(policy, condition), schedule, noise.flatten(2))
     torch.testing.assert_close(sample.x, x.flatten(1), rtol=0, atol=1e-4)
 
     def predict(x: Tensor, timestep: Tensor) -> Tensor:
@@ -327,8 +338,8 @@ def test_shipped_policy_is_exact_at_tolerance_zero(
     denoiser = bind(policy, condition)
     noise = flat_noise(policy.schedule, 2, seed=0)
     with torch.inference_mode():
-        expected = Sequential().sample(denoiser, policy.schedule, noise)
-        sample = make_sampler(name, window=20, tolerance=0.0).sample(denoiser, policy.schedule, noise)
+        expected = run_sampler(Sequential(), denoiser, policy.schedule, noise)
+        sample = run_sampler(make_sampler(name, window=20, tolerance=0.0), denoiser, policy.schedule, noise)
     torch.testing.assert_close(sample.x, expected.x, rtol=0, atol=1e-5)
 
 

@@ -17,7 +17,7 @@ from parapolicy.samplers import Secant, SemiImplicit, Sequential
 from parapolicy.samplers.secant import SecantRounds
 from parapolicy.samplers.secant_model import eliminate
 from parapolicy.schedule import Schedule, make_schedule
-from tests.helpers import DDPM_CONFIG, small_policy, some_observation
+from tests.helpers import DDPM_CONFIG, run_sampler, small_policy, some_observation
 
 COUNT = 400
 
@@ -45,11 +45,11 @@ def test_it_is_not_fooled_between_modes(start: str) -> None:
     schedule = make_schedule({**DDPM_CONFIG, "num_train_timesteps": 100, "prediction_type": "sample"}, "ddpm")
     denoiser = twelve_modes(schedule)
     noise = torch.randn(101, COUNT, 32)
-    expected = Sequential().sample(denoiser, schedule, noise)
+    expected = run_sampler(Sequential(), denoiser, schedule, noise)
     guess = None if start == "cold" else expected.u.roll(1, 0)
 
     def wrong(sampler: Any) -> int:
-        sample = sampler.sample(denoiser, schedule, noise, guess=guess)
+        sample = run_sampler(sampler, denoiser, schedule, noise, guess=guess)
         return int(((sample.x - expected.x).abs().amax(1) > 0.1).sum())
 
     assert wrong(SemiImplicit(window=20, tolerance=0.1)) > 0.05 * COUNT  # the problem is a hard one
@@ -130,7 +130,7 @@ def test_a_round_of_fixed_shape_waits_for_nothing(solver: str, window: int) -> N
     guess = None
     for seed in range(3):
         noise = torch.randn(21, 3, 32, generator=torch.Generator().manual_seed(seed))
-        expected = sampler.sample(denoiser, schedule, noise, guess=guess)
+        expected = run_sampler(sampler, denoiser, schedule, noise, guess=guess)
         kept.begin(noise, guess)
         while not kept.done:
             with Waits():

@@ -12,7 +12,7 @@ from torch import Tensor
 from parapolicy.samplers import Sequential, list_samplers, make_sampler
 from parapolicy.schedule import make_schedule
 from tests.conftest import PATIENCE, ROOT
-from tests.helpers import DDPM_CONFIG, flat_noise, linear_denoiser
+from tests.helpers import DDPM_CONFIG, flat_noise, linear_denoiser, run_sampler
 
 EXACT = [name for name in list_samplers() if name not in ("sequential", "speculative")]  # at tolerance 0
 
@@ -36,8 +36,8 @@ def test_any_shape_at_tolerance_zero_is_sequential(
 
     noise = flat_noise(schedule, batch, seed, shape)
     guess = torch.randn(batch, len(schedule), noise.shape[2]) if guessed else None
-    expected = Sequential().sample(denoiser, schedule, noise)
-    sample = make_sampler(name, tolerance=0.0).sample(denoiser, schedule, noise, guess=guess)
+    expected = run_sampler(Sequential(), denoiser, schedule, noise)
+    sample = run_sampler(make_sampler(name, tolerance=0.0), denoiser, schedule, noise, guess=guess)
     scale = max(1.0, float(expected.x.abs().max()))
     torch.testing.assert_close(sample.x, expected.x, rtol=1e-5, atol=1e-5 * scale)
     assert sample.complete.all()
@@ -47,12 +47,12 @@ LARGE = """
 import resource, sys, torch
 from parapolicy.samplers import make_sampler
 from parapolicy.schedule import make_schedule
-from tests.helpers import DDPM_CONFIG
+from tests.helpers import run_sampler, DDPM_CONFIG
 torch.set_num_threads(1)
 schedule = make_schedule({**DDPM_CONFIG, "num_train_timesteps": 1000, "prediction_type": "sample"})
 noise = torch.randn(1001, 1, 16384)
 before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-sample = make_sampler(sys.argv[1]).sample(lambda x, step, element: 0.9 * x.clamp(-1, 1), schedule, noise)
+sample = run_sampler(make_sampler(sys.argv[1]), lambda x, step, element: 0.9 * x.clamp(-1, 1), schedule, noise)
 assert sample.x.shape == (1, 16384) and torch.isfinite(sample.x).all() and sample.complete.all()
 print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20, before / 2**20)
 """

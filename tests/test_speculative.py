@@ -11,7 +11,7 @@ from torch import Tensor
 import parapolicy
 from parapolicy.samplers import Sequential, Speculative, speculative
 from parapolicy.schedule import Schedule, make_schedule
-from tests.helpers import DDPM_CONFIG, small_policy, some_observation
+from tests.helpers import DDPM_CONFIG, run_sampler, small_policy, some_observation
 
 COUNT = 6000
 CENTRES = torch.tensor([[-0.8, 0.1], [0.5, 0.6], [0.3, -0.7]])
@@ -42,7 +42,7 @@ def mixture(schedule: Schedule) -> Any:
 def draw(sampler: Any, schedule: Schedule, seed: int, guess: Tensor | None = None) -> Tensor:
     generator = torch.Generator().manual_seed(seed)
     noise = torch.randn(len(schedule) + 1, COUNT, 2, generator=generator)
-    return sampler.sample(mixture(schedule), schedule, noise, guess=guess).x
+    return run_sampler(sampler, mixture(schedule), schedule, noise, guess=guess).x
 
 
 def pvalue(one: Tensor, other: Tensor) -> float:
@@ -124,12 +124,12 @@ def test_costs_are_what_happened_and_elements_are_alone(calls: int) -> None:
         log.append(element)
         return mixture(schedule)(x, step, element)
 
-    together = sampler.sample(counted, schedule, noise)
+    together = run_sampler(sampler, counted, schedule, noise)
     assert together.rejections is not None
     for b in range(5):
         assert together.rounds[b] == sum(bool((elements == b).any()) for elements in log)
         assert together.evaluations[b] == sum(int((elements == b).sum()) for elements in log)
-        alone = sampler.sample(mixture(schedule), schedule, noise[:, b : b + 1])
+        alone = run_sampler(sampler, mixture(schedule), schedule, noise[:, b : b + 1])
         assert alone.rejections is not None
         torch.testing.assert_close(alone.x[0], together.x[b])
         assert (alone.rounds[0], alone.rejections[0]) == (together.rounds[b], together.rejections[b])
@@ -142,8 +142,8 @@ def test_stopping_early_keeps_the_verified_part(budget: int, calls: int) -> None
     schedule, sampler = toy_schedule(), Speculative(window=12, calls=calls)
     noise = torch.randn(len(schedule) + 1, 3, 2)
     asked = iter(range(1, 1001))
-    early = sampler.sample(mixture(schedule), schedule, noise, lambda: next(asked) >= budget)
-    whole = sampler.sample(mixture(schedule), schedule, noise)
+    early = run_sampler(sampler, mixture(schedule), schedule, noise, lambda: next(asked) >= budget)
+    whole = run_sampler(sampler, mixture(schedule), schedule, noise)
     assert torch.equal(early.rounds, whole.rounds.clamp(max=max(1, budget)))
     assert torch.equal(early.complete, whole.rounds <= max(1, budget))
     assert torch.equal(early.x[early.complete], whole.x[early.complete])
@@ -170,7 +170,7 @@ def test_every_refused_draft_is_a_rejection(calls: int) -> None:
         height = 1000.0 * torch.minimum(jumps[step], element)  # element b takes the first b jumps
         return height.view(-1, *[1] * (x.ndim - 1)).expand_as(x)
 
-    sample = Speculative(window=40, calls=calls).sample(denoiser, schedule, torch.randn(41, 3, 2))
+    sample = run_sampler(Speculative(window=40, calls=calls), denoiser, schedule, torch.randn(41, 3, 2))
     assert sample.rejections is not None
     assert sample.rejections.tolist() == [0, 1, 2]
     assert (sample.rounds > sample.rejections).all()  # more blocks than rejections

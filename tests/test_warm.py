@@ -14,7 +14,7 @@ from parapolicy.noise import draw_noise
 from parapolicy.observation import normalize_observation
 from parapolicy.policy import Policy
 from parapolicy.warm import WarmState
-from tests.helpers import small_policy, some_observation
+from tests.helpers import run_sampler, small_policy, some_observation
 
 FIXED_POINT = ["paradigms", "semi_implicit", "anderson", "secant"]
 
@@ -58,7 +58,7 @@ def test_a_perfect_guess_leaves_one_round_per_window(name: str) -> None:
     state = policy.predict(observation, seed=1).warm_state
     sampler = policy.with_sampler(name, window=10, tolerance=0.1)
     noise, guess = state.noise.flatten(2), state.estimates.flatten(2)
-    sample = sampler.sampler.sample(_denoiser(policy, observation), policy.schedule, noise, guess=guess)
+    sample = run_sampler(sampler.sampler, _denoiser(policy, observation), policy.schedule, noise, guess=guess)
     assert int(sample.rounds[0]) <= 3  # two windows; ParaDiGMS waits for its last states to stand still
 
 

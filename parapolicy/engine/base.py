@@ -11,7 +11,7 @@ from torch import Tensor
 
 from parapolicy.denoiser import Denoiser, Evaluate
 from parapolicy.networks import Network
-from parapolicy.samplers import Rounds, Sample, Sampler, run_rounds
+from parapolicy.samplers import Rounds, Sample, Sampler
 
 
 class Engine(ABC):
@@ -46,8 +46,22 @@ class Engine(ABC):
         stop: Callable[[], bool] | None = None,
         guess: Tensor | None = None,
     ) -> Sample:
-        """Draw a batch of samples; see :meth:`parapolicy.samplers.Sampler.sample`."""
-        return run_rounds(self.rounds(sampler, denoiser, noise), denoiser, noise, stop, guess)
+        """Draw a batch of samples: the one loop over rounds.
+
+        Args:
+            denoiser: of what :meth:`bind` gave.
+            noise: (T + 1, B, S): [0] is the first state, [j + 1] the noise of step j.
+            stop: asked after every round; True ends sampling there with the best estimate so far. One round is
+                always run. None: never.
+            guess: (B, T, S) what the estimates u_j may turn out to be, from the chunk before; None: a cold start.
+                It changes what sampling costs, not what is sampled.
+        """
+        rounds = self.rounds(sampler, denoiser, noise)
+        rounds.begin(noise, guess)
+        while True:
+            rounds.advance(denoiser)
+            if (stop is not None and stop()) or bool(rounds.done):
+                return rounds.result()
 
 
 def digest_weights(network: Network) -> bytes:

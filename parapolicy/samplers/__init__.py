@@ -4,7 +4,7 @@ import dataclasses
 from typing import Any
 
 from parapolicy.samplers.anderson import Anderson
-from parapolicy.samplers.base import DenoiserLike, Rounds, Sample, Sampler, run_rounds
+from parapolicy.samplers.base import DenoiserLike, Rounds, Sample, Sampler
 from parapolicy.samplers.paradigms import ParaDiGMS
 from parapolicy.samplers.parareal import Parareal
 from parapolicy.samplers.secant import Secant
@@ -37,7 +37,6 @@ __all__ = [
     "Speculative",
     "list_samplers",
     "make_sampler",
-    "run_rounds",
 ]
 
 

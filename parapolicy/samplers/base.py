@@ -1,7 +1,6 @@
 """What every sampler is: parameters, and rounds over a batch of flat states."""
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable
 from dataclasses import dataclass
 from numbers import Real
 from typing import ClassVar, Protocol
@@ -60,7 +59,7 @@ class Rounds(ABC):
 
     @abstractmethod
     def begin(self, noise: Tensor, guess: Tensor | None) -> None:
-        """Start a batch of samples; see :meth:`Sampler.sample`."""
+        """Start a batch of samples; see :meth:`parapolicy.engine.Engine.run`."""
 
     @abstractmethod
     def advance(self, denoiser: DenoiserLike) -> None:
@@ -72,7 +71,8 @@ class Rounds(ABC):
 
 
 class Sampler(ABC):
-    """An algorithm and its parameters, which are dataclass fields.
+    """An algorithm and its parameters, which are dataclass fields. What it samples is a pure function of denoiser,
+    schedule and noise.
 
     Attributes:
         is_reference: it computes the schedule step by step: what the others are measured against.
@@ -96,40 +96,6 @@ class Sampler(ABC):
             noise: (T + 1, B, S), for its shape and device.
             compiled: compile what lies between two network calls, where the sampler can.
         """
-
-    def sample(
-        self,
-        denoiser: DenoiserLike,
-        schedule: Schedule,
-        noise: Tensor,
-        stop: Callable[[], bool] | None = None,
-        guess: Tensor | None = None,
-    ) -> Sample:
-        """Draw a batch of samples. A pure function of denoiser, schedule and noise.
-
-        Args:
-            noise: (T + 1, B, S): [0] is the first state, [j + 1] the noise of step j.
-            stop: asked after every round; True ends sampling there with the best estimate so far. One round is
-                always run. None: never.
-            guess: (B, T, S) what the estimates u_j may turn out to be, from the chunk before; None: a cold start.
-                It changes what sampling costs, not what is sampled.
-        """
-        return run_rounds(self.rounds(schedule, noise), denoiser, noise, stop, guess)
-
-
-def run_rounds(
-    rounds: Rounds,
-    denoiser: DenoiserLike,
-    noise: Tensor,
-    stop: Callable[[], bool] | None = None,
-    guess: Tensor | None = None,
-) -> Sample:
-    """Begin a batch and run its rounds until they are done or ``stop`` says so; see :meth:`Sampler.sample`."""
-    rounds.begin(noise, guess)
-    while True:
-        rounds.advance(denoiser)
-        if (stop is not None and stop()) or bool(rounds.done):
-            return rounds.result()
 
 
 def root_mean_square(value: Tensor) -> Tensor:
