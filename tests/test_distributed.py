@@ -81,7 +81,7 @@ def test_a_job_whose_worker_is_killed_goes_on_in_another(tmp_path: Path, alone: 
     def of_job_0() -> list[Path]:
         """Its episodes.jsonl, once it has a line."""
         found = [path for path in tmp_path.glob("*/episodes.jsonl") if "\n" in path.read_text()]
-        return [path for path in found if "steps: 10" in (path.parent / ".hydra" / "overrides.yaml").read_text()]
+        return [path for path in found if "steps:10" in (path.parent / ".hydra" / "overrides.yaml").read_text()]
 
     while not of_job_0() and time.monotonic() < deadline:
         time.sleep(0.01)
