@@ -3,6 +3,7 @@
 import json
 import subprocess
 import sys
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -228,8 +229,9 @@ def test_a_replaced_checkpoint_does_not_go_on_in_the_same_folder(tmp_path: Path)
     ddim = "samplers=[{name: sequential, solver: ddim, steps: 2}]"
     config = configured("eval", f"checkpoint={tmp_path / 'policy'}", ddim, "episodes=1", "videos=0", "latency_chunks=0")
 
-    def once() -> Any:
-        return evaluate(config, tmp_path / "run", lambda spec, clock: make_env("pusht", spec, max_episode_steps=4))
+    def once() -> float:
+        env = partial(make_env, "pusht", max_episode_steps=4)
+        return evaluate(config, tmp_path / "run", lambda spec, clock: env(spec))["test/mean_score"]
 
     assert once() == once()
     parapolicy.save_policy(small_policy(observation={"state": (5,)}), tmp_path / "policy")  # other random weights

@@ -201,9 +201,9 @@ def test_the_library_imports_no_simulator_config_or_plotting() -> None:
     ("value", "message"),
     [
         (np.ma.masked_array(np.ones((2, 2)), [[0, 0], [0, 1]]), "is a masked array"),
-        (np.ones((2, 2), complex), "is an array of complex128, expected real numbers"),
-        (np.full((2, 2), "1.0"), "is an array of <U3"),
-        (np.full((2, 2), None), "is an array of object"),
+        (np.ones((2, 2), complex), "is no array of numbers, but of complex128; expected real ones"),
+        (np.full((2, 2), "1.0"), "is no array of numbers, but of <U3"),
+        (np.full((2, 2), None), "is no array of numbers, but of object"),
         ([[1.0], [1.0, 2.0]], "is no array of numbers"),
     ],
 )
