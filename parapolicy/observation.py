@@ -116,7 +116,7 @@ def _as_array(key: str, feature: Feature, value: Any) -> np.ndarray:
     except (TypeError, ValueError, RuntimeError) as error:
         raise ObservationError(f"observation {key!r} is no array of numbers: {error}") from error
     if array.dtype.kind not in "biuf":
-        raise ObservationError(f"observation {key!r} is an array of {array.dtype}, expected real numbers")
+        raise ObservationError(f"observation {key!r} is no array of numbers, but of {array.dtype}; expected real ones")
     if feature.kind == "state":
         array = array.astype(np.float32, copy=False)
     if feature.kind == "image" and array.dtype != np.uint8 and array.dtype.kind != "f":

@@ -3,6 +3,7 @@
 import json
 import subprocess
 import sys
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -223,6 +224,35 @@ def test_eval_command(tmp_path: Path) -> None:
     assert video.read_bytes()[4:8] == b"ftyp"
 
 
+def test_a_replaced_checkpoint_does_not_go_on_in_the_same_folder(tmp_path: Path) -> None:
+    parapolicy.save_policy(small_policy(observation={"state": (5,)}), tmp_path / "policy")
+    ddim = "samplers=[{name: sequential, solver: ddim, steps: 2}]"
+    config = configured("eval", f"checkpoint={tmp_path / 'policy'}", ddim, "episodes=1", "videos=0", "latency_chunks=0")
+
+    def once() -> float:
+        env = partial(make_env, "pusht", max_episode_steps=4)
+        return evaluate(config, tmp_path / "run", lambda spec, clock: env(spec))["test/mean_score"]
+
+    assert once() == once()
+    parapolicy.save_policy(small_policy(observation={"state": (5,)}), tmp_path / "policy")  # other random weights
+    with pytest.raises(ValueError, match="holds a run of another checkpoint"):
+        once()
+
+
+def test_without_ffmpeg_there_are_no_videos_and_a_table(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setenv("IMAGEIO_FFMPEG_EXE", "/nonexistent")
+    parapolicy.save_policy(small_policy(observation={"state": (5,)}), tmp_path / "policy")
+    ddim = "samplers=[{name: sequential, solver: ddim, steps: 2}]"
+    config = configured("eval", f"checkpoint={tmp_path / 'policy'}", ddim, "episodes=2", "videos=2", "latency_chunks=0")
+    results = evaluate(config, tmp_path / "run", lambda spec, clock: make_env("pusht", spec, max_episode_steps=4))
+    (row,) = results["samplers"].values()
+    assert (row["overall"]["n_episodes"], row["overall"]["video_paths"]) == (2, [])
+    assert capsys.readouterr().out.count("there are no videos, the run goes on without") == 1
+    assert not list((tmp_path / "run" / "videos").iterdir())
+
+
 @pytest.mark.parametrize(
     ("override", "message"),
     [
@@ -237,6 +267,7 @@ def test_eval_command(tmp_path: Path) -> None:
         ("engine=fast", "engine is 'fast', expected one of"),
         ("episodes=0", "episodes is 0"),
         ("num_envs=0", "num_envs is 0"),
+        ("env_timeout_s=0", "env_timeout_s is 0"),
     ],
 )
 def test_eval_errors_name_the_value(
@@ -254,15 +285,21 @@ def test_an_error_is_one_line_of_the_command(tmp_path: Path) -> None:
     assert "Traceback" not in done.stderr
 
 
-def test_train_command_then_eval(tmp_path: Path) -> None:
-    """Train on a made-up replay buffer, score in closed loop, write the card, load what was written."""
-    root = zarr.open_group(str(tmp_path / "replay.zarr"), mode="w")
+def made_up_buffer(folder: Path) -> Path:
+    path = folder / "replay.zarr"
+    root = zarr.open_group(str(path), mode="w")
     rng = np.random.default_rng(0)
     for name, width in {"state": 5, "action": 2}.items():
         root[f"data/{name}"] = rng.uniform(50, 450, (60, width)).astype(np.float32)
     root["meta/episode_ends"] = np.array([30, 60])
+    return path
+
+
+def test_train_command_then_eval(tmp_path: Path) -> None:
+    """Train on a made-up replay buffer, score in closed loop, write the card, load what was written; and again."""
+    made_up_buffer(tmp_path)
     small = ["train.steps=4", "train.batch_size=8", "train.compile=false", "policy.network.down_dims=[16,32]"]
-    done = run(
+    command = [
         "train.py",
         "data=pusht_state",
         f"data.path={tmp_path / 'replay.zarr'}",
@@ -271,7 +308,8 @@ def test_train_command_then_eval(tmp_path: Path) -> None:
         "score.options.max_episode_steps=8",
         *small,
         f"hydra.run.dir={tmp_path / 'run'}",
-    )
+    ]
+    done = run(*command)
     assert done.returncode == 0, done.stderr
     policy = parapolicy.load_policy(tmp_path / "policy")
     assert dict(policy.spec.observation) == {"state": Feature((5,), "state")}
@@ -279,19 +317,39 @@ def test_train_command_then_eval(tmp_path: Path) -> None:
     for text in ("data=pusht_state", "over 2 episodes, seeds from 100000", "steps 4", "seed 0"):
         assert text in card
     assert str(tmp_path / "replay.zarr") not in card
+    before = {path: path.stat().st_mtime_ns for path in (tmp_path / "policy").iterdir()}
+    again = run(*command)
+    assert (again.returncode, again.stdout) == (0, f"{tmp_path / 'policy'} is finished\n")
+    other = run(*command, "train.seed=1")
+    assert other.returncode == 1
+    assert "finished policy of a run with other settings (seed)" in other.stderr
+    assert {path: path.stat().st_mtime_ns for path in (tmp_path / "policy").iterdir()} == before
 
 
 @pytest.mark.parametrize(
     ("overrides", "message"),
     [
+        (["data.path=BUFFER", "+data.maks=train"], r"data has unknown settings \['maks'\]"),
+        (["data.path=BUFFER", "+data.mask=train"], "data.mask is 'train', but only HDF5 files have masks"),
+        (["data.path=BUFFER", "+data.action.column=[0]"], r"unknown keys \['column'\]"),
+        (["data.path=BUFFER", "data.action.shape=[2,1]"], r"data.action.shape is \[2, 1\]"),
+        (["data.path=BUFFER", "data.action.shape=[3]"], r"data/action has the shape \(2,\) per step, .* \(3,\)"),
+        (["data.path=BUFFER", "data.env=maze"], "env is 'maze', expected one of"),
+        (["data.path=BUFFER", "+score.options.color=red"], r"env pusht does not take the options .*'color'"),
+        (["data.path=BUFFER", "score.options.max_episode_steps=0"], "max_episode_steps is 0"),
+        (["data.path=BUFFER", "score.episodes=-1"], "score.episodes is -1"),
         (["data.path=nowhere", "device=cpu"], "no data set at 'nowhere'"),
         (["train.steps=4"], "data.path is not set"),
         (["train.stepz=4"], "stepz"),
     ],
 )
-def test_train_errors_name_the_value(overrides: list[str], message: str) -> None:
+def test_train_errors_name_the_value(overrides: list[str], message: str, tmp_path: Path) -> None:
+    """Before any training: nothing is written."""
+    overrides = [word.replace("BUFFER", str(made_up_buffer(tmp_path))) for word in overrides]
+    overrides = ["data=pusht_state", f"output={tmp_path / 'policy'}", *overrides]
     with pytest.raises((ValueError, HydraException), match=message):
         train.run(configured("train", *overrides))
+    assert not (tmp_path / "policy").exists()
 
 
 @pytest.mark.parametrize("env", ["pusht", "lift"])

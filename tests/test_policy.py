@@ -256,3 +256,27 @@ def test_the_library_imports_no_simulator_config_or_plotting() -> None:
     code = f"import sys, parapolicy; print([m for m in {modules} if m in sys.modules])"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout.strip() == "[]"
+
+
+@pytest.mark.parametrize(
+    ("value", "message"),
+    [
+        (np.ma.masked_array(np.ones((2, 2)), [[0, 0], [0, 1]]), "is a masked array"),
+        (np.ones((2, 2), complex), "is no array of numbers, but of complex128; expected real ones"),
+        (np.full((2, 2), "1.0"), "is no array of numbers, but of <U3"),
+        (np.full((2, 2), None), "is no array of numbers, but of object"),
+        ([[1.0], [1.0, 2.0]], "is no array of numbers"),
+    ],
+)
+def test_observations_of_other_than_real_numbers_are_refused(value: Any, message: str) -> None:
+    policy = small_policy()
+    observation = {**some_observation(policy.spec), "position": value}
+    with pytest.raises(parapolicy.ObservationError, match=f"observation 'position' {message}"):
+        policy.predict(observation)
+
+
+def test_bfloat16_tensors_are_taken_as_observations() -> None:
+    policy = small_policy()
+    observation = {key: torch.tensor(value).bfloat16() for key, value in some_observation(policy.spec).items()}
+    plain = {key: value.float().numpy() for key, value in observation.items()}
+    np.testing.assert_array_equal(policy.predict(observation).trajectory, policy.predict(plain).trajectory)

@@ -26,9 +26,10 @@ SETTINGS = ("episodes=3", "num_envs=3", "env.options.max_episode_steps=16")
 
 
 def jobs_of(sweep: Path) -> list[Path]:
-    """The folders of the fixture's three jobs."""
-    fixed = sorted([*SETTINGS, "samplers="])
-    return [sweep / job_folder(",".join([*fixed[:-1], f"samplers={samplers}"])) for samplers in SWEPT]
+    """The folders of the fixture's three jobs, whose names are cut."""
+    overrides = {path.parent.parent: path.read_text() for path in sweep.glob("*/.hydra/overrides.yaml")}
+    assert len(overrides) == 3
+    return [next(job for job, text in overrides.items() if mark in text) for mark in ("steps:10", "label:ddim", "fast")]
 
 
 def start(*overrides: str, env: Mapping[str, str] | None = None) -> subprocess.Popen[str]:
@@ -225,3 +226,46 @@ def test_names_of_job_folders_are_file_names() -> None:
         assert 0 < len(name) <= MAX_NAME + 9
         assert "/" not in name
         assert name.isascii()
+
+
+def saved_run(folder: Path) -> RunFolder:
+    kept = RunFolder(folder, {"config": {"a": 1, "checkpoint": "x"}, "checkpoint_digest": "0123"})
+    for seed in (7, 8):
+        steps = [{"state": np.full((2, 5), seed, np.float32)}]
+        episode = EpisodeRecord(seed, [0.1, 0.5], True, [3], [30], steps)
+        kept.save_episode("ours", episode, {"seed": seed, "success": True}, observations=True)
+    return kept
+
+
+def test_a_run_does_not_go_on_with_another_checkpoint(tmp_path: Path) -> None:
+    saved_run(tmp_path)
+    RunFolder(tmp_path, {"config": {"a": 1, "checkpoint": "x", "env_timeout_s": 5}, "checkpoint_digest": "0123"})
+    with pytest.raises(ValueError, match="another checkpoint: the one at 'x' was replaced"):
+        RunFolder(tmp_path, {"config": {"a": 1, "checkpoint": "x"}, "checkpoint_digest": "4567"})
+
+
+def test_damage_of_a_run_folder_is_named_with_the_way_out(tmp_path: Path) -> None:
+    kept = saved_run(tmp_path)
+    kept.finish({"samplers": {"ours": {}}})
+    assert kept.results() == {"samplers": {"ours": {}}}
+    lines, results, about = (tmp_path / name for name in ("episodes.jsonl", "results.json", "run.json"))
+    original = lines.read_text()
+    lines.write_text(original.replace("0.5", "0.9", 1))
+    with pytest.raises(ValueError, match=r"episodes.jsonl, line 1 is damaged.*; delete this line"):
+        kept.load_episodes("ours")
+    lines.write_text(original[:-20])  # an interruption
+    assert [episode.seed for episode, _ in kept.load_episodes("ours")] == [7]
+    lines.write_text(original)
+    observations = tmp_path / "observations" / "8.npz"
+    observations.write_bytes(observations.read_bytes()[:-1])
+    with pytest.raises(ValueError, match=r"8.npz is damaged or missing; delete the line of seed 8 and sampler 'ours'"):
+        kept.load_episodes("ours")
+    results.write_text(results.read_text().replace("ours", "outs"))
+    with pytest.raises(ValueError, match=r"results.json is damaged.*; delete it, and the same run writes it again"):
+        kept.results()
+    about.write_text(about.read_text()[:50])
+    with pytest.raises(ValueError, match=r"run.json is damaged.*; choose another folder"):
+        RunFolder(tmp_path, {"config": {}})
+    about.unlink()
+    with pytest.raises(ValueError, match=r"has results.json, but no run.json"):
+        RunFolder(tmp_path, {"config": {}})

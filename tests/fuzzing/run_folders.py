@@ -108,6 +108,7 @@ def expected(read: Callable[..., Any], name: str, *arguments: Any) -> Any:
 def damage(rng: np.random.Generator, folder: Path) -> None:
     """Damage one to three files."""
     files = sorted(path for path in folder.rglob("*") if path.is_file())
+    contents = [path.read_bytes() for path in files]
     for path in {files[i] for i in rng.integers(len(files), size=rng.integers(1, 4))}:
         content = path.read_bytes()
         match rng.choice(["cut", "flip", "remove", "empty", "extend", "swap", "retype", "zero"]):
@@ -125,7 +126,7 @@ def damage(rng: np.random.Generator, folder: Path) -> None:
             case "extend":
                 path.write_bytes(content + rng.bytes(rng.integers(1, 50)))
             case "swap":
-                path.write_bytes(files[rng.integers(len(files))].read_bytes() if path.exists() else b"")
+                path.write_bytes(contents[rng.integers(len(files))])
             case "retype":
                 path.write_bytes(b"\n".join(retype(rng, line) for line in split(path, content)))
             case "zero":
