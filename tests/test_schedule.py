@@ -455,6 +455,43 @@ def test_unsupported_configs_are_named(changes: dict[str, Any], message: str) ->
         make_schedule(config_of(**changes))
 
 
+def test_configs_may_leave_out_what_diffusers_has_defaults_for() -> None:
+    ddpm = make_schedule({"_class_name": "DDPMParallelScheduler"})
+    assert (ddpm.solver, len(ddpm), ddpm.prediction, ddpm.clip) == ("ddpm", 1000, "epsilon", 1.0)
+    dpmsolver = make_schedule({"_class_name": "DPMSolverMultistepScheduler"}, steps=20)
+    assert (dpmsolver.solver, dpmsolver.clip, dpmsolver.multistep) == ("dpmsolver++", None, True)
+    flow = make_schedule({"_class_name": "FlowMatchEulerDiscreteScheduler"})
+    assert (flow.solver, len(flow), flow.prediction, flow.clip) == ("flow", 1000, "flow_prediction", None)
+
+
+@pytest.mark.parametrize("solver", ["ddpm", "ddim", "dpmsolver++"])
+def test_the_clipping_range_is_the_configs(solver: str) -> None:
+    assert make_schedule(config_of(clip_sample_range=2.5), solver, steps=20).clip == 2.5
+    config = config_of()
+    del config["clip_sample"]
+    assert make_schedule(config, solver, steps=20).clip == (None if solver == "dpmsolver++" else 1.0)
+
+
+@pytest.mark.parametrize("count", [0, 10_001, 100.0, "100"])
+def test_numbers_of_timesteps_that_cannot_be_are_named(count: Any) -> None:
+    with pytest.raises(ValueError, match=f"num_train_timesteps is {count!r}, expected 1 to 10000"):
+        make_schedule(config_of(num_train_timesteps=count))
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"algorithm_type": "dpmsolver", "final_sigmas_type": "sigma_min"}, "algorithm_type is 'dpmsolver'"),
+        ({"solver_order": 3}, "solver_order 3"),
+        ({"use_flow_sigmas": True}, "variance-preserving"),
+        ({"thresholding": True}, "thresholding is on"),
+    ],
+)
+def test_other_forms_of_dpmsolver_are_named(changes: dict[str, Any], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        make_schedule({"_class_name": "DPMSolverMultistepScheduler", **changes}, steps=20)
+
+
 def test_repeated_timesteps_are_refused() -> None:
     config = {**DDPM_CONFIG, "_class_name": "DPMSolverMultistepScheduler", "timestep_spacing": "linspace"}
     with pytest.raises(ValueError, match="take another number of steps or timestep_spacing"):
