@@ -478,6 +478,13 @@ def test_numbers_of_timesteps_that_cannot_be_are_named(count: Any) -> None:
         make_schedule(config_of(num_train_timesteps=count))
 
 
+def test_ten_thousand_timesteps_and_steps_are_taken() -> None:
+    assert make_schedule(config_of(num_train_timesteps=10_000), "dpmsolver++", steps=2).timesteps[0] == 9_999
+    assert len(make_schedule(FLOW_CONFIG, steps=10_000)) == 10_000
+    with pytest.raises(ValueError, match="steps is 10001, expected 1 to 10000"):
+        make_schedule(FLOW_CONFIG, steps=10_001)
+
+
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
