@@ -278,6 +278,44 @@ def test_every_action_says_where_it_came_from(policy: Timed) -> None:
         np.testing.assert_array_equal(np.float32(row["action"]), expected)
 
 
+def test_a_row_of_the_log_holds_times_and_costs(policy: Timed) -> None:
+    rows: list[Any] = []
+    policy.now, policy.seconds = 5.0, 0.02
+    controller = Controller(policy, 10, clock=policy.clock, log=rows.append, warm_start=True)
+    actions = act(controller, policy, EXECUTED + 1)
+    stats = controller.record.chunks[1].stats
+    assert stats is not None
+    times = {"time": 5.04, "slack": 0.08, "observed_at": 5.02, "chunk_seconds": 0.02}
+    assert {name: rows[-1].pop(name) for name in times} == pytest.approx(times)
+    assert rows[-1] == {
+        "step": EXECUTED,
+        "kind": "planned",
+        "chunk": 1,
+        "index": 0,
+        "begin": EXECUTED,
+        "seed": mix_seeds(0, 1),
+        "warm_from": 0,
+        "executed": EXECUTED,
+        "computed_seconds": stats.seconds,
+        "rounds": stats.rounds,
+        "complete": True,
+        "residual": stats.residual,
+        "stale": 0,
+        "action": actions[-1].tolist(),
+    }
+
+
+def test_waiting_for_the_loop_and_taking_the_observation_in_are_timed(policy: Timed) -> None:
+    controller, executor = start_async(policy)
+    executor.run()
+    policy.now += 0.03
+    act(controller, policy, 1)
+    assert controller.record.times["queue"].max == pytest.approx(0.03)
+    policy.tick = 0.004
+    act(controller, policy, 1)
+    assert controller.record.times["observe"].max == pytest.approx(0.004)
+
+
 def test_histograms_give_percentiles_to_one_percent() -> None:
     times = np.random.default_rng(0).lognormal(-3, 1, 20_000)
     histogram = Histogram()

@@ -88,7 +88,7 @@ def test_a_job_whose_worker_is_killed_goes_on_in_another(tmp_path: Path, alone: 
     def of_job_0() -> list[Path]:
         """Its episodes.jsonl, once it has the two lines after which it is held."""
         found = [path for path in tmp_path.glob("*/episodes.jsonl") if path.read_text().count("\n") == 2]
-        return [path for path in found if "steps: 10" in (path.parent / ".hydra" / "overrides.yaml").read_text()]
+        return [path for path in found if "steps:10" in (path.parent / ".hydra" / "overrides.yaml").read_text()]
 
     while not of_job_0():
         assert sweep.poll() is None, sweep.communicate()[0]

@@ -514,6 +514,21 @@ def test_missing_settings_are_named(name: str) -> None:
         make_schedule(config)
 
 
+@pytest.mark.parametrize("solver", ["ddpm", "ddim", "dpmsolver++"])
+def test_the_clipping_range_is_the_configs(solver: str) -> None:
+    assert make_schedule(config_of(clip_sample_range=2.5), solver, steps=20).clip == 2.5
+    config = config_of()
+    del config["clip_sample"]
+    assert make_schedule(config, solver, steps=20).clip == (None if solver == "dpmsolver++" else 1.0)
+
+
+def test_ten_thousand_timesteps_and_steps_are_taken() -> None:
+    assert make_schedule(config_of(num_train_timesteps=10_000), "dpmsolver++", steps=2).timesteps[0] == 9_999
+    assert len(make_schedule(FLOW_CONFIG, steps=10_000)) == 10_000
+    with pytest.raises(ValueError, match="steps is 10001, expected 1 to 10000"):
+        make_schedule(FLOW_CONFIG, steps=10_001)
+
+
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
@@ -556,6 +571,30 @@ def test_what_diffusers_writes_is_taken(source: str) -> None:
 def test_the_training_configuration_is_taken() -> None:
     scheduler = OmegaConf.to_container(configured("train").policy.scheduler)
     assert len(make_schedule(scheduler)) == 100
+
+
+DPM_CONFIG = {
+    "_class_name": "DPMSolverMultistepScheduler",
+    "num_train_timesteps": 100,
+    "beta_schedule": "linear",
+    "beta_start": 0.0001,
+    "beta_end": 0.02,
+    "prediction_type": "epsilon",
+}
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"algorithm_type": "dpmsolver", "final_sigmas_type": "sigma_min"}, "algorithm_type is 'dpmsolver'"),
+        ({"solver_order": 3}, "solver_order 3"),
+        ({"use_flow_sigmas": True}, "variance-preserving"),
+        ({"thresholding": True}, "thresholding is on"),
+    ],
+)
+def test_other_forms_of_dpmsolver_are_named(changes: dict[str, Any], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        make_schedule({**DPM_CONFIG, **changes}, steps=20)
 
 
 def test_repeated_timesteps_are_refused() -> None:
