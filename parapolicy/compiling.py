@@ -30,31 +30,25 @@ class Compiling:
     def __init__(self, function: Callable[..., Any], **options: Any) -> None:
         self.function, self.options = function, options
         self.compiled: Callable[..., Any] | None = None
-        self._lock = threading.Lock()  # until the first call has compiled
+        self._lock = threading.Lock()
 
     def __call__(self, *arguments: Any) -> Any:
-        if self.compiled is not None:
-            return self._call(self.compiled, *arguments)
-        with self._lock:
-            if self.compiled is None:
-                settings = torch._dynamo.config
-                settings.recompile_limit = max(settings.recompile_limit, VARIANTS)
-                _find_cache()
-                compiled = torch.compile(self.function, **self.options)
-                output = self._call(compiled, *arguments)
-                if self.compiled is None:
-                    self.compiled = compiled
-                return output
-        return self._call(self.compiled, *arguments)
-
-    def _call(self, compiled: Callable[..., Any], *arguments: Any) -> Any:
-        if compiled == self.function:
-            return compiled(*arguments)
         try:
-            return compiled(*arguments)
+            if self.compiled is not None:
+                return self.compiled(*arguments)
+            with self._lock:  # one thread compiles, and the others find it done
+                if self.compiled is None:
+                    settings = torch._dynamo.config
+                    settings.recompile_limit = max(settings.recompile_limit, VARIANTS)
+                    _find_cache()
+                    compiled = torch.compile(self.function, **self.options)
+                    output = compiled(*arguments)
+                    self.compiled = compiled
+                    return output
+            return self.compiled(*arguments)
         except (torch._dynamo.exc.TorchDynamoException, OSError) as error:
-            if self.compiled != self.function:
-                warnings.warn(f"torch.compile does not work here, so the engine runs uncompiled: {error}", stacklevel=3)
+            if self.compiled is not self.function:
+                warnings.warn(f"torch.compile does not work here, so the engine runs uncompiled: {error}", stacklevel=2)
             self.compiled = self.function
             return self.function(*arguments)
 
@@ -71,4 +65,4 @@ def _find_cache() -> None:
             return  # compiling fails, which is said then
         atexit.register(shutil.rmtree, folder, ignore_errors=True)
         os.environ["TORCHINDUCTOR_CACHE_DIR"] = folder
-        warnings.warn(f"torch's cache cannot be written to ({error}), so each process compiles anew", stacklevel=4)
+        warnings.warn(f"torch's cache cannot be written to ({error}), so each process compiles anew", stacklevel=3)

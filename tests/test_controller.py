@@ -588,7 +588,7 @@ def test_a_clock_that_cannot_be_right_costs_no_action(
     policy: Timed, fault: Callable[[float], float], asynchronous: bool
 ) -> None:
     """At any one of its readings, and for good."""
-    looks = 0
+    policy, looks = Timed(policy.policy.with_schedule("ddim", 2)), 0
     for at in (*range(30), "ever"):
         looks, policy.now = 0, 5000.0
 

@@ -134,18 +134,18 @@ def test_without_a_compiler_it_warns_once_and_goes_on(monkeypatch: pytest.Monkey
 
 @pytest.mark.parametrize("writable", [True, False])
 def test_a_cache_that_cannot_be_made_is_replaced_or_done_without(
-    writable: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    writable: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, recwarn: pytest.WarningsRecorder
 ) -> None:
     blocked = tmp_path / "file"
     blocked.write_text("")
     monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", str(blocked / "cache"))
     monkeypatch.setattr(tempfile, "tempdir", str(tmp_path if writable else blocked / "tmp"))
-    double = Compiling(lambda x: 2 * x + 1)
-    with pytest.warns(UserWarning, match="cannot be written to" if writable else "runs uncompiled") as caught:
-        results = [double(torch.ones(3)) for _ in range(2)]
-    assert all(torch.equal(result, torch.full((3,), 3.0)) for result in results)
-    assert len(caught) == 1
-    assert Path(os.environ["TORCHINDUCTOR_CACHE_DIR"]).is_relative_to(tmp_path)
+    double = Compiling(lambda x: 2 * x + 1, backend="eager")
+    for _ in range(2):
+        assert torch.equal(double(torch.ones(3)), torch.full((3,), 3.0))
+    expected = "cannot be written to" if writable else "runs uncompiled"
+    assert [expected in str(w.message) for w in recwarn if w.category is UserWarning] == [True]
+    assert Path(os.environ["TORCHINDUCTOR_CACHE_DIR"]).is_dir() == writable
 
 
 def in_threads(functions: list[Callable[[], np.ndarray]], times: int) -> list[list[np.ndarray]]:
@@ -166,7 +166,7 @@ def test_threads_share_a_compiled_engine(monkeypatch: pytest.MonkeyPatch) -> Non
     sys.setswitchinterval(1e-5)
     try:
         calls = [lambda p=p: p.predict(observation).trajectory for p in policies]
-        for found, right in zip(in_threads(calls, 20), expected, strict=True):
+        for found, right in zip(in_threads(calls, 6), expected, strict=True):
             for trajectory in found:
                 np.testing.assert_allclose(trajectory, right, rtol=0, atol=1e-2)
     finally:
