@@ -23,6 +23,9 @@ def serve(arguments: Sequence[str]) -> None:
     from parapolicy.serve.server import run_server
 
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(name)s %(message)s")
+    for argument in arguments:
+        if argument.endswith("="):  # OmegaConf would take it for null: no key is asked where a variable is empty
+            raise ValueError(f"the setting {argument!r} has no value, expected one, or null")
     try:
         given = OmegaConf.from_dotlist(list(arguments))
         config = OmegaConf.to_object(OmegaConf.merge(OmegaConf.structured(ServeConfig), given))

@@ -1,10 +1,10 @@
 """How connections, and the server, end: what is still computed, what is delivered, what the log says."""
 
+import contextlib
 import logging
 import threading
 import time
 from collections.abc import Callable, Iterator
-from contextlib import ExitStack
 from typing import Any
 
 import numpy as np
@@ -56,12 +56,12 @@ def wait_for(condition: Callable[[], bool]) -> None:
 
 
 @pytest.fixture
-def clients() -> Iterator[ExitStack]:
-    with ExitStack() as clients:
+def clients() -> Iterator[contextlib.ExitStack]:
+    with contextlib.ExitStack() as clients:
         yield clients
 
 
-def ask(server: Running, policy: Policy, clients: ExitStack) -> ClientConnection:
+def ask(server: Running, policy: Policy, clients: contextlib.ExitStack) -> ClientConnection:
     client = clients.enter_context(server.connect())
     client.recv()
     client.send(pack(some_observation(policy.spec)))
@@ -69,7 +69,7 @@ def ask(server: Running, policy: Policy, clients: ExitStack) -> ClientConnection
 
 
 def test_the_request_of_a_client_that_has_gone_is_not_computed(
-    gated: tuple[Running, Gated], policy: Policy, clients: ExitStack
+    gated: tuple[Running, Gated], policy: Policy, clients: contextlib.ExitStack
 ) -> None:
     server, gate = gated
     first = ask(server, policy, clients)
@@ -84,7 +84,9 @@ def test_the_request_of_a_client_that_has_gone_is_not_computed(
     assert gate.calls == 1
 
 
-def test_closing_delivers_the_batch_at_hand_and_drops_what_waits(gated: tuple[Running, Gated], policy: Policy) -> None:
+def test_closing_delivers_the_batch_at_hand_and_drops_what_waits(
+    gated: tuple[Running, Gated], policy: Policy, clients: contextlib.ExitStack
+) -> None:
     server, gate = gated
     first = ask(server, policy, clients)
     assert gate.begun.wait(60)
@@ -117,6 +119,21 @@ def test_clients_that_neither_read_nor_answer_do_not_hold_up_the_end(policy: Pol
         while client.recv(1 << 16):
             pass
         client.close()
+
+
+@pytest.mark.parametrize("frame", [b"\x82\x80", b"\x89\x80", b"\x00\x80"], ids=["messages", "pings", "fragments"])
+def test_a_client_that_floods_is_cut_off(policy: Policy, caplog: pytest.LogCaptureFixture, frame: bytes) -> None:
+    """Empty frames by the thousand: parsing them all would stop everybody."""
+    caplog.set_level(logging.INFO, "parapolicy.serve")
+    with running(policy) as server, silent_client(server.port) as client:
+        with contextlib.suppress(ConnectionError):
+            if frame[0] == 0:
+                client.sendall(b"\x02\x80" + bytes(4))
+            client.sendall((frame + bytes(4)) * 100_000)
+            while client.recv(1 << 16):
+                pass
+        wait_for(lambda: ": flooded: " in caplog.text)
+        wait_for(lambda: not server.server._open)
 
 
 def test_the_log_says_why_a_connection_ended(policy: Policy, caplog: pytest.LogCaptureFixture) -> None:

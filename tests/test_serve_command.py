@@ -109,7 +109,7 @@ def test_closing_finishes_what_was_asked(command: Callable, policy: Policy) -> N
         (["checkpoint=nowhere"], "no checkpoint at 'nowhere'"),
         (["sampler=fast"], "sampler is 'fast'"),
         (["max_batch=0"], "max_batch is 0"),
-        (["api_key="], "api_key holds 0 characters"),
+        (["api_key="], "'api_key=' has no value"),
         (["api_key_file=nowhere"], "nowhere"),
     ],
 )

@@ -27,6 +27,7 @@ from parapolicy.planner import made_up_observations
 from parapolicy.policy import Policy
 from parapolicy.serve.batcher import Batcher, DroppedError
 from parapolicy.serve.config import ServeConfig
+from parapolicy.serve.connection import BoundedConnection
 from parapolicy.serve.metrics import ServerMetrics
 from parapolicy.serve.session import Session
 from parapolicy.serve.wire import Limits, WireError, pack, unpack
@@ -76,6 +77,7 @@ class PolicyServer:
             config.host,
             config.port,
             process_request=self._answer_http,
+            create_connection=BoundedConnection,
             compression=None,
             max_size=config.max_message_bytes or self.limits.message_bytes,
             max_queue=1,  # a client that sends before it is answered waits in its own socket
