@@ -20,7 +20,7 @@ def play(port: int, seconds: float, client: int, latencies: list[float], errors:
         policy = WebsocketClientPolicy("127.0.0.1", port)
         metadata = policy.get_server_metadata()
         rng = np.random.default_rng(client)
-        steps = metadata["n_obs_steps"]
+        steps = metadata["n_obs_steps"]  # one step alone would stand for all of them
         end = time.monotonic() + seconds
         while time.monotonic() < end:
             observation = {

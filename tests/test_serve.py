@@ -131,6 +131,7 @@ def bad_messages(policy: Policy) -> dict[str, tuple[Any, str]]:
         "key twice": (b"\x82" + 2 * (pack("points") + b"\x00"), "one of them twice"),
         "extension": (pack(msgpack.Timestamp(5)), "exceeds max_ext_len"),
         "long word": (pack({**good, "points": "far" * 10_000}), "no array of numbers"),
+        "too far": (pack({**good, "points": good["points"] + 1e38}), "action chunk holds a value that is not finite"),
         "mixed": (pack({**good, "points": good["points"][0]}), "expected all of one kind"),
     }
 

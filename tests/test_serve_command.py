@@ -18,6 +18,7 @@ from parapolicy.loading import save_policy
 from parapolicy.policy import Policy
 from tests.conftest import PATIENCE, ROOT
 from tests.helpers import some_observation
+from tests.server_load import end, load
 from tests.serving import expected_episode, infer, running, served_policy
 
 CLIENT_PYTHON = Path(os.environ.get("PARAPOLICY_CLIENT_PYTHON", ROOT / ".venv-client" / "bin" / "python"))
@@ -122,3 +123,20 @@ def test_a_taken_port_is_named(policy: Policy, tmp_path: Path) -> None:
     save_policy(policy, tmp_path / "policy")
     with running(policy) as server, pytest.raises(SystemExit, match=r"error: .*address already in use"):
         main(["serve", f"checkpoint={tmp_path / 'policy'}", f"port={server.port}"])
+
+
+def test_a_loaded_server_keeps_its_promises(policy: Policy, tmp_path: Path) -> None:
+    """A slice of tests/server_load.py, which says how fast, too."""
+    save_policy(policy, tmp_path)
+    loaded = load(str(tmp_path), malformed=200, giant=4, connections=40)
+    assert loaded["refused"] + loaded["answered"] == 200
+    assert loaded["giant refused"] == 4
+    assert loaded["good equal"] >= 1
+    assert "good different" not in loaded
+    assert loaded["health failed"] == 0
+    assert loaded["memory peak / idle"] < 1.5
+    ended = end(str(tmp_path))
+    assert ended["delivered"] >= 1
+    assert ended["dropped"] >= 1
+    assert ended["delivered"] + ended["dropped"] == 11
+    assert ended["exit code"] == 0

@@ -85,3 +85,17 @@ def test_steps_and_stacks_are_not_mixed(policy: Policy) -> None:
 def test_a_policy_with_an_options_name_is_refused() -> None:
     with pytest.raises(ValueError, match=r"observes \['reset'\]"):
         Session(small_policy(observation={"reset": (1,)}).spec, True)
+
+
+def test_a_message_that_is_not_answered_leaves_the_episode_as_it_was(policy: Policy) -> None:
+    a, b, c = (one_step(policy, i) for i in range(3))
+    session = Session(policy.spec, warm_start=False)
+    session.request({**b, "seed": 7})  # computing its chunk fails
+    request = session.request({**a, "seed": 8})
+    session.answer(policy.predict(request.observation))
+    session.request({**b, "executed": 1})
+    with pytest.raises(ObservationError, match="lacks"):
+        session.request({"points": b["points"]})
+    request = session.request({**c, "executed": 1})
+    assert request.number == 1
+    np.testing.assert_array_equal(request.observation["position"], stack(a, c)["position"])

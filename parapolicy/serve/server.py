@@ -205,7 +205,7 @@ class PolicyServer:
             try:
                 request = await self._read(session, message, begin - replied)
                 chunk = await self.batcher.infer(request, wanted=lambda: connection.state is State.OPEN)
-            except (ObservationError, WireError) as error:
+            except (ObservationError, WireError, FloatingPointError) as error:  # the last: of its actions
                 text = _short(f"{type(error).__name__}: {error}")
                 self.metrics.requests.labels("refused").inc()
                 log.info("%s: refused: %s", connection.remote_address, text)

@@ -1,5 +1,6 @@
 """One client's episode: what a message asks for, what the policy is given for it, and what is answered."""
 
+import copy
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -37,7 +38,8 @@ class Session:
     spec: PolicySpec
     warm_start: bool
     pause_s: float = math.inf
-    episode: Episode = field(init=False)
+    episode: Episode = field(init=False)  # up to the last answer
+    _asked: tuple[Episode, Request] = field(init=False)
 
     def __post_init__(self) -> None:
         clash = [key for key in OPTIONS if key in self.spec.observation]
@@ -46,7 +48,7 @@ class Session:
         self.episode = Episode(self.spec, warm_start=self.warm_start)
 
     def request(self, message: Any, silence_s: float = 0.0) -> Request:
-        """What a message asks for. A message that is refused leaves the episode as it was.
+        """What a message asks for. The episode stays as it was until :meth:`answer`.
 
         Args:
             message: as unpacked.
@@ -68,24 +70,28 @@ class Session:
         if "seed" in options and not begins:
             raise ObservationError("a seed came in the middle of an episode; it goes with reset, or into the first one")
         steps = self._steps(observation)
-        if begins:
-            self.episode = Episode(self.spec, (seed,), self.warm_start)
-        elif len(steps) > 1 or executed != 1:
-            self.episode.history.reset()
+        episode = Episode(self.spec, (seed,), self.warm_start)
+        if not begins:
+            episode = copy.copy(self.episode)
+            episode.history = ObservationHistory(self.spec)
+            if len(steps) == executed == 1:
+                episode.history = copy.deepcopy(self.episode.history, {id(self.spec): self.spec})
         for step in steps:
-            self.episode.push(step)
-        self.last = self.episode.request(executed)
-        return self.last
+            episode.push(step)
+        request = episode.request(executed)
+        self._asked = episode, request
+        return request
 
     def answer(self, chunk: Chunk) -> dict[str, Any]:
         """The reply to the last request: actions (n, Da), the first one for its observation. The episode goes on."""
-        self.episode.accept(self.last, chunk)
+        self.episode, request = self._asked
+        self.episode.accept(request, chunk)
         return {
             "actions": chunk.trajectory[self.spec.n_obs_steps - 1 :],
             "rounds": int(chunk.stats.rounds),
             "residual": float(chunk.stats.residual),
             "complete": bool(chunk.stats.complete),
-            "new_episode": self.last.number == 0,
+            "new_episode": request.number == 0,
         }
 
     def _steps(self, observation: dict[str, Any]) -> list[dict[str, Any]]:

@@ -4,6 +4,7 @@ A case takes a generator of random numbers and a folder of its own. It returns "
 anything else.
 """
 
+import functools
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -12,10 +13,11 @@ import numpy as np
 
 from parapolicy.episode import Request
 from parapolicy.errors import ObservationError
+from parapolicy.policy import Chunk
 from parapolicy.serve.session import Session
 from parapolicy.serve.wire import Limits, WireError, pack, unpack
 from parapolicy.spec import Feature, PolicySpec
-from tests.helpers import small_spec
+from tests.helpers import small_policy, small_spec, some_observation
 
 DTYPES = ("<f2", "<f4", ">f4", "<f8", "|i1", "|u1", "<i2", ">u4", "<i8", "|b1")
 
@@ -155,25 +157,33 @@ def containers(rng: np.random.Generator, folder: Path) -> str:
     raise AssertionError(f"{count} lists of {width} times {leaf!r} were read")
 
 
+@functools.cache
+def any_chunk() -> tuple[PolicySpec, Chunk]:
+    policy = small_policy(n_obs_steps=3)
+    return policy.spec, policy.predict(some_observation(policy.spec))
+
+
 def episodes(rng: np.random.Generator, folder: Path) -> str:
-    """The history of each message is what the rules of a session make of all messages before it."""
-    spec = small_spec(n_obs_steps=3)
+    """The history of each message is what the rules of a session make of all answered messages before it."""
+    spec, chunk = any_chunk()
     session = Session(spec, warm_start=False, pause_s=1.0)
     history: list[float] = []
-    number = 0
-    for k in range(12):
+    number = -1
+    for _ in range(12):
         stacked, executed = bool(rng.integers(2)), [None, 0, 1, 4][rng.integers(4)]
         reset, silence = [None, True, False][rng.integers(3)], [0.0, 2.0][rng.integers(2)]
         message = good_message(rng, spec, stacked, nested=False)
         options = {"executed": executed, "reset": reset}
         request = session.request(message | {k: v for k, v in options.items() if v is not None}, silence)
-        begins = k == 0 or reset is True or (reset is None and silence > 1.0)
-        number = 0 if begins else number + 1
+        begins = number < 0 or reset is True or (reset is None and silence > 1.0)
         first = message["position"][..., 0]
         joined = [*history[1:], first] if executed == 1 and not begins else [first] * 3
-        history = list(first) if stacked else joined
-        assert request.number == number
-        assert request.observation["position"][:, 0].tolist() == [float(value) for value in history]
+        expected = [float(value) for value in (first if stacked else joined)]
+        assert request.number == (0 if begins else number + 1)
+        assert request.observation["position"][:, 0].tolist() == expected
+        if rng.integers(4):  # otherwise computing it failed
+            assert session.answer(chunk)["new_episode"] == begins
+            history, number = expected, request.number
     return "equal"
 
 
