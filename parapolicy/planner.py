@@ -2,7 +2,6 @@
 
 import contextlib
 import dataclasses
-import hashlib
 import json
 import math
 import os
@@ -16,7 +15,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from parapolicy.engine.base import digest_weights
+from parapolicy.digest import digest
 from parapolicy.policy import Policy
 from parapolicy.samplers import Secant, Sequential
 from parapolicy.spec import Feature
@@ -160,12 +159,7 @@ def _measure(policy: Policy, observations: Sequence[Mapping[str, Any]], toleranc
 
 def _key(policy: Policy, observations: Sequence[Mapping[str, Any]] | None, tolerance: float) -> str:
     """A digest of all that a plan depends on."""
-    digest = hashlib.sha256()
     device = torch.cuda.get_device_name(policy.device) if policy.device.type == "cuda" else str(policy.device)
-    facts = (device, torch.__version__, torch.get_num_threads(), policy.engine.name, tolerance)
-    digest.update(repr((*facts, policy.schedule.solver, policy.schedule.timesteps.tolist())).encode())
-    digest.update(digest_weights(policy.network))
-    for observation in observations or ():
-        for key in sorted(observation):
-            digest.update(np.ascontiguousarray(observation[key]).tobytes())
-    return digest.hexdigest()[:16]
+    machine = (device, torch.__version__, torch.get_num_threads())
+    solved = (policy.schedule.solver, policy.schedule.timesteps, policy.engine.name, tolerance)
+    return digest([machine, solved, policy.network.state_dict(), list(observations or ())])[:16]

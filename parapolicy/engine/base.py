@@ -1,12 +1,10 @@
 """What an engine is, and the plainest one."""
 
 import contextlib
-import hashlib
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping
 from typing import Any
 
-import torch
 from torch import Tensor
 
 from parapolicy.denoiser import Denoiser, Evaluate
@@ -62,15 +60,6 @@ class Engine(ABC):
             rounds.advance(denoiser)
             if (stop is not None and stop()) or bool(rounds.done):
                 return rounds.result()
-
-
-def digest_weights(network: Network) -> bytes:
-    """sha256 of a network's weights, with their names, shapes and precision."""
-    digest = hashlib.sha256()
-    for name, value in network.state_dict().items():
-        digest.update(f"{name} {value.dtype} {tuple(value.shape)}".encode())
-        digest.update(value.detach().cpu().contiguous().flatten().view(torch.uint8).numpy())
-    return digest.digest()
 
 
 class Eager(Engine):

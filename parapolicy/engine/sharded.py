@@ -6,8 +6,6 @@ Rank 0 samples; the others answer its calls. :mod:`parapolicy.launch` starts the
 import atexit
 import contextlib
 import dataclasses
-import hashlib
-import json
 import os
 import threading
 from collections.abc import Iterator, Mapping
@@ -20,7 +18,8 @@ import torch.distributed as dist
 from torch import Tensor
 
 from parapolicy.denoiser import Denoiser, Evaluate
-from parapolicy.engine.base import Engine, digest_weights
+from parapolicy.digest import digest
+from parapolicy.engine.base import Engine
 from parapolicy.networks import Network
 from parapolicy.samplers import Rounds, Sampler
 from parapolicy.schedule import Schedule
@@ -243,11 +242,9 @@ def connect(address: str, rank: int, processes: int, device: torch.device, timeo
 
 def _digests(part: Part) -> Tensor:
     """What all ranks must have in common, (len(COMPARED), 32) uint8."""
-    spec = json.dumps(part.spec.to_dict(), sort_keys=True, default=str)
-    code = "".join(path.read_text("utf-8") for path in sorted(Path(__file__).parents[1].rglob("*.py")))
-    facts = (spec, part.engine.name, code, torch.__version__)
-    digests = [digest_weights(part.network), *(hashlib.sha256(fact.encode()).digest() for fact in facts)]
-    return torch.tensor([list(digest) for digest in digests], dtype=torch.uint8)
+    code = [path.read_text("utf-8") for path in sorted(Path(__file__).parents[1].rglob("*.py"))]
+    facts = (part.network.state_dict(), part.spec.to_dict(), part.engine.name, code, torch.__version__)
+    return torch.tensor([list(bytes.fromhex(digest(fact))) for fact in facts], dtype=torch.uint8)
 
 
 @torch.inference_mode()
