@@ -9,7 +9,7 @@ from pathlib import Path
 USAGE = """usage: parapolicy serve [checkpoint=FOLDER port=8000 …]
        parapolicy report FOLDER… [--output FOLDER] [--margin 0.03]
 
-  serve    answer openpi clients with action chunks of a policy; its settings: parapolicy.serve.config.ServeConfig
+  serve    answer openpi clients with action chunks of a policy; its settings: parapolicy.serve.settings.ServeConfig
   report   put evaluation runs into one page, with tables and pictures
 """
 
@@ -19,8 +19,8 @@ def serve(arguments: Sequence[str]) -> None:
     from omegaconf import OmegaConf
     from omegaconf.errors import OmegaConfBaseException
 
-    from parapolicy.serve.config import ServeConfig
     from parapolicy.serve.server import run_server
+    from parapolicy.serve.settings import ServeConfig
 
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(name)s %(message)s")
     for argument in arguments:

@@ -14,8 +14,8 @@ from websockets.sync.client import ClientConnection, connect
 
 from parapolicy.noise import mix_seeds
 from parapolicy.policy import Policy
-from parapolicy.serve.config import ServeConfig
 from parapolicy.serve.server import PolicyServer
+from parapolicy.serve.settings import ServeConfig
 from parapolicy.serve.wire import pack, unpack
 from tests.conftest import PATIENCE
 from tests.helpers import small_policy, some_observation

@@ -9,7 +9,7 @@ import pytest
 from websockets.exceptions import InvalidStatus
 
 from parapolicy.policy import Policy
-from parapolicy.serve.config import KEY_VARIABLE, ServeConfig
+from parapolicy.serve.settings import KEY_VARIABLE, ServeConfig
 from tests.helpers import some_observation
 from tests.serving import Running, infer, running, served_policy
 

@@ -14,7 +14,7 @@ from websockets.protocol import State
 from websockets.sync.client import ClientConnection
 
 from parapolicy.policy import Chunk, Policy
-from parapolicy.serve.config import ServeConfig
+from parapolicy.serve.settings import ServeConfig
 from parapolicy.serve.wire import pack, unpack
 from tests.helpers import some_observation
 from tests.serving import Running, expected_episode, infer, running, served_policy, silent_client
@@ -144,6 +144,9 @@ def test_the_log_says_why_a_connection_ended(policy: Policy, caplog: pytest.LogC
             infer(client, some_observation(policy.spec))
         wait_for(lambda: "connection ended: received 1000" in caplog.text)
         with silent_client(server.port):
+            wait_for(lambda: len(server.server._open) == 1)
+            (connection,) = server.server._open
+            assert (connection.ping_interval, connection.ping_timeout) == (0.05, 0.2)
             wait_for(lambda: "keepalive ping timeout" in caplog.text)
     config = ServeConfig()
     assert config.ping_timeout is not None

@@ -9,9 +9,9 @@ import pytest
 from parapolicy.errors import ObservationError
 from parapolicy.noise import mix_seeds
 from parapolicy.policy import Policy
-from parapolicy.serve.config import ServeConfig
 from parapolicy.serve.server import PolicyServer
 from parapolicy.serve.session import Session
+from parapolicy.serve.settings import ServeConfig
 from parapolicy.serve.wire import unpack
 from tests.helpers import small_policy, some_observation
 from tests.serving import infer, one_step, running, served_policy

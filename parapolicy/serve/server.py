@@ -26,10 +26,10 @@ from parapolicy.loading import load_policy
 from parapolicy.planner import made_up_observations
 from parapolicy.policy import Policy
 from parapolicy.serve.batcher import Batcher, DroppedError
-from parapolicy.serve.config import ServeConfig
 from parapolicy.serve.connection import BoundedConnection
 from parapolicy.serve.metrics import ServerMetrics
 from parapolicy.serve.session import Session
+from parapolicy.serve.settings import ServeConfig
 from parapolicy.serve.wire import Limits, WireError, pack, unpack
 
 log = logging.getLogger("parapolicy.serve")
@@ -91,9 +91,7 @@ class PolicyServer:
         finally:
             server.close(close_connections=False)
             self.batcher.stop()
-            await (
-                compute
-            )  # its clients' tasks are woken before this one, so that the replies go before the close frames
+            await compute  # its clients' tasks are woken before this one: replies go before the close frames
             goodbyes = [asyncio.ensure_future(each.close(1001, "the server is closing")) for each in self._open]
             await asyncio.wait([*goodbyes, asyncio.ensure_future(server.wait_closed())], timeout=CLOSE_S)
             for connection in self._open:  # of clients that do not read
