@@ -42,6 +42,7 @@ test-distributed: setup
 # Hostile checkpoints, messages, run folders and control loops, for a minute or ARGS='--seconds 600 --seed 3'.
 fuzz: setup
 	OMP_NUM_THREADS=1 $(BIN)/python -m tests.fuzzing $(ARGS)
+	$(BIN)/python -m tests.server_load
 
 # Which small changes of the code no test notices, by mutmut: FILE=parapolicy/noise.py, or about an hour for all. What
 # is known already is not run again; mutants/ keeps it. bin/mutmut show NAME prints the change of one that survived.

@@ -1,5 +1,6 @@
 """The latency of a chunk at batch 1, its error, and how often it evaluates each step of the schedule."""
 
+import contextlib
 import dataclasses
 import time
 from collections.abc import Callable, Mapping, Sequence
@@ -103,6 +104,9 @@ class CountingEngine(Engine):
 
     def __init__(self, engine: Engine, steps: int) -> None:
         self.engine, self.name, self.counts = engine, engine.name, np.zeros(steps, dtype=np.int64)
+
+    def exclusive(self) -> contextlib.AbstractContextManager[Any]:
+        return self.engine.exclusive()
 
     def rounds(self, sampler: Sampler, denoiser: Denoiser, noise: Tensor) -> Rounds:
         return sampler.rounds(denoiser.schedule, noise)  # no graph, which would not count

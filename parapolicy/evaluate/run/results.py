@@ -92,7 +92,7 @@ def summarize_chunks(measured: ChunkMeasurements, policy: Policy | None) -> dict
     return summary
 
 
-COUNTS = ("steps", "misses", "failures", "late", "stale", "continued", "held")
+COUNTS = ("steps", "misses", "failures", "late", "stale", "continued", "held", "clock_faults", "unlogged")
 
 
 def control_row(record: ControlRecord) -> dict[str, Any]:
@@ -104,7 +104,7 @@ def summarize_control(rows: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
     """Sum the counts of several episodes; percentiles of the simulated chunk latencies, in ms."""
     seconds = [value for row in rows for value in row["chunk_seconds"]] or [0.0]
     percentiles = {f"p{q}": float(np.percentile(seconds, q) * 1e3) for q in (50, 95, 99)}
-    return {**{name: sum(row[name] for row in rows) for name in COUNTS}, "chunk_ms": percentiles}
+    return {**{name: sum(row.get(name, 0) for row in rows) for name in COUNTS}, "chunk_ms": percentiles}
 
 
 def summarize_errors(measured: ChunkErrors, tolerance: float | None) -> dict[str, Any]:
