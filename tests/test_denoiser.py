@@ -25,5 +25,5 @@ def test_reproducible_calls_have_padded_sizes_and_the_same_result() -> None:
     x, step, element = torch.randn(5, policy.spec.horizon * 2), torch.arange(5), torch.arange(5)
     plain = bind(policy, condition)(x, step, element)
     padded = bind(policy, condition, reproducible=True)(x, step, element)
-    assert sizes == [[5, 20, 5, 5, 5], [8, 20, 5, 8, 8]]
+    assert sizes == [[5, 20, 5, 5, 5], [16, 20, 5, 16, 16]]
     torch.testing.assert_close(plain, padded, rtol=0, atol=1e-5)
