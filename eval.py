@@ -33,7 +33,7 @@ def main(config: DictConfig) -> None:
 
     def build(spec: PolicySpec, clock: SimulatedClock | None) -> gymnasium.Env:
         env = make_env(config.env.name, spec, **config.env.options)
-        return env if clock is None else InferenceDelay(env, clock, spec.control_hz)
+        return env if clock is None else InferenceDelay(env, clock, spec.require_control_hz())
 
     def run() -> dict[str, Any]:
         results = evaluate(config, folder, build)

@@ -124,8 +124,9 @@ def checked_actions(chunk: Any, spec: PolicySpec) -> np.ndarray:
     if not isinstance(trajectory, np.ndarray) or trajectory.dtype.kind != "f":
         kind = getattr(trajectory, "dtype", type(trajectory).__name__)
         raise TypeError(f"the chunk's trajectory is of {kind}, expected a numpy array of floats")
-    if trajectory.shape != spec.sample_shape:
-        raise ValueError(f"the chunk's trajectory has shape {trajectory.shape}, expected {spec.sample_shape}")
+    expected = spec.horizon, spec.action_dim
+    if trajectory.shape != expected:
+        raise ValueError(f"the chunk's trajectory has shape {trajectory.shape}, expected {expected}")
     if not np.isfinite(trajectory).all():
         raise FloatingPointError("the chunk's trajectory holds a value that is not finite")
-    return trajectory[spec.n_obs_steps - 1 :].copy()
+    return trajectory[spec.executed.start :].copy()

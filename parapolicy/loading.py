@@ -47,7 +47,7 @@ def load_policy(
     made = make_engine("compiled" if engine == "sharded" else engine, target)
     spec, network, normalizer = read_checkpoint(folder)
     try:
-        schedule = make_schedule(spec.scheduler, sample_shape=spec.sample_shape)
+        schedule = make_schedule(spec.scheduler, sample_shape=spec.sample_shape, **spec.inference)
     except (ValueError, TypeError, RuntimeError, ArithmeticError) as error:
         raise CheckpointError(f"{folder}: its scheduler config gives no schedule: {error!s:.250}") from error
     network = network.to(target)

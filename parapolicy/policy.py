@@ -112,8 +112,13 @@ class Policy:
         return dataclasses.replace(self, sampler=make_sampler(name, **parameters))
 
     def with_schedule(self, solver: str | None = None, steps: int | None = None, **settings: Any) -> "Policy":
-        """The same weights with another solver or number of steps; see :func:`parapolicy.schedule.make_schedule`."""
-        schedule = make_schedule(self.spec.scheduler, solver, steps, sample_shape=self.spec.sample_shape, **settings)
+        """The same weights with another solver or number of steps; see :func:`parapolicy.schedule.make_schedule`.
+
+        Without arguments, the schedule that the policy was published with.
+        """
+        given = {k: v for k, v in {"solver": solver, "steps": steps, **settings}.items() if v is not None}
+        settings = given or dict(self.spec.inference)
+        schedule = make_schedule(self.spec.scheduler, sample_shape=self.spec.sample_shape, **settings)
         return dataclasses.replace(self, schedule=schedule.to(self.device))
 
     @torch.inference_mode()
@@ -132,7 +137,7 @@ class Policy:
         Args:
             observation: {key: (To, ...)} or {key: (B, To, ...)}: states in the environment's units; images as uint8
                 (…, height, width, channels), or as floats from 0 to 1 (…, channels, height, width).
-            noise: (T + 1, B, H, Da) as :func:`parapolicy.draw_noise` gives it; None: drawn from ``seed``.
+            noise: (T + 1, B, *spec.sample_shape) as :func:`parapolicy.draw_noise` gives it; None: drawn from ``seed``.
             seed: see :func:`parapolicy.draw_noise`.
             deadline: a time of ``time.monotonic()``, or a function that returns True when time is up. It is looked at
                 after each round; when it has passed, the best estimate so far is returned, with its residual. One
@@ -164,7 +169,7 @@ class Policy:
             if warm is not None and shift_noise and self.sampler.reuses_noise:
                 noise = warm.shift_noise(noise, executed)
         if tuple(noise.shape) != expected:
-            raise ValueError(f"noise has shape {tuple(noise.shape)}, expected {expected}: (T + 1, B, H, Da)")
+            raise ValueError(f"noise has shape {tuple(noise.shape)}, expected {expected}: (T + 1, B, *sample_shape)")
         if self.reproducible:
             inputs = {key: fill_rows(value) for key, value in inputs.items()}
         guess = None if warm is None else warm.guess(executed).to(self.device).flatten(2)
@@ -177,12 +182,11 @@ class Policy:
             sample = self.engine.run(self.sampler, denoiser, noise.flatten(2), stop, guess)
             sampled = self._clock()
 
-        actions_normalised = sample.x.unflatten(1, self.spec.sample_shape)
+        actions_normalised = sample.x.unflatten(1, self.spec.sample_shape)[..., : self.spec.action_dim]
         actions_in_units = self.normalizer.unnormalize("action", actions_normalised)
         check_finite(actions_in_units, "action chunk")
         trajectory = actions_in_units.cpu().numpy()
-        first = self.spec.n_obs_steps - 1
-        actions = trajectory[:, first : first + self.spec.n_action_steps]
+        actions = trajectory[:, self.spec.executed]
         names = ("rounds", "evaluations", "residual", "complete", "error", "rejections")
         costs = {k: None if (cost := getattr(sample, k)) is None else cost.cpu().numpy() for k in names}
         state = WarmState(sample.u.unflatten(2, self.spec.sample_shape), noise)

@@ -10,6 +10,7 @@ from typing import Any, NamedTuple
 KINDS = ("state", "image")
 MAX_HORIZON = 10_000  # no weight's shape depends on the horizon, so nothing else bounds what a damaged config asks for
 MIN_HZ = 1e-6
+OPTIONAL = {"provenance", "first_action", "observed_dim", "inference"}
 MAX_DEPTH = 8  # axes of a shape, and maps within maps of the free-form parts
 MAX_KEY, MAX_TEXT = 100, 2**18  # characters of an observation's key, and of each free-form part as JSON
 
@@ -45,12 +46,17 @@ class PolicySpec:
             condition vector.
         n_obs_steps: control steps of observation history (To).
         horizon: actions predicted per chunk (H).
-        n_action_steps: actions of a chunk that are executed, from index ``n_obs_steps - 1`` on.
+        n_action_steps: actions of a chunk that are executed.
         action_dim: length of one action (Da).
         network: ``name`` (see :func:`parapolicy.networks.build_network`) and that network's own arguments.
         scheduler: the config of the diffusers scheduler that the network was trained with.
-        control_hz: control rate of the demonstrations, Hz.
+        control_hz: control rate of the demonstrations, Hz; None: the checkpoint does not say.
         provenance: where the policy comes from; free-form.
+        first_action: index in the horizon of the first executed action; None: ``n_obs_steps - 1``, the present.
+        observed_dim: observed numbers that are sampled beside each action, by policies that are conditioned by
+            inpainting (Janner et al., ICML 2022).
+        inference: how the policy was published to be sampled: arguments of
+            :func:`parapolicy.schedule.make_schedule`.
 
     Raises:
         ValueError: a count is not positive, a feature is malformed, the executed actions exceed the horizon, or the
@@ -64,35 +70,58 @@ class PolicySpec:
     action_dim: int
     network: Mapping[str, Any]
     scheduler: Mapping[str, Any]
-    control_hz: float
+    control_hz: float | None
     provenance: Mapping[str, Any] = field(default_factory=dict)
+    first_action: int | None = None
+    observed_dim: int = 0
+    inference: Mapping[str, Any] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         for name in ("n_obs_steps", "horizon", "n_action_steps", "action_dim"):
             if not _is_count(getattr(self, name)):
                 raise ValueError(f"{name} is {getattr(self, name)!r}, expected a positive whole number")
+        for name in ("first_action", "observed_dim"):
+            value = getattr(self, name)
+            if not (_is_count(value) or (type(value) is int and value == 0) or (name, value) == ("first_action", None)):
+                raise ValueError(f"{name} is {value!r}, expected a whole number from 0 on")
         rate = self.control_hz
-        if not isinstance(rate, int | float) or isinstance(rate, bool) or not MIN_HZ <= rate <= 1 / MIN_HZ:
+        number = isinstance(rate, int | float) and not isinstance(rate, bool) and MIN_HZ <= rate <= 1 / MIN_HZ
+        if not number and rate is not None:
             raise ValueError(f"control_hz is {rate!r}, expected a rate in Hz from {MIN_HZ:g} to {1 / MIN_HZ:g}")
         if self.horizon > MAX_HORIZON:
             raise ValueError(f"horizon is {self.horizon}, expected at most {MAX_HORIZON}")
-        most = self.horizon - (self.n_obs_steps - 1)
-        if self.n_action_steps > most:
+        first = self.executed.start
+        if self.n_action_steps > self.horizon - first:
             raise ValueError(
-                f"n_action_steps is {self.n_action_steps}, expected at most {most}: they begin "
-                f"{self.n_obs_steps - 1} steps into the horizon of {self.horizon}"
+                f"n_action_steps is {self.n_action_steps}, expected at most {self.horizon - first}: they begin {first} "
+                f"steps into the horizon of {self.horizon}"
             )
         if not isinstance(self.observation, Mapping) or not self.observation or "action" in self.observation:
             raise ValueError(f"observation is {self.observation!r}, expected keys and shapes, none named 'action'")
         features = {key: _feature(key, value) for key, value in self.observation.items()}
         object.__setattr__(self, "observation", features)
-        for name in ("network", "scheduler", "provenance"):
+        for name in ("network", "scheduler", "provenance", "inference"):
             object.__setattr__(self, name, _json_map(name, getattr(self, name)))
 
     @property
     def sample_shape(self) -> tuple[int, int]:
-        """Shape of what is sampled, (H, Da)."""
-        return self.horizon, self.action_dim
+        """Shape of what is sampled, (H, Da + observed_dim)."""
+        return self.horizon, self.action_dim + self.observed_dim
+
+    @property
+    def executed(self) -> slice:
+        """Which actions of the horizon are executed."""
+        first = self.n_obs_steps - 1 if self.first_action is None else self.first_action
+        return slice(first, first + self.n_action_steps)
+
+    def require_control_hz(self) -> float:
+        """The control rate; raises ValueError where the checkpoint does not say it."""
+        if self.control_hz is None:
+            raise ValueError(
+                "control_hz is not known: the checkpoint does not say it. Give the rate of its demonstrations by "
+                "dataclasses.replace(policy.spec, control_hz=…), or parapolicy convert --control-hz"
+            )
+        return self.control_hz
 
     @property
     def condition_dim(self) -> int:
@@ -106,9 +135,14 @@ class PolicySpec:
         return {**shapes, "action": (self.action_dim,)}
 
     def to_dict(self) -> dict[str, Any]:
-        """As JSON has it. Observations are a list, because the keys of a JSON map have no order."""
+        """As JSON has it. Observations are a list, because the keys of a JSON map have no order.
+
+        What is rarely used and has its default is left out, as older files do.
+        """
         features = [{"key": k, "shape": list(f.shape), "kind": f.kind} for k, f in self.observation.items()]
-        return {**dataclasses.asdict(self), "observation": features}
+        rare: dict[str, Any] = {"first_action": None, "observed_dim": 0, "inference": {}}
+        values = {k: v for k, v in dataclasses.asdict(self).items() if k not in rare or v != rare[k]}
+        return {**values, "observation": features}
 
     @classmethod
     def from_dict(cls, values: Mapping[str, Any]) -> "PolicySpec":
@@ -118,7 +152,7 @@ class PolicySpec:
             ValueError: an unknown or missing name, or a value that does not fit.
         """
         names = {f.name for f in dataclasses.fields(cls)}
-        unknown, missing = sorted(set(values) - names), sorted(names - set(values) - {"provenance"})
+        unknown, missing = sorted(set(values) - names), sorted(names - set(values) - OPTIONAL)
         if unknown or missing:
             raise ValueError(f"policy spec has unknown keys {unknown} and lacks {missing}; expected {sorted(names)}")
         observation = values["observation"]

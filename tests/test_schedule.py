@@ -624,3 +624,42 @@ def test_unsupported_flow_settings_are_named(changes: dict[str, Any], arguments:
 def test_flow_takes_more_steps_than_training_has_timesteps() -> None:
     schedule = make_schedule({**FLOW_CONFIG, "num_train_timesteps": 1}, steps=4)
     assert schedule.timesteps.tolist() == [1.0, 0.75, 0.5, 0.25]
+
+
+@pytest.mark.parametrize(("steps", "expected"), [(100, 100), (16, 17), (60, 100), (8, 9)])
+def test_the_spacing_of_diffusers_0_11_takes_ddpm_steps_to_the_next_lower_timestep(steps: int, expected: int) -> None:
+    schedule = make_schedule(DDPM_CONFIG, steps=steps, spacing="diffusers-0.11")
+    stride = 100 // steps
+    assert schedule.timesteps.tolist() == list(range(0, 100, stride))[::-1]
+    assert len(schedule) == expected
+    cumulative = DDPMScheduler.from_config(DDPM_CONFIG).alphas_cumprod.double()
+    for j, t in enumerate(schedule.timesteps.tolist()):
+        now, after = cumulative[t], cumulative[t - 1] if t else torch.tensor(1.0)
+        beta = 1 - now / after
+        assert schedule.A[j].item() == pytest.approx(
+            (1 - beta).sqrt().item() * ((1 - after) / (1 - now)).item(), abs=1e-5
+        )
+        assert schedule.B[j].item() == pytest.approx((after.sqrt() * beta / (1 - now)).item(), abs=1e-5)
+        assert schedule.S[j].item() == pytest.approx(((1 - after) / (1 - now) * beta).sqrt().item(), abs=1e-5)
+
+
+def test_the_spacing_of_diffusers_is_kept_to_the_letter_where_asked() -> None:
+    config = config_of(_class_name="DDIMScheduler", timestep_spacing="leading")
+    assert make_schedule(config, steps=60, spacing="diffusers").timesteps[0] == 59
+    assert make_schedule(config, steps=60).timesteps[0] == 99
+    former = make_schedule(config, steps=16, spacing="diffusers-0.11")
+    assert former.timesteps.tolist() == [6 * k for k in range(16)][::-1]
+    torch.testing.assert_close(former.A, make_schedule(config, steps=16, spacing="diffusers").A, rtol=0, atol=0)
+
+
+@pytest.mark.parametrize(
+    ("config", "settings", "words"),
+    [
+        (DDPM_CONFIG, {"spacing": "odd"}, "spacing is 'odd'"),
+        (DDPM_CONFIG, {"solver": "dpmsolver++", "spacing": "diffusers"}, "take 'even'"),
+        (config_of(_class_name="DDIMScheduler", steps_offset=50), {"spacing": "diffusers-0.11"}, "steps_offset 50"),
+    ],
+)
+def test_a_spacing_that_does_not_fit_is_refused(config: dict, settings: dict, words: str) -> None:
+    with pytest.raises(ValueError, match=words):
+        make_schedule(config, **settings)

@@ -97,7 +97,7 @@ class Controller:
         executor: Executor | None = None,
     ) -> None:
         self.policy = policy
-        self.control_hz = float(policy.spec.control_hz if control_hz is None else control_hz)
+        self.control_hz = float(policy.spec.require_control_hz() if control_hz is None else control_hz)
         if not 0 < self.control_hz < float("inf"):
             raise ValueError(f"control_hz is {control_hz}, expected a positive number")
         if deadline_ms is not None and not deadline_ms > 0:
@@ -114,10 +114,11 @@ class Controller:
         self._dropped: list[Future[_Execution]] = []  # by resets, and still computing
         self._under_way: tuple[ChunkRecord, Future[_Execution]] | None = None
         self._warned: set[str] = set()
-        if not math.isclose(self.control_hz, policy.spec.control_hz):
+        trained = policy.spec.control_hz
+        if trained is not None and not math.isclose(self.control_hz, trained):
             self._warn(
                 "rate",
-                f"control_hz is {self.control_hz:g} and the policy was trained at {policy.spec.control_hz:g}: the "
+                f"control_hz is {self.control_hz:g} and the policy was trained at {trained:g}: the "
                 "robot moves at another speed than the demonstrations did",
             )
         self.reset()

@@ -12,7 +12,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from parapolicy.networks.base import Embedding, Network, flatten_observation
+from parapolicy.networks.base import Embedding, Network
+from parapolicy.networks.vision import ObservationEncoder, build_encoder, encode
 from parapolicy.spec import PolicySpec
 
 MAX_LEVELS, MAX_SIZE = 12, 2**20  # beyond what anyone trains; a larger number is a damaged config
@@ -120,6 +121,7 @@ class ConditionalUnet1D(Network):
         kernel_size: of the main convolutions; odd.
         n_groups: groups of every GroupNorm.
         cond_predict_scale: FiLM with scale and bias (True) or bias only (False).
+        encoder: makes the condition vector; None: it is the observed states, flattened.
 
     Raises:
         ValueError: an argument of another kind or size.
@@ -134,6 +136,7 @@ class ConditionalUnet1D(Network):
         kernel_size: int = 5,
         n_groups: int = 8,
         cond_predict_scale: bool = True,
+        encoder: ObservationEncoder | None = None,
     ) -> None:
         super().__init__()
         _check_sizes(diffusion_step_embed_dim, down_dims, kernel_size, n_groups)
@@ -144,6 +147,7 @@ class ConditionalUnet1D(Network):
         step_dim = diffusion_step_embed_dim
         cond_dim = step_dim + global_cond_dim
         self.horizon_multiple = 2 ** (len(levels) - 1)
+        self.encoder = encoder
 
         def residual(in_channels: int, out_channels: int) -> ConditionalResidualBlock1D:
             return ConditionalResidualBlock1D(
@@ -173,12 +177,11 @@ class ConditionalUnet1D(Network):
         )
 
     @classmethod
-    def build(cls, spec: PolicySpec, **arguments: Any) -> "ConditionalUnet1D":
-        """As :meth:`parapolicy.networks.Network.build`."""
-        images = [key for key, feature in spec.observation.items() if feature.kind == "image"]
-        if images:
-            raise ValueError(f"'unet1d' observes states, and {images} are images")
-        network = cls(spec.action_dim, spec.condition_dim, **arguments)
+    def build(cls, spec: PolicySpec, encoder: Mapping[str, Any] | None = None, **arguments: Any) -> "ConditionalUnet1D":
+        """As :meth:`parapolicy.networks.Network.build`; ``encoder``: see :mod:`parapolicy.networks.vision`."""
+        built = build_encoder(spec, encoder)
+        condition_dim = spec.condition_dim if built is None else built.features
+        network = cls(spec.action_dim, condition_dim, encoder=built, **arguments)
         if spec.horizon % network.horizon_multiple:
             raise ValueError(f"horizon is {spec.horizon}, 'unet1d' takes multiples of {network.horizon_multiple}")
         return network
@@ -190,7 +193,7 @@ class ConditionalUnet1D(Network):
 
     def embed_condition(self, observation: Mapping[str, Tensor]) -> Tensor:
         """{key: (B, To, …)} -> the condition vector (B, C)."""
-        return flatten_observation(observation)
+        return encode(self.encoder, observation)
 
     def forward(self, x: Tensor, steps: Embedding, condition: Embedding, step: Tensor, element: Tensor) -> Tensor:
         """(N, H, Da) -> the same. H must be a multiple of ``2 ** (levels - 1)``."""

@@ -21,6 +21,7 @@ SOLVERS = {
     "flow": FlowMatchEulerDiscreteScheduler,
 }
 DPM_SOLVERS = ("dpmsolver++", "sde-dpmsolver++")
+SPACINGS = ("even", "diffusers", "diffusers-0.11")
 
 
 @dataclass(frozen=True, eq=False)
@@ -72,14 +73,15 @@ def make_scheduler(config: Mapping[str, Any], solver: str, order: int | None = N
         raise ValueError(f"{error}; take another solver") from error
 
 
-def make_levels(scheduler: Any, solver: str, steps: int, own_spacing: bool = True) -> Levels:
-    """The levels of ``steps`` steps.
+def make_levels(scheduler: Any, solver: str, steps: int, spacing: str | None = "even") -> Levels:
+    """The levels of ``steps`` steps; of a few more with the spacing of diffusers 0.11, as there.
 
     Args:
         scheduler: as :func:`make_scheduler` gives it; its timesteps are set here.
         solver: one of ``SOLVERS``.
         steps: number of steps T.
-        own_spacing: False: ignore the scheduler's ``timestep_spacing`` and spread the timesteps over the whole range.
+        spacing: one of ``SPACINGS``, see :func:`parapolicy.schedule.make_schedule`. None: ignore the scheduler's
+            ``timestep_spacing`` and spread the timesteps over the whole range.
 
     The spacing ``leading`` of diffusers (0, s, 2s, … with s = num_train_timesteps // steps) leaves out the noisiest
     timesteps where s does not divide the range, and all but timestep 0 with a single step. Pure noise would be taken
@@ -91,12 +93,15 @@ def make_levels(scheduler: Any, solver: str, steps: int, own_spacing: bool = Tru
     """
     if solver == "flow":
         return _flow_levels(scheduler, steps)
+    if spacing == "diffusers-0.11":
+        return _former_levels(scheduler, solver, steps)
     scheduler.set_timesteps(steps)
     config, timesteps = scheduler.config, scheduler.timesteps.long()
     count = config.num_train_timesteps
     # The most that may lie between the end of the range and the first timestep.
     gap = min(max(count // steps, count // 10), count // 2)
-    spread = not own_spacing or (config.timestep_spacing == "leading" and timesteps[0] < count - gap)
+    late = spacing == "even" and config.timestep_spacing == "leading" and timesteps[0] < count - gap
+    spread = spacing is None or late
     if spread:
         timesteps = torch.tensor([round(count - i * count / steps) - 1 for i in range(steps)])
     if len(timesteps) != steps or timesteps[0] >= count or timesteps[-1] < 0 or (timesteps.diff() >= 0).any():
@@ -116,6 +121,26 @@ def make_levels(scheduler: Any, solver: str, steps: int, own_spacing: bool = Tru
     following = [*timesteps[1:].tolist(), -1]
     if solver == "ddim" and not spread:
         following = (timesteps - count // steps).tolist()  # as diffusers, whatever the spacing
+    return _integer_levels(scheduler, solver, timesteps, following)
+
+
+def _former_levels(scheduler: Any, solver: str, steps: int) -> Levels:
+    """As diffusers 0.11.1 has them: DDPM takes its timesteps by a stride, and more of them where it does not divide."""
+    if solver not in ("ddpm", "ddim"):
+        raise ValueError(f"spacing 'diffusers-0.11' is of ddpm and ddim; the solver is {solver}")
+    count = scheduler.config.num_train_timesteps
+    stride = count // steps
+    if solver == "ddpm":
+        timesteps = torch.arange(0, count, stride).flip(0)
+        return _integer_levels(scheduler, solver, timesteps, (timesteps - 1).tolist())
+    timesteps = (torch.arange(steps) * stride).flip(0) + scheduler.config.steps_offset
+    if timesteps[0] >= count:
+        raise ValueError(f"steps_offset {scheduler.config.steps_offset} begins beyond the {count} training timesteps")
+    return _integer_levels(scheduler, solver, timesteps, (timesteps - stride).tolist())
+
+
+def _integer_levels(scheduler: Any, solver: str, timesteps: Tensor, following: list[int]) -> Levels:
+    """The levels of training timesteps, each going to the ``following`` one; -1 and below: to no noise."""
     final = scheduler.final_alpha_cumprod if solver == "ddim" else scheduler.one
     # float32, as diffusers: the tables of DDPM and DDIM repeat its arithmetic.
     signal = scheduler.alphas_cumprod[timesteps]

@@ -20,7 +20,7 @@ from torch import Tensor
 
 from parapolicy.schedule import tables
 from parapolicy.schedule.config import MAX_TRAIN_TIMESTEPS, check_config
-from parapolicy.schedule.levels import DPM_SOLVERS, SOLVERS, Levels, find_solver, make_levels, make_scheduler
+from parapolicy.schedule.levels import DPM_SOLVERS, SOLVERS, SPACINGS, Levels, find_solver, make_levels, make_scheduler
 
 PREDICTIONS = ("epsilon", "sample", "v_prediction")
 FLOW_PREDICTIONS = ("flow_prediction", "sample")
@@ -154,6 +154,7 @@ def make_schedule(
     order: int | None = None,
     use_clipped_model_output: bool = False,
     sample_shape: tuple[int, ...] | None = None,
+    spacing: str = "even",
 ) -> Schedule:
     """Build the tables from a diffusers scheduler's config.
 
@@ -167,6 +168,9 @@ def make_schedule(
             (None: 1, Euler).
         use_clipped_model_output: as the argument of that name of diffusers' ``DDIMScheduler.step``.
         sample_shape: shape of one sample, remembered for :func:`parapolicy.draw_noise`.
+        spacing: ``even``: as below. ``diffusers``: the config's ``timestep_spacing`` to the letter, also where that
+            leaves out the noisiest timesteps. ``diffusers-0.11``: as diffusers 0.11, which published policies are
+            pinned to; its DDPM with fewer steps than in training takes each step to the next lower training timestep.
 
     Timesteps follow the config's ``timestep_spacing``, with one exception: where ``leading`` would begin far below the
     last training timestep (60 of 100 steps begin at timestep 59, one step at 0), they are spread evenly over the whole
@@ -189,6 +193,8 @@ def make_schedule(
             f"solver is {solver!r} (config: {config.get('_class_name')!r}), expected one of {sorted(SOLVERS)}"
         )
     _check_arguments(config, named, solver, eta, order)
+    if spacing not in SPACINGS:
+        raise ValueError(f"spacing is {spacing!r}, expected one of {SPACINGS}")
     check_config(config, SOLVERS[named or solver])
     scheduler = make_scheduler(config, solver, order)
     settings, count = scheduler.config, config["num_train_timesteps"]
@@ -204,7 +210,11 @@ def make_schedule(
     if settings.get("thresholding"):
         raise ValueError("thresholding is on, which is not linear in the state; turn it off and use clip_sample")
 
-    levels = make_levels(scheduler, solver, steps, own_spacing=solver not in DPM_SOLVERS or named in DPM_SOLVERS)
+    if solver in DPM_SOLVERS and named not in DPM_SOLVERS and spacing != "even":
+        raise ValueError(f"spacing is {spacing!r}, but {config['_class_name']} has none for {solver}; take 'even'")
+    own = solver not in DPM_SOLVERS or named in DPM_SOLVERS
+    levels = make_levels(scheduler, solver, steps, spacing if own else None)
+    steps = len(levels.timesteps)
     clip_settings = settings if solver in ("ddpm", "ddim") else config  # the others' schedulers have no such setting
     clip = clip_settings.get("clip_sample_range", 1.0) if clip_settings.get("clip_sample") else None
     match solver:

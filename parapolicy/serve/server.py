@@ -57,7 +57,7 @@ class PolicyServer:
     def __init__(self, policy: Policy, config: ServeConfig) -> None:
         spec = policy.spec
         self.policy, self.config, self.limits = policy, config, Limits.of(spec)
-        self.pause_s = config.episode_pause_s or max(1.0, 4 * spec.n_action_steps / spec.control_hz)
+        self.pause_s = config.episode_pause_s or max(1.0, 4 * spec.n_action_steps / spec.require_control_hz())
         self._new_session()  # the policy's keys fit
         self._key = config.read_api_key()
         self._hosts = {"localhost", config.host.lower(), *(urlsplit(origin).hostname for origin in config.origins)}

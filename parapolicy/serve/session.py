@@ -87,7 +87,7 @@ class Session:
         self.episode, request = self._asked
         self.episode.accept(request, chunk)
         return {
-            "actions": chunk.trajectory[self.spec.n_obs_steps - 1 :],
+            "actions": chunk.trajectory[self.spec.executed.start :],
             "rounds": int(chunk.stats.rounds),
             "residual": float(chunk.stats.residual),
             "complete": bool(chunk.stats.complete),

@@ -15,8 +15,9 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from parapolicy.engine.lowered.packed_linear import PackedLinear
-from parapolicy.networks import Embedding, Network, flatten_observation
+from parapolicy.networks import Embedding, Network
 from parapolicy.networks.unet1d import ConditionalResidualBlock1D, ConditionalUnet1D
+from parapolicy.networks.vision import encode
 
 
 class LoweredUnet1D(Network):
@@ -34,7 +35,7 @@ class LoweredUnet1D(Network):
         super().__init__()
         encoder: Any = network.diffusion_step_encoder
         self.step_dim = encoder[-1].out_features
-        self.step_encoder = network.diffusion_step_encoder
+        self.step_encoder, self.encoder = network.diffusion_step_encoder, network.encoder
         blocks = [module for module in network.modules() if isinstance(module, ConditionalResidualBlock1D)]
         linears: list[Any] = [block.cond_encoder[1] for block in blocks]
         self.register_buffer("film_weight", torch.cat([linear.weight.detach() for linear in linears]))  # (F, S + C)
@@ -64,7 +65,7 @@ class LoweredUnet1D(Network):
 
     def embed_condition(self, observation: Mapping[str, Tensor]) -> Tensor:
         """The observations' part: {key: (B, To, …)} -> (B, F)."""
-        condition = flatten_observation(observation)
+        condition = encode(self.encoder, observation)
         return functional.linear(functional.mish(condition), self.film_weight[:, self.step_dim :])
 
     def forward(self, x: Tensor, steps: Embedding, condition: Embedding, step: Tensor, element: Tensor) -> Tensor:

@@ -164,7 +164,7 @@ def run_episodes(
                     kept.append("chunks.jsonl", {"sampler": label, **timed})
             kept.save_episode(label, episode, row, keep_observations)
             if episode.frames:
-                kept.save_video(label, episode.seed, episode.frames, round(policy.spec.control_hz))
+                kept.save_video(label, episode.seed, episode.frames, round(policy.spec.require_control_hz()))
                 episode.frames.clear()
             episodes.append(episode)
             rows.append(row)

@@ -1,0 +1,105 @@
+"""The residual networks of He et al. (CVPR 2016) up to their last feature map, with torchvision's names of tensors."""
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor, nn
+
+Norm = Callable[[int], nn.Module]
+# Whether blocks are bottlenecks, and their number at each of the four resolutions.
+SIZES = {"resnet18": (False, (2, 2, 2, 2)), "resnet34": (False, (3, 4, 6, 3)), "resnet50": (True, (3, 4, 6, 3))}
+STRIDE = 32  # of the feature map, in pixels
+
+
+class FrozenBatchNorm(nn.Module):
+    """BatchNorm2d at evaluation: its statistics are those of training, and do not change."""
+
+    running_mean: Tensor
+    running_var: Tensor
+
+    def __init__(self, channels: int) -> None:
+        super().__init__()
+        self.weight, self.bias = nn.Parameter(torch.ones(channels)), nn.Parameter(torch.zeros(channels))
+        self.register_buffer("running_mean", torch.zeros(channels))
+        self.register_buffer("running_var", torch.ones(channels))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return nn.functional.batch_norm(x, self.running_mean, self.running_var, self.weight, self.bias)
+
+
+def group_norm(channels: int) -> nn.Module:
+    """GroupNorm over groups of 16 channels, which Diffusion Policy puts in BatchNorm's place."""
+    return nn.GroupNorm(channels // 16, channels)
+
+
+NORMS: dict[str, Norm] = {"group": group_norm, "batch": FrozenBatchNorm}
+
+
+class BasicBlock(nn.Module):
+    expansion = 1
+
+    def __init__(self, in_channels: int, channels: int, stride: int, norm: Norm) -> None:
+        super().__init__()
+        self.conv1 = nn.Conv2d(in_channels, channels, 3, stride, 1, bias=False)
+        self.bn1 = norm(channels)
+        self.conv2 = nn.Conv2d(channels, channels, 3, 1, 1, bias=False)
+        self.bn2 = norm(channels)
+        self.downsample = _shortcut(in_channels, channels, stride, norm)
+
+    def forward(self, x: Tensor) -> Tensor:
+        hidden = self.bn1(self.conv1(x)).relu()
+        return (self.bn2(self.conv2(hidden)) + self.downsample(x)).relu()
+
+
+class Bottleneck(nn.Module):
+    expansion = 4
+
+    def __init__(self, in_channels: int, channels: int, stride: int, norm: Norm) -> None:
+        super().__init__()
+        self.conv1 = nn.Conv2d(in_channels, channels, 1, bias=False)
+        self.bn1 = norm(channels)
+        self.conv2 = nn.Conv2d(channels, channels, 3, stride, 1, bias=False)
+        self.bn2 = norm(channels)
+        self.conv3 = nn.Conv2d(channels, channels * 4, 1, bias=False)
+        self.bn3 = norm(channels * 4)
+        self.downsample = _shortcut(in_channels, channels * 4, stride, norm)
+
+    def forward(self, x: Tensor) -> Tensor:
+        hidden = self.bn1(self.conv1(x)).relu()
+        hidden = self.bn2(self.conv2(hidden)).relu()
+        return (self.bn3(self.conv3(hidden)) + self.downsample(x)).relu()
+
+
+def _shortcut(in_channels: int, channels: int, stride: int, norm: Norm) -> nn.Module:
+    if stride == 1 and in_channels == channels:
+        return nn.Identity()
+    return nn.Sequential(nn.Conv2d(in_channels, channels, 1, stride, bias=False), norm(channels))
+
+
+class ResNet(nn.Module):
+    """(N, C, h, w) -> the last feature map (N, ``channels``, h / 32, w / 32), each rounded up."""
+
+    def __init__(self, name: str, in_channels: int, norm: str) -> None:
+        super().__init__()
+        if name not in SIZES or norm not in NORMS:
+            raise ValueError(f"backbone is {name!r} with norm {norm!r}, expected one of {[*SIZES]} and of {[*NORMS]}")
+        bottleneck, counts = SIZES[name]
+        block = Bottleneck if bottleneck else BasicBlock
+        self.conv1 = nn.Conv2d(in_channels, 64, 7, 2, 3, bias=False)
+        self.bn1 = NORMS[norm](64)
+        width = 64
+        for level, count in enumerate(counts):
+            blocks = []
+            for i in range(count):
+                channels = 64 * 2**level
+                blocks.append(block(width, channels, 2 if level and not i else 1, NORMS[norm]))
+                width = channels * block.expansion
+            self.add_module(f"layer{level + 1}", nn.Sequential(*blocks))
+        self.channels = width
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.bn1(self.conv1(x)).relu()
+        x = nn.functional.max_pool2d(x, 3, 2, 1)
+        for level in range(4):
+            x = self.get_submodule(f"layer{level + 1}")(x)
+        return x

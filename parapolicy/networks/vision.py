@@ -1,0 +1,188 @@
+"""From pictures and states to the condition vector: the encoders of published visuomotor policies.
+
+They differ in what they do to a picture before and after a residual network, which is all settings here:
+Diffusion Policy's two (Chi et al., RSS 2023), robomimic's (Mandlekar et al., CoRL 2021) and LeRobot's.
+"""
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+
+from parapolicy.networks.base import flatten_observation
+from parapolicy.networks.resnet import STRIDE, ResNet
+from parapolicy.spec import Feature, PolicySpec
+
+IMAGENET = ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))  # mean and standard deviation of its colours
+MAX_SIDE, MAX_FEATURES = 4096, 2**16  # beyond what anyone trains; a larger number is a damaged config
+
+
+class SpatialSoftmax(nn.Module):
+    """The mean position of each feature map's mass, -1 to 1 (Finn et al., ICRA 2016): (N, C, h, w) -> (N, 2 K), x and y
+    of one map after the other."""
+
+    temperature: Tensor
+
+    def __init__(self, channels: int, keypoints: int, height: int, width: int) -> None:
+        super().__init__()
+        self.conv = nn.Conv2d(channels, keypoints, 1)
+        self.register_buffer("temperature", torch.ones(()))
+        self.height, self.width = height, width
+
+    def forward(self, x: Tensor) -> Tensor:
+        attention = (self.conv(x).flatten(2) / self.temperature).softmax(-1).unflatten(2, (self.height, self.width))
+        across = torch.linspace(-1, 1, self.width, device=x.device)
+        down = torch.linspace(-1, 1, self.height, device=x.device)
+        place = attention.sum(2) @ across, attention.sum(3) @ down
+        return torch.stack(place, -1).flatten(1)
+
+
+class CameraEncoder(nn.Module):
+    """One camera's pictures -> features.
+
+    Args:
+        image: what the camera gives.
+        backbone: ``resnet18``, ``resnet34`` or ``resnet50``.
+        norm: its normalisation: ``group`` (16 channels each) or ``batch`` (statistics of training).
+        resize: (height, width) to which pictures are scaled first, bilinear and without antialiasing; None: not.
+        crop: (height, width) of the middle that is then cut out; None: all.
+        imagenet: give colours the mean and spread that ImageNet's have, after the normalizer.
+        keypoints: feature maps of a spatial softmax over the backbone's output; None: its mean over the picture.
+        features: length of a linear layer's output behind that; None: no such layer.
+        relu: a ReLU at the end.
+
+    Raises:
+        ValueError: a setting of another kind or size.
+    """
+
+    def __init__(
+        self,
+        image: Feature,
+        backbone: str = "resnet18",
+        norm: str = "group",
+        resize: Sequence[int] | None = None,
+        crop: Sequence[int] | None = None,
+        imagenet: bool = False,
+        keypoints: int | None = 32,
+        features: int | None = 64,
+        relu: bool = True,
+    ) -> None:
+        super().__init__()
+        if not isinstance(imagenet, bool) or not isinstance(relu, bool):
+            raise ValueError(f"imagenet is {imagenet!r} and relu is {relu!r}, expected true or false for each")
+        height, width, channels = image.shape
+        if imagenet and channels != 3:
+            raise ValueError(f"imagenet is on for pictures of {channels} channels, expected 3")
+        self.resize, self.crop = _size("resize", resize), _size("crop", crop)
+        height, width = self.resize or (height, width)
+        if self.crop and (self.crop[0] > height or self.crop[1] > width):
+            raise ValueError(f"crop is {list(self.crop)}, expected at most the picture's ({height}, {width})")
+        height, width = self.crop or (height, width)
+        self.imagenet, self.relu = imagenet, relu
+        self.backbone = ResNet(backbone, channels, norm)
+        self.pool: nn.Module | None = None
+        self.linear: nn.Module | None = None
+        self.features = self.backbone.channels
+        if keypoints is not None:
+            rows, columns = -(-height // STRIDE), -(-width // STRIDE)
+            self.pool = SpatialSoftmax(self.features, _count("keypoints", keypoints), rows, columns)
+            self.features = 2 * keypoints
+        if features is not None:
+            self.linear = nn.Linear(self.features, _count("features", features))
+            self.features = features
+
+    def forward(self, pictures: Tensor) -> Tensor:
+        """(N, C, H, W), normalised -> (N, ``features``)."""
+        x = pictures
+        if self.resize:
+            x = functional.interpolate(x, self.resize, mode="bilinear", align_corners=False)
+        if self.crop:
+            top, left = (round((have - want) / 2) for have, want in zip(x.shape[2:], self.crop, strict=True))
+            x = x[..., top : top + self.crop[0], left : left + self.crop[1]]
+        if self.imagenet:
+            mean, spread = (torch.tensor(v, device=x.device)[:, None, None] for v in IMAGENET)
+            x = (x - mean) / spread
+        x = self.backbone(x)
+        x = x.mean((2, 3)) if self.pool is None else self.pool(x)
+        if self.linear is not None:
+            x = self.linear(x)
+        return x.relu() if self.relu else x
+
+
+class ObservationEncoder(nn.Module):
+    """All observations of all steps -> the condition vector; states go into it as they are.
+
+    Args:
+        spec: what the policy observes; the order of its keys is that of the features.
+        cameras: the settings of each image's :class:`CameraEncoder`.
+        shared: one encoder for all cameras, whose settings are then all equal.
+
+    Raises:
+        ValueError: settings that do not fit the images.
+    """
+
+    def __init__(self, spec: PolicySpec, cameras: Mapping[str, Any], shared: bool = False) -> None:
+        super().__init__()
+        images = {key: feature for key, feature in spec.observation.items() if feature.kind == "image"}
+        if not isinstance(cameras, Mapping) or set(cameras) != set(images) or not images:
+            raise ValueError(f"the encoder has cameras {list(cameras)}, expected the images, {list(images)}")
+        if not isinstance(shared, bool):
+            raise ValueError(f"shared is {shared!r}, expected true or false")
+        first = next(iter(images))
+        if shared and any((images[key], cameras[key]) != (images[first], cameras[first]) for key in images):
+            raise ValueError(f"one encoder is shared by the images {list(images)}, which differ in shape or settings")
+        built = [first] if shared else list(images)
+        self.cameras = nn.ModuleList(CameraEncoder(images[key], **cameras[key]) for key in built)
+        self.place = {key: 0 if shared else i for i, key in enumerate(images)}
+        numbers = {key: feature.shape for key, feature in spec.observation.items() if feature.kind == "state"}
+        per_step = sum(torch.Size(shape).numel() for shape in numbers.values())
+        self.features = spec.n_obs_steps * (per_step + sum(self._camera(key).features for key in images))
+
+    def _camera(self, key: str) -> CameraEncoder:
+        camera = self.cameras[self.place[key]]
+        assert isinstance(camera, CameraEncoder)
+        return camera
+
+    def forward(self, observation: Mapping[str, Tensor]) -> Tensor:
+        """{key: (B, To, …)}, normalised, images (B, To, C, H, W) -> (B, ``features``)."""
+        encoded = {}
+        for key, value in observation.items():
+            if key in self.place:
+                value = self._camera(key)(value.flatten(0, 1)).unflatten(0, value.shape[:2])
+            encoded[key] = value
+        return flatten_observation(encoded)
+
+
+def build_encoder(spec: PolicySpec, settings: Mapping[str, Any] | None) -> ObservationEncoder | None:
+    """The encoder of a policy that observes images; None where it observes states alone.
+
+    Raises:
+        ValueError: images without settings, settings without images, or settings that do not fit.
+    """
+    images = [key for key, feature in spec.observation.items() if feature.kind == "image"]
+    if settings is None and images:
+        raise ValueError(f"the network has no encoder, and {images} are images; expected {{'cameras': …}}")
+    return None if settings is None else ObservationEncoder(spec, **settings)
+
+
+def encode(encoder: ObservationEncoder | None, observation: Mapping[str, Tensor]) -> Tensor:
+    """{key: (B, To, …)} -> the condition vector; without an encoder, the states."""
+    condition: Tensor = flatten_observation(observation) if encoder is None else encoder(observation)
+    return condition
+
+
+def _size(name: str, value: Any) -> tuple[int, int] | None:
+    if value is None:
+        return None
+    if not isinstance(value, list | tuple) or len(value) != 2:
+        raise ValueError(f"{name} is {value!r}, expected [height, width] or null")
+    height, width = (_count(f"{name}[{i}]", size, MAX_SIDE) for i, size in enumerate(value))
+    return height, width
+
+
+def _count(name: str, value: Any, most: int = MAX_FEATURES) -> int:
+    if not isinstance(value, int) or isinstance(value, bool) or not 1 <= value <= most:
+        raise ValueError(f"{name} is {value!r}, expected a whole number from 1 to {most}")
+    return value
