@@ -427,10 +427,10 @@ class RunsCode:
 @pytest.mark.parametrize("entry", ["filters", "compressor"])
 def test_a_replay_buffer_packed_by_pickle_is_refused_unread(buffer: Path, tmp_path: Path, entry: str) -> None:
     path, codec = buffer / "data" / "action" / ".zarray", {"id": "pickle", "protocol": 5}
-    about = {**json.loads(path.read_text()), "filters": None, "compressor": None}
+    about = {**json.loads(path.read_text()), "dtype": "|O", "fill_value": None, "filters": None, "compressor": None}
     path.write_text(json.dumps({**about, entry: [codec] if entry == "filters" else codec}))
     for chunk in path.parent.glob("[0-9]*"):
         chunk.write_bytes(pickle.dumps(RunsCode(tmp_path / "mark")))
-    with pytest.raises(parapolicy.DataError, match=r"data/action is packed by \['pickle'\], expected some of"):
+    with pytest.raises(parapolicy.DataError, match=r"data/action .*pickle"):  # zarr 3 refuses it, too
         read_zarr(buffer, SOURCES)
     assert not (tmp_path / "mark").exists()
