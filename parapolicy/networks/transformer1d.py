@@ -112,9 +112,6 @@ class TransformerForDiffusion(Network):
         ValueError: an argument of another kind or size, or arguments that do not go together.
     """
 
-    mask: Tensor | None
-    memory_mask: Tensor | None
-
     def __init__(
         self,
         input_dim: int,
@@ -135,6 +132,7 @@ class TransformerForDiffusion(Network):
         crosses = condition == "cross"
         self.n_obs_steps, self.obs_encoder = n_obs_steps, encoder
         self.inpaints, self.encoder_only, self.n_cond_layers = not crosses, not time_as_condition, n_cond_layers
+        self.causal = causal_attn
         length, memory = horizon + (not time_as_condition), time_as_condition + n_obs_steps * crosses
         self.input_emb = nn.Linear(input_dim, n_emb)
         self.pos_emb = nn.Parameter(torch.zeros(1, length, n_emb))
@@ -150,11 +148,6 @@ class TransformerForDiffusion(Network):
             self.encoder = nn.Sequential(nn.Linear(n_emb, 4 * n_emb), nn.Mish(), nn.Linear(4 * n_emb, n_emb))
         self.decoder = None if self.encoder_only else Layers(n_layer, n_emb, n_head, cross=True)
         self.ln_f, self.head = nn.LayerNorm(n_emb), nn.Linear(n_emb, input_dim)
-        step = torch.arange(length)[:, None]
-        self.register_buffer("mask", step >= step.T if causal_attn else None, persistent=False)
-        # The memory's token 0 is the timestep, and token s is the observed step s - 1.
-        seen = step >= torch.arange(memory) - 1 if causal_attn and crosses else None
-        self.register_buffer("memory_mask", seen, persistent=False)
         for part in self.children():
             if part is not encoder:
                 part.apply(_initialise)
@@ -171,6 +164,24 @@ class TransformerForDiffusion(Network):
         cond_dim = (spec.condition_dim if built is None else built.features) // spec.n_obs_steps
         check_condition(spec, cond_dim, arguments.get("condition"))
         return cls(spec.sample_shape[1], spec.horizon, spec.n_obs_steps, cond_dim, encoder=built, **arguments)
+
+    @property
+    def mask(self) -> Tensor | None:
+        """True where a token of the sequence (L, L) sees another; None: everywhere."""
+        if not self.causal:
+            return None
+        token = torch.arange(self.pos_emb.shape[1], device=self.pos_emb.device)
+        return token[:, None] >= token
+
+    @property
+    def memory_mask(self) -> Tensor | None:
+        """True where a token of the sequence (H, M) sees one of the memory; None: everywhere."""
+        if not self.causal or self.inpaints or self.cond_pos_emb is None:
+            return None
+        token = torch.arange(self.pos_emb.shape[1], device=self.pos_emb.device)
+        # The memory's token 0 is the timestep, and token s is the observed step s - 1.
+        observed = torch.arange(self.cond_pos_emb.shape[1], device=self.pos_emb.device) - 1
+        return token[:, None] >= observed
 
     @property
     def _mixes(self) -> bool:
@@ -206,12 +217,13 @@ class TransformerForDiffusion(Network):
         assert isinstance(condition, Tensor)
         if self.inpaints:
             x = overwrite_observed(x, condition[element])
-        tokens = self.input_emb(x)
+        tokens, mask = self.input_emb(x), self.mask
         if self.decoder is None:
             tokens = torch.cat((steps[step], tokens + self.pos_emb[:, 1:]), 1)
-            tokens = self.encoder(tokens, self.mask)[:, 1:]
+            tokens = self.encoder(tokens, mask)[:, 1:]
         else:
             tokens = tokens + self.pos_emb
+            memory_mask = self.memory_mask
             memory: Any = steps
             if self._mixes:
                 memory = self._project(self.encoder(torch.cat((steps[step], condition[element]), 1)))
@@ -222,7 +234,7 @@ class TransformerForDiffusion(Network):
                     seen = steps[:, i][step]
                 else:
                     seen = torch.cat((steps[:, i][step], condition[:, i][element]), 1)
-                tokens = layer(tokens, self.mask, seen, self.memory_mask)
+                tokens = layer(tokens, mask, seen, memory_mask)
         output: Tensor = self.head(self.ln_f(tokens))
         return output
 
