@@ -8,7 +8,8 @@ from importlib.metadata import entry_points
 from pathlib import Path
 from typing import NamedTuple, Protocol
 
-from parapolicy.checkpoint import native
+from parapolicy.checkpoint import native, stanford_ckpt
+from parapolicy.checkpoint.pickles import refuse_unknown
 from parapolicy.networks import Network
 from parapolicy.normalizer import Normalizer
 from parapolicy.spec import PolicySpec
@@ -34,7 +35,7 @@ class Reader(Protocol):
         ...
 
 
-READERS: tuple[Reader, ...] = (native,)
+READERS: tuple[Reader, ...] = (native, stanford_ckpt)
 
 
 def read_checkpoint(path: str | os.PathLike[str]) -> Loaded:
@@ -46,4 +47,6 @@ def read_checkpoint(path: str | os.PathLike[str]) -> Loaded:
     path = Path(path)
     installed = [entry.load() for entry in entry_points(group="parapolicy.readers")]
     found = [reader for reader in (*READERS, *installed) if reader.recognises(path)]
+    if not found and path.is_file():
+        refuse_unknown(path)
     return Loaded(*(found[0] if found else native).read(path))  # the native one names what is missing
