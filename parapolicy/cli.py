@@ -10,7 +10,7 @@ from pathlib import Path
 USAGE = """usage: parapolicy inspect CHECKPOINT [--json]
        parapolicy check CHECKPOINT [--chunks 5] [--engine eager] [--device auto]
        parapolicy convert CHECKPOINT OUT [--control-hz HZ]
-       parapolicy calibrate FOLDER [--observations FILE.npz] [--chunks 60] [--draws 60]
+       parapolicy calibrate FOLDER [--observations FILE.npz…] [--chunks 60] [--draws 60]
        parapolicy serve [checkpoint=FOLDER port=8000 …]
        parapolicy report FOLDER… [--output FOLDER] [--margin 0.03]
 
@@ -93,7 +93,12 @@ def calibrate(arguments: Sequence[str]) -> None:
     """``parapolicy calibrate``."""
     parser = argparse.ArgumentParser("parapolicy calibrate")
     parser.add_argument("folder", type=Path, metavar="FOLDER")
-    parser.add_argument("--observations", type=Path, help="arrays {key: (N, To, …)}; half of them are held out")
+    parser.add_argument(
+        "--observations",
+        type=Path,
+        nargs="+",
+        help="arrays {key: (N, To, …)}, as runs of eval.py keep; half are held out",
+    )
     parser.add_argument("--chunks", type=int, default=60, help="sequential chunks to calibrate on, and to measure")
     parser.add_argument("--draws", type=int, default=60, help="chunks per observation for the energy distance")
     parsed = parser.parse_args(arguments)
@@ -108,7 +113,7 @@ def calibrate(arguments: Sequence[str]) -> None:
     policy = load_policy(parsed.folder, device="cpu")
     observations = made_up_observations(policy, 2 * parsed.chunks)
     if parsed.observations is not None:
-        observations = read_observations(parsed.observations)
+        observations = [one for path in parsed.observations for one in read_observations(path)]
     calibration, rows = measure_calibration(policy, observations, parsed.chunks, parsed.draws)
     write_calibration(parsed.folder / FILE, policy, calibration, {"rows": rows, "made_up": parsed.observations is None})
     print(f"{present(rows)}\nwrote {parsed.folder / FILE}")

@@ -30,7 +30,8 @@ def load_policy(
         folder: the policy folder.
         sampler: one of :func:`parapolicy.list_samplers`; ``parameters`` are its own. ``collocation`` is calibrated
             at the first load, in seconds, where no calibration stands beside the weights. ``auto``: the one that
-            :func:`parapolicy.make_plan` finds fastest here, at the ``tolerance`` given (or the plan's own default).
+            :func:`parapolicy.make_plan` finds fastest here, at the ``tolerance`` and ``fidelity`` given (or the plan's
+            own defaults).
         engine: one of :data:`parapolicy.engine.ENGINES`. ``compiled`` compiles at the first call, for about a minute
             where torch's cache on disk does not know the network yet. ``compiled_bfloat16`` rounds the factors of its
             matrix products to bfloat16: faster on CPUs with instructions for it. ``cuda_graph`` captures whole rounds
@@ -42,9 +43,10 @@ def load_policy(
         CheckpointError: a file is missing, damaged, or does not match the other one.
         ValueError: an unknown sampler, parameter, engine or device, or ``sharded`` outside of ``torchrun``.
     """
-    if sampler == "auto" and set(parameters) - {"tolerance"}:
-        raise ValueError(f"sampler 'auto' has no parameters {sorted(set(parameters) - {'tolerance'})}, only tolerance")
-    chosen = make_sampler("secant" if sampler == "auto" else sampler, **parameters)
+    unknown = sorted(set(parameters) - {"tolerance", "fidelity"})
+    if sampler == "auto" and unknown:
+        raise ValueError(f"sampler 'auto' has no parameters {unknown}, only tolerance and fidelity")
+    chosen = make_sampler("secant") if sampler == "auto" else make_sampler(sampler, **parameters)
     target = pick_device(device)
     made = make_engine("compiled" if engine == "sharded" else engine, target)
     spec, network, normalizer = read_checkpoint(folder)
@@ -58,7 +60,8 @@ def load_policy(
         from parapolicy.engine.sharded import join  # torch.distributed takes its time to load
 
         policy = dataclasses.replace(policy, engine=join(policy))
-    policy = with_calibration(policy, folder, measure=sampler == "collocation")
+    calibrated = sampler == "collocation" or parameters.get("fidelity") == "distribution"
+    policy = with_calibration(policy, folder, measure=calibrated)
     return make_plan(policy, **parameters).apply(policy) if sampler == "auto" else policy
 
 

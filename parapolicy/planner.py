@@ -1,4 +1,4 @@
-"""Which window is fastest here? Measured, for one policy on one device, and remembered."""
+"""Which sampler is fastest here? Measured, for one policy on one device, and remembered."""
 
 import contextlib
 import dataclasses
@@ -18,10 +18,12 @@ import torch
 from parapolicy.digest import digest
 from parapolicy.files import replacing
 from parapolicy.policy import Policy
-from parapolicy.samplers import Secant, Sequential
+from parapolicy.samplers import Collocation, Sampler, Secant, Sequential
 from parapolicy.spec import Feature
 
 WINDOWS = (16, 24, 40, 100)
+NODES, NODE_WINDOWS = 19, (1, 3, 6, 12)  # of collocation
+FIDELITIES = ("seed", "distribution")
 TOLERANCE = 0.015  # of whose chunks the error's 95th percentile was seen to be within it on Push-T
 
 
@@ -30,14 +32,17 @@ class Plan:
     """What was measured, and what follows.
 
     Attributes:
-        milliseconds: candidate -> median time of a chunk at batch 1; ``sequential`` and ``window N``.
+        milliseconds: candidate -> median time of a chunk at batch 1; ``sequential``, ``window N`` of the secant
+            sampler, and ``collocation N``, N its window.
         rounds: candidate -> mean rounds.
-        tolerance: at which the windows were measured.
+        tolerance: at which the secant sampler was measured.
+        fidelity: what the candidates keep; see :func:`make_plan`.
     """
 
     milliseconds: dict[str, float]
     rounds: dict[str, float]
     tolerance: float
+    fidelity: str = "seed"
 
     @property
     def choice(self) -> str:
@@ -46,9 +51,7 @@ class Plan:
 
     def apply(self, policy: Policy) -> Policy:
         """The policy with the chosen sampler."""
-        if self.choice == "sequential":
-            return policy.with_sampler("sequential")
-        return policy.with_sampler("secant", window=int(self.choice.split()[1]), tolerance=self.tolerance)
+        return dataclasses.replace(policy, sampler=_samplers(policy, self.tolerance, self.fidelity)[self.choice])
 
     def __str__(self) -> str:
         lines = [f"{self.choice} is the fastest of what was measured here (batch 1, tolerance {self.tolerance:g}):"]
@@ -63,8 +66,9 @@ def make_plan(
     observations: Sequence[Mapping[str, Any]] | None = None,
     tolerance: float = TOLERANCE,
     cache: Path | None = None,
+    fidelity: str = "seed",
 ) -> Plan:
-    """Time the sequential sampler and the default one at several windows.
+    """Time the sequential sampler and others at several windows.
 
     Args:
         policy: with its engine and device.
@@ -72,17 +76,24 @@ def make_plan(
         tolerance: of the secant sampler.
         cache: folder of remembered plans, by device, weights, schedule, engine, threads and version of torch; None:
             ``$PARAPOLICY_CACHE`` or else ``~/.cache/parapolicy``. A damaged entry is measured anew.
+        fidelity: ``seed``: chunks of the noise that is given, to the tolerance. ``distribution``: also draws of the
+            same policy that may differ from the sequential chunk of that noise, by ``collocation``.
+
+    Raises:
+        ValueError: another fidelity.
     """
+    if fidelity not in FIDELITIES:
+        raise ValueError(f"fidelity is {fidelity!r}, expected one of {FIDELITIES}")
     try:
         folder = cache or cache_folder()
     except RuntimeError:  # a user without a home: nothing is remembered
-        return _measure(policy, observations or made_up_observations(policy, 9), tolerance)
-    path = folder / f"plan-{_key(policy, observations, tolerance)}.json"
+        return _measure(policy, observations or made_up_observations(policy, 9), tolerance, fidelity)
+    path = folder / f"plan-{_key(policy, observations, tolerance, fidelity)}.json"
     try:
-        return _read(path, policy, tolerance)
+        return _read(path, policy, tolerance, fidelity)
     except (OSError, ValueError, TypeError, OverflowError, RecursionError):
         pass
-    plan = _measure(policy, observations or made_up_observations(policy, 9), tolerance)
+    plan = _measure(policy, observations or made_up_observations(policy, 9), tolerance, fidelity)
     with contextlib.suppress(OSError):  # what cannot be remembered costs the time of measuring again
         _write(path, plan)
     return plan
@@ -93,17 +104,17 @@ def cache_folder() -> Path:
     return Path(os.environ.get("PARAPOLICY_CACHE") or Path.home() / ".cache" / "parapolicy")
 
 
-def _read(path: Path, policy: Policy, tolerance: float) -> Plan:
+def _read(path: Path, policy: Policy, tolerance: float, fidelity: str) -> Plan:
     """A remembered plan; ``ValueError`` or ``TypeError`` unless it is one that could have been measured."""
     plan = Plan(**json.loads(path.read_text()))
     for values in (plan.milliseconds, plan.rounds):
-        if not isinstance(values, dict) or set(values) != {"sequential", *_samplers(policy, tolerance)}:
+        if not isinstance(values, dict) or set(values) != set(_samplers(policy, tolerance, fidelity)):
             raise ValueError(f"the plan holds {values!r}, expected a number for each candidate")
         for value in values.values():
             if type(value) not in (int, float) or not 0 < float(value) < math.inf:
                 raise ValueError(f"the plan holds {value!r}, expected a positive number")
-    if plan.tolerance != tolerance:
-        raise ValueError(f"the plan's tolerance is {plan.tolerance!r}, expected {tolerance:g}")
+    if (plan.tolerance, plan.fidelity) != (tolerance, fidelity):
+        raise ValueError(f"the plan is for {plan.tolerance!r}, {plan.fidelity!r}, expected {tolerance:g}, {fidelity!r}")
     return dataclasses.replace(plan, tolerance=tolerance)
 
 
@@ -114,9 +125,9 @@ def _write(path: Path, plan: Plan) -> None:
         partial.write_text(json.dumps(dataclasses.asdict(plan)))
 
 
-def explain(policy: Policy, tolerance: float = TOLERANCE) -> None:
+def explain(policy: Policy, tolerance: float = TOLERANCE, fidelity: str = "seed") -> None:
     """Print which sampler ``load_policy(sampler="auto")`` takes here, and the measurements behind the choice."""
-    print(make_plan(policy, tolerance=tolerance))
+    print(make_plan(policy, tolerance=tolerance, fidelity=fidelity))
 
 
 def made_up_observations(policy: Policy, count: int) -> list[dict[str, np.ndarray]]:
@@ -136,16 +147,22 @@ def _made_up(policy: Policy, key: str, feature: Feature, generator: torch.Genera
     return policy.normalizer.unnormalize(key, normal).cpu().numpy()
 
 
-def _samplers(policy: Policy, tolerance: float) -> dict[str, Secant]:
+def _samplers(policy: Policy, tolerance: float, fidelity: str) -> dict[str, Sampler]:
+    """The candidates."""
     steps = len(policy.schedule)
-    windows = [*(w for w in WINDOWS if w < steps), steps]
-    return {f"window {window}": Secant(window, tolerance) for window in windows}
+    candidates: dict[str, Sampler] = {"sequential": Sequential()}
+    for window in [*(w for w in WINDOWS if w < steps), steps]:
+        candidates[f"window {window}"] = Secant(window, tolerance)
+    if fidelity == "distribution":
+        candidates |= {f"collocation {window}": Collocation(NODES, window) for window in NODE_WINDOWS}
+    return candidates
 
 
-def _measure(policy: Policy, observations: Sequence[Mapping[str, Any]], tolerance: float) -> Plan:
-    samplers = _samplers(policy, tolerance)
-    candidates = {"sequential": dataclasses.replace(policy, sampler=Sequential())}
-    candidates |= {name: dataclasses.replace(policy, sampler=sampler) for name, sampler in samplers.items()}
+def _measure(
+    policy: Policy, observations: Sequence[Mapping[str, Any]], tolerance: float, fidelity: str = "seed"
+) -> Plan:
+    samplers = _samplers(policy, tolerance, fidelity)
+    candidates = {name: dataclasses.replace(policy, sampler=sampler) for name, sampler in samplers.items()}
     for candidate in candidates.values():
         candidate.predict(observations[0])
     seconds: dict[str, list[float]] = {name: [] for name in candidates}
@@ -156,12 +173,12 @@ def _measure(policy: Policy, observations: Sequence[Mapping[str, Any]], toleranc
             seconds[name].append(stats.seconds)
             rounds[name].append(stats.rounds)
     milliseconds = {name: 1e3 * statistics.median(values) for name, values in seconds.items()}
-    return Plan(milliseconds, {name: statistics.fmean(values) for name, values in rounds.items()}, tolerance)
+    return Plan(milliseconds, {name: statistics.fmean(values) for name, values in rounds.items()}, tolerance, fidelity)
 
 
-def _key(policy: Policy, observations: Sequence[Mapping[str, Any]] | None, tolerance: float) -> str:
+def _key(policy: Policy, observations: Sequence[Mapping[str, Any]] | None, tolerance: float, fidelity: str) -> str:
     """A digest of all that a plan depends on."""
     device = torch.cuda.get_device_name(policy.device) if policy.device.type == "cuda" else str(policy.device)
     machine = (device, torch.__version__, torch.get_num_threads())
-    solved = (policy.schedule.solver, policy.schedule.timesteps, policy.engine.name, tolerance)
+    solved = (policy.schedule.solver, policy.schedule.timesteps, policy.engine.name, tolerance, fidelity)
     return digest([machine, solved, policy.network.state_dict(), list(observations or ())])[:16]

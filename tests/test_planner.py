@@ -10,7 +10,7 @@ import torch
 
 import parapolicy
 from parapolicy import planner
-from parapolicy.samplers import Secant, Sequential
+from parapolicy.samplers import Collocation, Secant, Sequential
 from tests.conftest import SHIPPED
 from tests.helpers import small_policy
 
@@ -24,9 +24,9 @@ def test_every_candidate_is_measured_and_the_fastest_is_taken() -> None:
     assert min(plan.milliseconds.values()) == plan.milliseconds[plan.choice] > 0
 
 
-@pytest.mark.parametrize(("fastest", "sampler"), [("sequential", Sequential()), ("window 10", Secant(10, 0.05))])
+@pytest.mark.parametrize(("fastest", "sampler"), [("sequential", Sequential()), ("window 16", Secant(16, 0.05))])
 def test_the_choice_is_applied_and_explained(fastest: str, sampler: object) -> None:
-    milliseconds = {"sequential": 5.0, "window 10": 5.0, "window 20": 5.0} | {fastest: 4.0}
+    milliseconds = {"sequential": 5.0, "window 16": 5.0, "window 20": 5.0} | {fastest: 4.0}
     plan = parapolicy.Plan(milliseconds, dict.fromkeys(milliseconds, 2.0), 0.05)
     assert plan.apply(small_policy()).sampler == sampler
     assert str(plan).startswith(f"{fastest} is the fastest")
@@ -123,3 +123,23 @@ def test_a_user_without_a_home_plans(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv("PARAPOLICY_CACHE", raising=False)
     monkeypatch.setattr(Path, "home", no_home)
     assert parapolicy.make_plan(small_policy()).choice
+
+
+def test_a_plan_for_the_distribution_knows_collocation(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    policy = small_policy()
+    plan = parapolicy.make_plan(policy, cache=tmp_path, fidelity="distribution")
+    assert {"sequential", "window 20", "collocation 1", "collocation 12"} < set(plan.milliseconds)
+    fastest = dataclasses.replace(plan, milliseconds={**plan.milliseconds, "collocation 3": 1e-9})
+    assert fastest.apply(policy).sampler == Collocation(planner.NODES, 3)
+    assert "collocation 3" not in parapolicy.make_plan(policy, cache=tmp_path).milliseconds
+    monkeypatch.setattr(planner, "_measure", lambda *a: pytest.fail("measured again"))
+    assert parapolicy.make_plan(policy, cache=tmp_path, fidelity="distribution") == plan
+    with pytest.raises(ValueError, match="fidelity is 'reward'"):
+        parapolicy.make_plan(policy, cache=tmp_path, fidelity="reward")
+
+
+def test_load_policy_calibrates_for_the_distribution(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("PARAPOLICY_CACHE", str(tmp_path / "cache"))
+    parapolicy.save_policy(small_policy(), tmp_path / "policy")
+    policy = parapolicy.load_policy(tmp_path / "policy", sampler="auto", fidelity="distribution", device="cpu")
+    assert policy.schedule.calibration is not None
