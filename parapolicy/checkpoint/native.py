@@ -81,14 +81,15 @@ def read(folder: str | os.PathLike[str]) -> tuple[PolicySpec, Network, Normalize
         raise CheckpointError(f"{folder / CONFIG} describes no policy: {_cut(error)}") from error
 
     expected = {f"network.{name}": tuple(value.shape) for name, value in network.state_dict().items()}
+    centres = {f"normalizer.{key}.centre": shape for key, shape in spec.normalizer_shapes.items()}
     for key, shape in spec.normalizer_shapes.items():
         expected |= {f"normalizer.{key}.scale": shape, f"normalizer.{key}.offset": shape}
-    tensors = _read_weights(folder, expected, config.get(WEIGHTS_DIGEST), _spec_digest(spec))
+    tensors = _read_weights(folder, expected, centres, config.get(WEIGHTS_DIGEST), _spec_digest(spec))
 
     network.load_state_dict({name: tensors[f"network.{name}"] for name in network.state_dict()}, assign=True)
     network.requires_grad_(False).eval()
     maps = {
-        key: Affine(tensors[f"normalizer.{key}.scale"], tensors[f"normalizer.{key}.offset"])
+        key: Affine(*(tensors.get(f"normalizer.{key}.{part}") for part in Affine._fields))  # type: ignore[arg-type]
         for key in spec.normalizer_shapes
     }
     try:
@@ -125,7 +126,11 @@ def _read_config(folder: Path) -> dict[str, Any]:
 
 
 def _read_weights(
-    folder: Path, expected: Mapping[str, tuple[int, ...]], weights_digest: Any, spec_digest: str
+    folder: Path,
+    expected: Mapping[str, tuple[int, ...]],
+    optional: Mapping[str, tuple[int, ...]],
+    weights_digest: Any,
+    spec_digest: str,
 ) -> dict[str, Tensor]:
     path = folder / WEIGHTS
     try:
@@ -141,7 +146,9 @@ def _read_weights(
                     "parapolicy.save_policy(replace(policy, spec=replace(policy.spec, control_hz=20)), folder), with "
                     "replace of dataclasses"
                 )
-            _check_tensors(path, {name: weights.get_slice(name) for name in weights.keys()}, expected)  # noqa: SIM118
+            found = {name: weights.get_slice(name) for name in weights.keys()}  # noqa: SIM118
+            expected = {**expected, **{name: shape for name, shape in optional.items() if name in found}}
+            _check_tensors(path, found, expected)
             both = saved is not None and weights_digest is not None
             if not (weights_digest == _file_digest(path) if both else saved is weights_digest):
                 raise CheckpointError(

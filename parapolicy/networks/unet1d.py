@@ -121,6 +121,7 @@ class ConditionalUnet1D(Network):
         kernel_size: of the main convolutions; odd.
         n_groups: groups of every GroupNorm.
         cond_predict_scale: FiLM with scale and bias (True) or bias only (False).
+        final_groups: groups of the last GroupNorm; None: ``n_groups``. The published networks always have 8 there.
         encoder: makes the condition vector; None: it is the observed states, flattened.
 
     Raises:
@@ -136,10 +137,13 @@ class ConditionalUnet1D(Network):
         kernel_size: int = 5,
         n_groups: int = 8,
         cond_predict_scale: bool = True,
+        final_groups: int | None = None,
         encoder: ObservationEncoder | None = None,
     ) -> None:
         super().__init__()
         _check_sizes(diffusion_step_embed_dim, down_dims, kernel_size, n_groups)
+        final_groups = n_groups if final_groups is None else final_groups
+        _check_sizes(diffusion_step_embed_dim, down_dims[:1], kernel_size, final_groups)
         if not isinstance(cond_predict_scale, bool):
             raise ValueError(f"cond_predict_scale is {cond_predict_scale!r}, expected true or false")
         dims = [input_dim, *down_dims]
@@ -173,7 +177,7 @@ class ConditionalUnet1D(Network):
             for dim_in, dim_out in reversed(levels[1:])
         )
         self.final_conv = nn.Sequential(
-            Conv1dBlock(down_dims[0], down_dims[0], kernel_size, n_groups), nn.Conv1d(down_dims[0], input_dim, 1)
+            Conv1dBlock(down_dims[0], down_dims[0], kernel_size, final_groups), nn.Conv1d(down_dims[0], input_dim, 1)
         )
 
     @classmethod

@@ -46,12 +46,13 @@ class CameraEncoder(nn.Module):
         image: what the camera gives.
         backbone: ``resnet18``, ``resnet34`` or ``resnet50``.
         norm: its normalisation: ``group`` (16 channels each) or ``batch`` (statistics of training).
-        resize: (height, width) to which pictures are scaled first, bilinear and without antialiasing; None: not.
+        resize: (height, width) to which pictures are scaled first, bilinear; None: not.
         crop: (height, width) of the middle that is then cut out; None: all.
         imagenet: give colours the mean and spread that ImageNet's have, after the normalizer.
         keypoints: feature maps of a spatial softmax over the backbone's output; None: its mean over the picture.
         features: length of a linear layer's output behind that; None: no such layer.
         relu: a ReLU at the end.
+        antialias: average over the pixels that a smaller picture's pixel covers when scaling.
 
     Raises:
         ValueError: a setting of another kind or size.
@@ -68,10 +69,12 @@ class CameraEncoder(nn.Module):
         keypoints: int | None = 32,
         features: int | None = 64,
         relu: bool = True,
+        antialias: bool = False,
     ) -> None:
         super().__init__()
-        if not isinstance(imagenet, bool) or not isinstance(relu, bool):
-            raise ValueError(f"imagenet is {imagenet!r} and relu is {relu!r}, expected true or false for each")
+        for name, flag in {"imagenet": imagenet, "relu": relu, "antialias": antialias}.items():
+            if not isinstance(flag, bool):
+                raise ValueError(f"{name} is {flag!r}, expected true or false")
         height, width, channels = image.shape
         if imagenet and channels != 3:
             raise ValueError(f"imagenet is on for pictures of {channels} channels, expected 3")
@@ -80,7 +83,7 @@ class CameraEncoder(nn.Module):
         if self.crop and (self.crop[0] > height or self.crop[1] > width):
             raise ValueError(f"crop is {list(self.crop)}, expected at most the picture's ({height}, {width})")
         height, width = self.crop or (height, width)
-        self.imagenet, self.relu = imagenet, relu
+        self.imagenet, self.relu, self.antialias = imagenet, relu, antialias
         self.backbone = ResNet(backbone, channels, norm)
         self.pool: nn.Module | None = None
         self.linear: nn.Module | None = None
@@ -97,7 +100,9 @@ class CameraEncoder(nn.Module):
         """(N, C, H, W), normalised -> (N, ``features``)."""
         x = pictures
         if self.resize:
-            x = functional.interpolate(x, self.resize, mode="bilinear", align_corners=False)
+            x = functional.interpolate(
+                x, self.resize, mode="bilinear", align_corners=False, antialias=self.antialias
+            )
         if self.crop:
             top, left = (round((have - want) / 2) for have, want in zip(x.shape[2:], self.crop, strict=True))
             x = x[..., top : top + self.crop[0], left : left + self.crop[1]]
