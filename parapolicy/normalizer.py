@@ -76,8 +76,11 @@ class Normalizer:
         return value if centre is None else value + centre
 
     def to(self, device: torch.device) -> "Normalizer":
-        moved = {key: [None if part is None else part.to(device) for part in a] for key, a in self.maps.items()}
-        return Normalizer({key: Affine(*parts) for key, parts in moved.items()})
+        def moved(a: Affine) -> Affine:
+            centre = None if a.centre is None else a.centre.to(device)
+            return Affine(a.scale.to(device), a.offset.to(device), centre)
+
+        return Normalizer({key: moved(affine) for key, affine in self.maps.items()})
 
     def state_dict(self) -> dict[str, Tensor]:
         """``{key}.scale`` and ``{key}.offset`` of every key, and ``{key}.centre`` where there is one."""

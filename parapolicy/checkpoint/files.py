@@ -24,8 +24,13 @@ MAX_JSON, MAX_HEADER = 2**20, 2**22  # bytes
 DTYPES = ("F64", "F32", "F16", "BF16")
 
 
-def find_file(folder: Path, name: object) -> Path:
+def find_file(folder: Path, name: object, named_by: Path | None = None) -> Path:
     """The path of a file that lies directly in the folder.
+
+    Args:
+        folder: where files are read from.
+        name: of the file.
+        named_by: the file in which the name stands, for messages.
 
     Raises:
         CheckpointError: not a plain name, no regular file, or a link out of the folder.
@@ -33,8 +38,8 @@ def find_file(folder: Path, name: object) -> Path:
     plain = isinstance(name, str) and 0 < len(name) < 256 and name not in (".", "..") and not set(name) & set("/\\\0")
     if not isinstance(name, str) or not plain:
         raise CheckpointError(
-            f"{folder} names the file {cut(repr(name), 100)}, expected a plain name: files are read from the folder "
-            "itself only"
+            f"{named_by or folder} names the file {cut(repr(name), 100)}, expected a plain name: files are read from "
+            "the folder itself only. Put the file there"
         )
     path = folder / name
     try:
@@ -42,7 +47,7 @@ def find_file(folder: Path, name: object) -> Path:
         target, home = path.resolve(strict=True).parent, folder.resolve(strict=True)
     except (OSError, ValueError, RuntimeError) as error:
         raise CheckpointError(
-            f"{path} is missing or cannot be read ({cut(error)}); copy the whole folder again"
+            f"{path} is missing or cannot be read ({type(error).__name__}); copy the whole folder again"
         ) from error
     if not regular:
         raise CheckpointError(f"{path} is no regular file; copy the folder again")
@@ -94,7 +99,11 @@ class Tensors:
         # safetensors stores tensors that share their memory once, and notes the other names.
         for alias, name in (weights.metadata() or {}).items():
             if name in slices and alias not in slices:
-                self.shapes[alias], self._dtypes[alias], self._names[alias] = self.shapes[name], self._dtypes[name], name
+                self.shapes[alias], self._dtypes[alias], self._names[alias] = (
+                    self.shapes[name],
+                    self._dtypes[name],
+                    name,
+                )
 
     def rename(self, names: Mapping[str, str]) -> None:
         """Give tensors other names, {old: new}."""

@@ -29,7 +29,9 @@ def resolve(path: str | os.PathLike[str]) -> Path:
         return Path(path)
     match = NAME.fullmatch(text[len(SCHEME) :])
     if match is None or ".." in text:
-        raise CheckpointError(f"the policy's name is {text[:200]!r}, expected hf://owner/name or hf://owner/name@revision")
+        raise CheckpointError(
+            f"the policy's name is {text[:200]!r}, expected hf://owner/name or hf://owner/name@revision"
+        )
     from huggingface_hub import snapshot_download  # takes its time to load
 
     repository, revision = match.groups()
@@ -38,6 +40,6 @@ def resolve(path: str | os.PathLike[str]) -> Path:
         return Path(snapshot_download(repository, revision=revision, allow_patterns=patterns))
     except (OSError, ValueError, RuntimeError) as error:  # huggingface_hub's own errors are of these
         raise CheckpointError(
-            f"{text} is neither in the cache nor could it be downloaded ({type(error).__name__}: {error!s:.250}); see to "
-            "its name and revision, the network, or (for private ones) the login of huggingface_hub"
+            f"{text} is neither in the cache nor could it be downloaded ({type(error).__name__}: {error!s:.250}); see "
+            "to its name and revision, the network, or (for private ones) the login of huggingface_hub"
         ) from error

@@ -118,7 +118,9 @@ def describe(path: Path, config: Mapping[str, Any]) -> Described:
     if not 1 <= len(down_dims) <= MAX_LEVELS:
         raise settings.wrong("down_dims", f"expected 1 to {MAX_LEVELS} numbers of channels")
     if horizon % 2 ** len(down_dims):
-        raise settings.wrong("horizon", f"expected a multiple of {2 ** len(down_dims)}, as LeRobot's {len(down_dims)} levels")
+        raise settings.wrong(
+            "horizon", f"expected a multiple of {2 ** len(down_dims)}, as LeRobot's {len(down_dims)} levels"
+        )
     network = {
         "name": "unet1d",
         "diffusion_step_embed_dim": settings.get("diffusion_step_embed_dim", int),
@@ -130,7 +132,7 @@ def describe(path: Path, config: Mapping[str, Any]) -> Described:
     }
     if cameras:
         camera = _camera(settings, observation[cameras[0]])
-        network["encoder"] = {"cameras": {key: camera for key in cameras}, "shared": not separate}
+        network["encoder"] = {"cameras": dict.fromkeys(cameras, camera), "shared": not separate}
     for name in SCHEDULE:
         if name not in config:
             raise settings.wrong(name, "expected what the network was trained with")

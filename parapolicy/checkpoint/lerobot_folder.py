@@ -126,7 +126,9 @@ def _read_tensors(weights: Tensors, described: Described, network: Network) -> d
     theirs = {name: published for name in own if (published := _published(name, described.separate))}
     grids = {published: own[name] for name, published in theirs.items() if published.endswith("pool.nets.weight")}
     grids = {name.replace("nets.weight", "pos_grid"): shape for name, shape in grids.items()}
-    counters = {name.replace("running_mean", "num_batches_tracked") for name in theirs.values() if "running_mean" in name}
+    counters = {
+        name.replace("running_mean", "num_batches_tracked") for name in theirs.values() if "running_mean" in name
+    }
     buffers = _buffers([*described.values, *described.others])
     missing = sorted({*theirs.values(), *grids} - weights.shapes.keys())
     unknown = sorted(weights.shapes.keys() - {*theirs.values(), *grids, *counters, *buffers})
@@ -138,7 +140,8 @@ def _read_tensors(weights: Tensors, described: Described, network: Network) -> d
     for name, published in theirs.items():  # all shapes, before anything is read
         if weights.shapes[published] != own[name]:
             raise CheckpointError(
-                f"{weights.path}: {published} has shape {cut(weights.shapes[published], 60)}, {CONFIG} calls for {own[name]}"
+                f"{weights.path}: {published} has shape {cut(weights.shapes[published], 60)}, {CONFIG} calls for "
+                f"{own[name]}"
             )
     _check_grids(weights, network, [*grids])
     tensors = {name: weights.read(published, own[name]) for name, published in theirs.items()}
@@ -174,10 +177,11 @@ def _check_grids(weights: Tensors, network: Network, names: Iterable[str]) -> No
     """Whether the spatial softmaxes of the file have our coordinates."""
     pools = [module for name, module in network.named_modules() if name.endswith(".pool")]
     for name, pool in zip(names, pools, strict=True):
-        height, width = int(pool.height), int(pool.width)  # type: ignore[arg-type]
+        height, width = int(pool.height), int(pool.width)
+        found = weights.read(name, (height * width, 2))  # which bounds the size, too
         down, across = torch.meshgrid(torch.linspace(-1, 1, height), torch.linspace(-1, 1, width), indexing="ij")
         expected = torch.stack((across.flatten(), down.flatten()), 1)
-        if not torch.allclose(weights.read(name, tuple(expected.shape)), expected, atol=1e-6):
+        if not torch.allclose(found, expected, atol=1e-6):
             raise CheckpointError(
                 f"{weights.path}: {name} holds other coordinates than those of a feature map of {height} x {width}"
             )

@@ -150,8 +150,8 @@ def _check_passive(path: Path, name: str, config: Mapping[str, Any]) -> None:
     if name not in PASSIVE:
         raise CheckpointError(
             f"{path}: the step {cut(repr(name), 100)} is not supported at its place; without it, actions would be "
-            "wrong. Supported: rename_observations_processor, then one normalizer_processor (one unnormalizer_processor "
-            f"after the policy), beside {', '.join(PASSIVE)}. Remove the step, and do in your own program what it does"
+            "wrong. Supported: rename_observations_processor, then one normalizer_processor (unnormalizer_processor "
+            f"behind the policy), beside {', '.join(PASSIVE)}. Remove the step, and do in your own program what it does"
         )
     if name == "device_processor" and config.get("float_dtype") not in FLOATS:
         raise CheckpointError(
@@ -233,7 +233,7 @@ def _statistics(folder: Path, path: Path, state: Any) -> Iterator[Statistic]:
     if state is None:
         yield missing
         return
-    with open_tensors(find_file(folder, state)) as tensors:
+    with open_tensors(find_file(folder, state, path)) as tensors:
 
         def statistic(key: str, name: str, shape: tuple[int, ...]) -> Tensor:
             full = f"{key}.{name}"
