@@ -1,0 +1,142 @@
+"""What a pickle of ``torch.save`` is turned into besides plain values: names, objects taken apart, numbers on disk."""
+
+import math
+import re
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from parapolicy.checkpoint.archive import Archive, Entry
+
+MAX_RANK, MAX_AXIS = 16, 2**40  # of a tensor
+DTYPE, ARRAY = "numpy.dtype", "numpy.ndarray"
+
+# Kinds of storages, all of which have numbers that any bytes are a value of.
+STORAGES = {
+    "torch.FloatStorage": torch.float32,
+    "torch.DoubleStorage": torch.float64,
+    "torch.HalfStorage": torch.float16,
+    "torch.BFloat16Storage": torch.bfloat16,
+    "torch.LongStorage": torch.int64,
+    "torch.IntStorage": torch.int32,
+    "torch.ShortStorage": torch.int16,
+    "torch.CharStorage": torch.int8,
+    "torch.ByteStorage": torch.uint8,
+    "torch.BoolStorage": torch.bool,
+}
+
+
+class UnsafeValue(ValueError):
+    """A pickle holds something that is not built here."""
+
+
+class Global:
+    """The name of a class or function; never the thing itself."""
+
+    __slots__ = ("name",)
+
+    def __init__(self, name: str) -> None:
+        self.name = name
+
+
+class Instance:
+    """An object taken apart: the name of its class, its arguments, and the state that was pickled (None: none)."""
+
+    __slots__ = ("args", "name", "state")
+
+    def __init__(self, name: str, args: tuple[Any, ...] = ()) -> None:
+        self.name, self.args = name, args
+        self.state: Any = None
+
+
+class Storage(NamedTuple):
+    """An entry of the archive that holds numbers, ``length`` of them."""
+
+    archive: Archive
+    dtype: torch.dtype
+    entry: Entry
+    length: int
+
+
+class TensorRef:
+    """A tensor whose numbers are still in the file.
+
+    Attributes:
+        dtype, shape: of the tensor; known to fit its storage.
+
+    Raises:
+        UnsafeValue: a view that is malformed, ends outside of its storage, or has more elements than that.
+    """
+
+    __slots__ = ("_offset", "_storage", "_stride", "dtype", "shape")
+
+    def __init__(self, storage: Storage, offset: Any, shape: Any, stride: Any) -> None:
+        for sizes in (shape, stride, (offset,)):
+            fits = type(sizes) is tuple and len(sizes) <= MAX_RANK
+            if not fits or not all(type(n) is int and 0 <= n < MAX_AXIS for n in sizes):
+                raise UnsafeValue("a tensor with a damaged offset, shape or stride")
+        if len(stride) != len(shape):
+            raise UnsafeValue(f"a tensor of shape {shape} with {len(stride)} strides")
+        elements = math.prod(shape)
+        end = offset + 1 + sum((size - 1) * step for size, step in zip(shape, stride, strict=True)) if elements else 0
+        if elements > storage.length or end > storage.length:
+            raise UnsafeValue(f"a tensor of shape {shape} on a storage of {storage.length} numbers, which is too small")
+        self.dtype, self.shape = storage.dtype, tuple(shape)
+        self._storage, self._offset, self._stride = storage, offset, stride
+
+    def load(self) -> Tensor:
+        """Read it: contiguous, on the CPU, whatever device it was on.
+
+        Raises:
+            CheckpointError: damaged data.
+        """
+        archive, dtype, entry, length = self._storage
+        data = torch.empty(entry.size, dtype=torch.uint8, device="cpu")
+        archive.read_into(entry, data.numpy().data)
+        flat = data != 0 if dtype is torch.bool else data.view(dtype)
+        view = flat.as_strided(self.shape, self._stride, self._offset)
+        return view.contiguous() if view.numel() == length else view.clone(memory_format=torch.contiguous_format)
+
+
+def read_array(value: Any) -> np.ndarray:
+    """The numpy array that an :class:`Instance` describes; a copy.
+
+    Raises:
+        UnsafeValue: no such description, or one of other things than numbers.
+    """
+    if not isinstance(value, Instance) or value.name != ARRAY or type(value.state) is not tuple:
+        raise UnsafeValue(f"a {type(value).__name__}, expected a numpy array")
+    if len(value.state) != 5:
+        raise UnsafeValue("a damaged numpy array")
+    _, shape, dtype, fortran, data = value.state
+    if not isinstance(dtype, Instance) or dtype.name != DTYPE or type(data) is not bytes or type(fortran) is not bool:
+        raise UnsafeValue("a damaged numpy array")
+    if (
+        type(shape) is not tuple
+        or len(shape) > MAX_RANK
+        or not all(type(n) is int and 0 <= n < MAX_AXIS for n in shape)
+    ):
+        raise UnsafeValue("a numpy array with a damaged shape")
+    kind = _dtype(dtype.args, dtype.state)
+    if math.prod(shape) * kind.itemsize != len(data):
+        raise UnsafeValue(f"a numpy array of shape {shape} with {len(data)} bytes")
+    return np.frombuffer(data, kind).reshape(shape, order="F" if fortran else "C").copy()
+
+
+def read_scalar(args: Any, state: Any, data: bytes) -> bool | int | float:
+    """A numpy number from what its dtype was pickled with, as python's own."""
+    kind = _dtype(args, state)
+    if len(data) != kind.itemsize:
+        raise UnsafeValue(f"a numpy number of {len(data)} bytes, expected {kind.itemsize}")
+    number: bool | int | float = np.frombuffer(data, kind)[0].item()
+    return number
+
+
+def _dtype(args: Any, state: Any) -> np.dtype:
+    code = args[0] if args else None
+    order = state[1] if type(state) is tuple and len(state) > 1 else "|"
+    if type(code) is not str or not re.fullmatch(r"b1|[iu][1248]|f[248]", code) or order not in ("<", ">", "|", "="):
+        raise UnsafeValue(f"a numpy dtype {code!r:.40}, expected one of numbers")
+    return np.dtype(f"{order}{code}")
