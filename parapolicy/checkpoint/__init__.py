@@ -8,7 +8,7 @@ from importlib.metadata import entry_points
 from pathlib import Path
 from typing import NamedTuple, Protocol
 
-from parapolicy.checkpoint import hub, lerobot_folder, native
+from parapolicy.checkpoint import hub, lerobot_folder, native, robomimic_pth
 from parapolicy.networks import Network
 from parapolicy.normalizer import Normalizer
 from parapolicy.spec import PolicySpec
@@ -34,7 +34,7 @@ class Reader(Protocol):
         ...
 
 
-READERS: tuple[Reader, ...] = (lerobot_folder, native)  # the native one takes any config.json
+READERS: tuple[Reader, ...] = (lerobot_folder, robomimic_pth, native)  # the native one takes any config.json
 
 
 def read_checkpoint(path: str | os.PathLike[str], ema: bool = False) -> Loaded:

@@ -75,11 +75,16 @@ def read_json(path: Path) -> Any:
         size = path.stat().st_size
         if size > MAX_JSON:
             raise CheckpointError(f"{path} has {size} bytes, expected at most {MAX_JSON}")
-        return json.loads(path.read_bytes(), object_pairs_hook=_unique, parse_constant=_no_constant)
+        return parse_json(path.read_bytes())
     except (ValueError, RecursionError, OSError) as error:
         if isinstance(error, CheckpointError):
             raise
         raise CheckpointError(f"{path} is no JSON text ({cut(error)}); copy the folder again") from error
+
+
+def parse_json(text: str | bytes) -> Any:
+    """A JSON value; raises ValueError or RecursionError."""
+    return json.loads(text, object_pairs_hook=_unique, parse_constant=_no_constant)
 
 
 class Tensors:

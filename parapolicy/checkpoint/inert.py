@@ -86,6 +86,11 @@ class TensorRef:
         self.dtype, self.shape = storage.dtype, tuple(shape)
         self._storage, self._offset, self._stride = storage, offset, stride
 
+    def is_same(self, other: "TensorRef") -> bool:
+        """Whether both are the same numbers of the file."""
+        mine, its = ((t._storage.entry, t._offset, t._stride, t.dtype, t.shape) for t in (self, other))
+        return mine == its
+
     def load(self) -> Tensor:
         """Read it: contiguous, on the CPU, whatever device it was on.
 

@@ -8,6 +8,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from parapolicy.checkpoint.config_values import Settings
 from parapolicy.checkpoint.files import cut
 from parapolicy.checkpoint.lerobot_statistics import Value
 from parapolicy.errors import CheckpointError
@@ -41,48 +42,6 @@ class Described(NamedTuple):
     modes: dict[str, str]
     others: list[str]
     separate: bool
-
-
-class Settings:
-    """The settings of a config file, with a check of their kind."""
-
-    def __init__(self, path: Path, values: Mapping[str, Any]) -> None:
-        self.path, self.values = path, values
-
-    def get(self, name: str, kind: type, *default: Any) -> Any:
-        """One setting; bool, int, float (also a whole number), str, list or dict.
-
-        Raises:
-            CheckpointError: it is of another kind, or missing and without a default.
-        """
-        if name not in self.values and default:
-            return default[0]
-        value = self.values.get(name)
-        kinds = (int, float) if kind is float else (kind,)
-        if not isinstance(value, kinds) or (isinstance(value, bool) and kind is not bool):
-            raise self.wrong(name, f"expected a value of type {kind.__name__}")
-        return value
-
-    def choice(self, name: str, among: Any) -> str:
-        """A text that is one of a few."""
-        value: str = self.get(name, str)
-        if value not in among:
-            raise self.wrong(name, f"expected one of {[*among]}")
-        return value
-
-    def size(self, name: str) -> list[int] | None:
-        """A height and width, or None."""
-        value = self.values.get(name)
-        if value is None:
-            return None
-        if not isinstance(value, list) or len(value) != 2 or not all(type(v) is int and v > 0 for v in value):
-            raise self.wrong(name, "expected [height, width] or null")
-        return value
-
-    def wrong(self, name: str, expected: str) -> CheckpointError:
-        """The error of a setting."""
-        has = f"{name} is {cut(repr(self.values[name]), 100)}" if name in self.values else f"{name} is missing"
-        return CheckpointError(f"{self.path}: {has}, {expected}")
 
 
 def is_lerobot(config: Any) -> bool:

@@ -4,7 +4,8 @@ They differ in what they do to a picture before and after a residual network, wh
 Diffusion Policy's two (Chi et al., RSS 2023), robomimic's (Mandlekar et al., CoRL 2021) and LeRobot's.
 """
 
-from collections.abc import Mapping, Sequence
+import math
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -16,6 +17,7 @@ from parapolicy.networks.resnet import STRIDE, ResNet
 from parapolicy.spec import Feature, PolicySpec
 
 IMAGENET = ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))  # mean and standard deviation of its colours
+CROP_OFFSETS: dict[str, Callable[[float], int]] = {"round": round, "floor": math.floor}
 MAX_SIDE, MAX_FEATURES = 4096, 2**16  # beyond what anyone trains; a larger number is a damaged config
 
 
@@ -53,6 +55,7 @@ class CameraEncoder(nn.Module):
         features: length of a linear layer's output behind that; None: no such layer.
         relu: a ReLU at the end.
         antialias: average over the pixels that a smaller picture's pixel covers when scaling.
+        crop_offset: where an odd margin puts the crop: ``round``, to even, as torchvision; ``floor``, as robomimic.
 
     Raises:
         ValueError: a setting of another kind or size.
@@ -70,11 +73,15 @@ class CameraEncoder(nn.Module):
         features: int | None = 64,
         relu: bool = True,
         antialias: bool = False,
+        crop_offset: str = "round",
     ) -> None:
         super().__init__()
         for name, flag in {"imagenet": imagenet, "relu": relu, "antialias": antialias}.items():
             if not isinstance(flag, bool):
                 raise ValueError(f"{name} is {flag!r}, expected true or false")
+        if crop_offset not in CROP_OFFSETS:
+            raise ValueError(f"crop_offset is {crop_offset!r}, expected one of {[*CROP_OFFSETS]}")
+        self.crop_offset = CROP_OFFSETS[crop_offset]
         height, width, channels = image.shape
         if imagenet and channels != 3:
             raise ValueError(f"imagenet is on for pictures of {channels} channels, expected 3")
@@ -102,7 +109,7 @@ class CameraEncoder(nn.Module):
         if self.resize:
             x = functional.interpolate(x, self.resize, mode="bilinear", align_corners=False, antialias=self.antialias)
         if self.crop:
-            top, left = (round((have - want) / 2) for have, want in zip(x.shape[2:], self.crop, strict=True))
+            top, left = (self.crop_offset((have - want) / 2) for have, want in zip(x.shape[2:], self.crop, strict=True))
             x = x[..., top : top + self.crop[0], left : left + self.crop[1]]
         if self.imagenet:
             mean, spread = (torch.tensor(v, device=x.device)[:, None, None] for v in IMAGENET)
