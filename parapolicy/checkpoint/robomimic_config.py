@@ -16,7 +16,7 @@ from parapolicy.spec import Feature, PolicySpec
 Shapes = Mapping[str, tuple[int, ...]]
 
 UNET, ENCODER = "policy.noise_pred_net", "policy.obs_encoder.nets.obs.obs_nets"
-GROUPS = 8  # of the UNet's GroupNorms; the config's number is not used
+GROUPS, OWN_DIMS = 8, [256, 512, 1024]  # of the UNet, always; the config's numbers are not used
 BACKBONES = {"ResNet18Conv": "resnet18", "ResNet50Conv": "resnet50"}
 POOLS = ("SpatialSoftmax", "SpatialMeanPool")
 TRAINING_ONLY = ("ColorRandomizer", "GaussianNoiseRandomizer")  # change nothing at evaluation
@@ -95,7 +95,7 @@ def describe(path: Path, payload: Mapping[str, Any], config: Mapping[str, Any], 
             scheduler=scheduler,
             control_hz=_control_hz(payload.get("env_metadata")),
             inference=inference,
-            provenance={"format": "robomimic"},
+            provenance={"format": "robomimic", **_warnings(network)},
             action_parts=parts,
         )
     except ValueError as error:
@@ -208,10 +208,20 @@ def _network(path: Path, shapes: Shapes, action_dim: int) -> dict[str, Any]:
         "diffusion_step_embed_dim": shape("diffusion_step_encoder.1.weight", 2)[1],
         "down_dims": [block[0] for block in blocks],
         "kernel_size": blocks[0][2],
-        "n_groups": GROUPS,
+        "n_groups": GROUPS if blocks[0][0] >= 2 * GROUPS else max(1, blocks[0][0] // 2),
         "final_groups": GROUPS,
         "cond_predict_scale": film[0] == 2 * blocks[0][0],
     }
+
+
+def _warnings(network: Mapping[str, Any]) -> dict[str, Any]:
+    """robomimic's own class always has the same sizes. Of another one, no tensor tells the number of groups."""
+    if network["down_dims"] == OWN_DIMS:
+        return {}
+    text = (
+        f"the UNet has {network['down_dims']} channels, robomimic's own always {OWN_DIMS}; the number of groups of its "
+    )
+    return {"warnings": [f"{text}GroupNorms is not in the file, {network['n_groups']} are assumed"]}
 
 
 def _camera(rgb: Settings, shapes: Shapes, cameras: list[str]) -> dict[str, Any]:
@@ -297,4 +307,4 @@ def _control_hz(environment: Any) -> float | None:
     arguments = environment.get("env_kwargs") if isinstance(environment, dict) else None
     rate = arguments.get("control_freq") if isinstance(arguments, dict) else None
     number = isinstance(rate, int | float) and not isinstance(rate, bool)
-    return rate if number and 0.01 <= rate <= 10_000 else None  # type: ignore[operator, return-value]
+    return rate if number and 0.01 <= rate <= 10_000 else None  # type: ignore[operator]

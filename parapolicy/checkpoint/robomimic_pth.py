@@ -68,7 +68,8 @@ def read(path: Path) -> tuple[PolicySpec, Network, Normalizer]:
         maps = _normalizer(archive, payload, described, averaged)
         spec = described.spec
         if described.actions_normalized and payload.get("action_normalization_stats") is None:
-            spec = dataclasses.replace(spec, provenance={**spec.provenance, "warnings": [UNSCALED]})
+            warnings = [*spec.provenance.get("warnings", []), UNSCALED]
+            spec = dataclasses.replace(spec, provenance={**spec.provenance, "warnings": warnings})
         tensors = _read_tensors(archive, references, network, described.spec)
     network.load_state_dict(tensors, assign=True)
     network.requires_grad_(False).eval()
