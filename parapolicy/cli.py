@@ -1,17 +1,97 @@
 """The command ``parapolicy``."""
 
 import argparse
+import json
 import logging
 import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-USAGE = """usage: parapolicy serve [checkpoint=FOLDER port=8000 …]
+USAGE = """usage: parapolicy inspect CHECKPOINT [--json]
+       parapolicy check CHECKPOINT [--chunks 5] [--engine eager] [--device auto]
+       parapolicy convert CHECKPOINT OUT [--control-hz HZ]
+       parapolicy serve [checkpoint=FOLDER port=8000 …]
        parapolicy report FOLDER… [--output FOLDER] [--margin 0.03]
 
+  inspect  what a policy is: what it wants to see, its actions, its schedule, what to beware of
+  check    run every sampler on made-up observations: rounds, evaluations, errors, latency
+  convert  write a policy as config.json and model.safetensors; its answers stay the same to the bit
   serve    answer openpi clients with action chunks of a policy; its settings: parapolicy.serve.settings.ServeConfig
   report   put evaluation runs into one page, with tables and pictures
+
+A CHECKPOINT is a folder of parapolicy or LeRobot, hf://owner/name[@revision], a .ckpt of Diffusion Policy's published
+code, or a .pth of robomimic. Averaged weights beside a LeRobot folder: --ema.
 """
+
+
+def inspect(arguments: Sequence[str]) -> None:
+    """``parapolicy inspect``."""
+    parser = _checkpoint_parser("inspect")
+    parser.add_argument("--json", action="store_true", help="print JSON")
+    parsed = parser.parse_args(arguments)
+
+    from parapolicy import load_policy
+    from parapolicy.describe import describe, present
+
+    facts = describe(load_policy(parsed.checkpoint, device="cpu"))
+    print(json.dumps(facts, indent=2) if parsed.json else present(parsed.checkpoint, facts))
+
+
+def check(arguments: Sequence[str]) -> None:
+    """``parapolicy check``."""
+    parser = _checkpoint_parser("check")
+    parser.add_argument("--chunks", type=int, default=5, help="observations per sampler")
+    parser.add_argument("--engine", default="eager", help="compiled ones take a minute first")
+    parser.add_argument("--device", default="auto")
+    parsed = parser.parse_args(arguments)
+    if parsed.chunks < 1:
+        raise ValueError(f"chunks is {parsed.chunks}, expected at least 1")
+
+    from parapolicy import list_samplers, load_policy
+    from parapolicy.bench.compare import compare_samplers, present
+    from parapolicy.planner import made_up_observations
+
+    policy = load_policy(parsed.checkpoint, device=parsed.device, engine=parsed.engine)
+    count, done = (parsed.chunks + 1) * len(list_samplers()), 0
+
+    def progress(chunks: int) -> None:
+        nonlocal done
+        done += chunks
+        if sys.stderr.isatty():
+            print(f"\r{done} of {count} chunks", end="\n" if done == count else "", file=sys.stderr, flush=True)
+
+    rows = compare_samplers(policy, made_up_observations(policy, parsed.chunks), progress)
+    where = f"{parsed.chunks} made-up observations, engine {policy.engine.name} on {policy.device}"
+    print(f"{where}; error: largest difference from the sequential chunk, normalised\n{present(rows)}")
+
+
+def convert(arguments: Sequence[str]) -> None:
+    """``parapolicy convert``."""
+    parser = _checkpoint_parser("convert")
+    parser.add_argument("out", type=Path, metavar="OUT")
+    parser.add_argument("--control-hz", type=float, help="control rate of the demonstrations, if the file has none")
+    parsed = parser.parse_args(arguments)
+    if parsed.out.exists() and (not parsed.out.is_dir() or any(parsed.out.iterdir())):
+        raise ValueError(f"{parsed.out} is there and not an empty folder; choose another name")
+
+    import dataclasses
+
+    from parapolicy import load_policy, save_policy
+
+    policy = load_policy(parsed.checkpoint, device="cpu")
+    if parsed.control_hz is not None:
+        if policy.spec.control_hz not in (None, parsed.control_hz):
+            raise ValueError(f"control_hz is {parsed.control_hz:g}, and the file says {policy.spec.control_hz:g}")
+        policy = dataclasses.replace(policy, spec=dataclasses.replace(policy.spec, control_hz=parsed.control_hz))
+    save_policy(policy, parsed.out)
+    print(f"wrote {parsed.out}")
+
+
+def _checkpoint_parser(name: str) -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(f"parapolicy {name}")
+    parser.add_argument("checkpoint", metavar="CHECKPOINT")
+    parser.add_argument("--ema", action="store_true", help="the averaged weights beside a LeRobot folder")
+    return parser
 
 
 def serve(arguments: Sequence[str]) -> None:
@@ -52,8 +132,8 @@ def report(arguments: Sequence[str]) -> None:
     print(f"wrote {write_report(parsed.folders, parsed.output, parsed.margin)}")
 
 
-COMMANDS = {"serve": serve, "report": report}
-EXTRAS = {"serve": "serve", "report": "eval"}
+COMMANDS = {"inspect": inspect, "check": check, "convert": convert, "serve": serve, "report": report}
+EXTRAS = {"serve": "serve", "report": "eval"}  # of the commands that need one
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
@@ -68,7 +148,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
     try:
         COMMANDS[name](rest)
     except ImportError as error:
-        raise SystemExit(f"error: {error.name} is missing; pip install 'parapolicy[{EXTRAS[name]}]'") from error
+        extra = f"[{EXTRAS[name]}]" if name in EXTRAS else ""
+        raise SystemExit(f"error: {error.name} is missing; pip install 'parapolicy{extra}'") from error
     except (ValueError, OSError) as error:
         raise SystemExit(f"error: {error}") from error
 

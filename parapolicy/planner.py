@@ -16,6 +16,7 @@ import numpy as np
 import torch
 
 from parapolicy.digest import digest
+from parapolicy.files import replacing
 from parapolicy.policy import Policy
 from parapolicy.samplers import Secant, Sequential
 from parapolicy.spec import Feature
@@ -104,12 +105,8 @@ def _read(path: Path, policy: Policy, tolerance: float) -> Plan:
 def _write(path: Path, plan: Plan) -> None:
     """Whole or not at all: other processes read and write the same entry."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    part = path.with_name(f".{path.name}.{uuid.uuid4().hex}")
-    try:
-        part.write_text(json.dumps(dataclasses.asdict(plan)))
-        part.replace(path)
-    finally:
-        part.unlink(missing_ok=True)
+    with replacing(path, uuid.uuid4().hex) as partial:
+        partial.write_text(json.dumps(dataclasses.asdict(plan)))
 
 
 def explain(policy: Policy, tolerance: float = TOLERANCE) -> None:

@@ -39,3 +39,14 @@ def test_each_episode_in_a_batch_starts_from_its_own_chunk() -> None:
         alone = policy.predict(request.observation, seed=request.seed, warm=request.warm, executed=request.executed)
         assert torch.equal(chunk.warm_state.noise, alone.warm_state.noise)  # shifted along with the chunk before
         np.testing.assert_allclose(chunk.trajectory, alone.trajectory, atol=1e-2)  # units of 100
+
+
+def test_a_batch_of_requests_is_given_the_deadline() -> None:
+    policy = small_policy("sequential")
+    episodes = [Episode(policy.spec, (seed,)) for seed in range(2)]
+    for seed, episode in enumerate(episodes):
+        push(episode, seed)
+    requests = [episode.request() for episode in episodes]
+    chunks = predict_together(policy, requests, deadline=0.0)  # long past: one round
+    assert [chunk.stats.complete for chunk in chunks] == [False, False]
+    assert all(chunk.stats.complete for chunk in predict_together(policy, requests))

@@ -15,7 +15,7 @@ from safetensors.torch import load_file, save_file
 
 import parapolicy
 from parapolicy.checkpoint import hub, lerobot_folder
-from parapolicy.checkpoint.files import find_file
+from parapolicy.checkpoint.folder_files import find_file
 from parapolicy.checkpoint.lerobot_config import describe
 from tests.helpers import some_observation
 from tests.lerobot_folders import (

@@ -1,6 +1,8 @@
 """Reading demonstrations, and training that can be stopped anywhere."""
 
 import dataclasses
+import json
+import pickle
 import shutil
 import warnings
 from pathlib import Path
@@ -410,3 +412,25 @@ def test_without_a_compiler_training_goes_on(buffer: Path, tmp_path: Path, monke
     train(small_spec(), data, dataclasses.replace(CONFIG, steps=2), tmp_path / "plain", torch.device("cpu"))
     plain, same = weights(tmp_path / "plain"), weights(tmp_path / "compiled")
     assert all(torch.equal(value, plain[name]) for name, value in same.items())
+
+
+class RunsCode:
+    """Leaves a file where it is unpickled."""
+
+    def __init__(self, mark: Path) -> None:
+        self.mark = mark
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return (Path.touch, (self.mark,))
+
+
+@pytest.mark.parametrize("entry", ["filters", "compressor"])
+def test_a_replay_buffer_packed_by_pickle_is_refused_unread(buffer: Path, tmp_path: Path, entry: str) -> None:
+    path, codec = buffer / "data" / "action" / ".zarray", {"id": "pickle", "protocol": 5}
+    about = {**json.loads(path.read_text()), "dtype": "|O", "fill_value": None, "filters": None, "compressor": None}
+    path.write_text(json.dumps({**about, entry: [codec] if entry == "filters" else codec}))
+    for chunk in path.parent.glob("[0-9]*"):
+        chunk.write_bytes(pickle.dumps(RunsCode(tmp_path / "mark")))
+    with pytest.raises(parapolicy.DataError, match=r"data/action .*pickle"):  # zarr 3 refuses it, too
+        read_zarr(buffer, SOURCES)
+    assert not (tmp_path / "mark").exists()

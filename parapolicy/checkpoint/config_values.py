@@ -4,7 +4,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from parapolicy.checkpoint.files import cut
+from parapolicy.checkpoint.folder_files import cut
 from parapolicy.errors import CheckpointError
 
 

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from parapolicy.checkpoint.config_values import Settings
-from parapolicy.checkpoint.files import cut
+from parapolicy.checkpoint.folder_files import cut
 from parapolicy.checkpoint.lerobot_statistics import Value
 from parapolicy.errors import CheckpointError
 from parapolicy.networks.unet1d import MAX_LEVELS

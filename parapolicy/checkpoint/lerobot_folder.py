@@ -12,7 +12,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from parapolicy.checkpoint.files import Tensors, cut, find_file, open_tensors, read_json, some
+from parapolicy.checkpoint.folder_files import Tensors, cut, find_file, open_tensors, read_json, some
 from parapolicy.checkpoint.lerobot_config import Described, describe, is_lerobot
 from parapolicy.checkpoint.lerobot_statistics import (
     FORMER_MODES,

@@ -14,7 +14,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from parapolicy.checkpoint.files import Tensors, cut, find_file, open_tensors, read_json
+from parapolicy.checkpoint.folder_files import Tensors, cut, find_file, open_tensors, read_json
 from parapolicy.errors import CheckpointError
 from parapolicy.normalizer import Affine
 

@@ -22,8 +22,9 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-from parapolicy.checkpoint.files import MAX_HEADER, MAX_JSON, cut, read_json, some
+from parapolicy.checkpoint.folder_files import MAX_HEADER, MAX_JSON, cut, read_json, some
 from parapolicy.errors import CheckpointError
+from parapolicy.files import replacing, write_whole
 from parapolicy.networks import Network, build_network
 from parapolicy.normalizer import Affine, Normalizer
 from parapolicy.spec import PolicySpec
@@ -45,18 +46,16 @@ def write_checkpoint(
     for name, value in tensors.items():
         if not torch.isfinite(value).all():
             raise CheckpointError(f"{name} holds a value that is not finite; not saved to {folder}")
-    partial = folder / f".{WEIGHTS}.partial"
     plain = {name: value.detach().cpu().contiguous() for name, value in tensors.items()}
-    save_file(plain, partial, {SPEC_DIGEST: _spec_digest(spec)})
-    digests = {WEIGHTS_DIGEST: _file_digest(partial)}
-    text = json.dumps({"format": FORMAT, "version": VERSION, **digests, "spec": spec.to_dict()}, indent=2) + "\n"
-    if len(text) > MAX_JSON:
-        partial.unlink()
-        raise CheckpointError(f"{CONFIG} would have {len(text)} characters, expected at most {MAX_JSON}; shorten it")
-    partial.replace(folder / WEIGHTS)
-    partial = folder / f".{CONFIG}.partial"
-    partial.write_text(text)
-    partial.replace(folder / CONFIG)
+    with replacing(folder / WEIGHTS) as partial:
+        save_file(plain, partial, {SPEC_DIGEST: _spec_digest(spec)})
+        digests = {WEIGHTS_DIGEST: _file_digest(partial)}
+        text = json.dumps({"format": FORMAT, "version": VERSION, **digests, "spec": spec.to_dict()}, indent=2) + "\n"
+        if len(text) > MAX_JSON:
+            raise CheckpointError(
+                f"{CONFIG} would have {len(text)} characters, expected at most {MAX_JSON}; shorten it"
+            )
+    write_whole(folder / CONFIG, text)
 
 
 def recognises(path: Path) -> bool:

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from parapolicy.checkpoint.config_values import Settings
-from parapolicy.checkpoint.files import cut
+from parapolicy.checkpoint.folder_files import cut
 from parapolicy.checkpoint.inert import Instance
 from parapolicy.errors import CheckpointError
 from parapolicy.spec import Feature, PolicySpec

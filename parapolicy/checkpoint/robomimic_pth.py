@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from parapolicy.checkpoint.archive import Archive
-from parapolicy.checkpoint.files import MAX_JSON, cut, parse_json, some
+from parapolicy.checkpoint.folder_files import MAX_JSON, cut, parse_json, some
 from parapolicy.checkpoint.inert import Instance, TensorRef, UnsafeValue, read_array
 from parapolicy.checkpoint.pickles import unpickle
 from parapolicy.checkpoint.robomimic_config import ENCODER, UNET, Described, describe

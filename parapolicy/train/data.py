@@ -16,6 +16,12 @@ from parapolicy.errors import DataError
 from parapolicy.rotation import to_rotation_6d
 from parapolicy.spec import PolicySpec
 
+# Codecs of numcodecs that unpack numbers and nothing else; "pickle" runs what a file says.
+CODECS = {
+    *("adler32", "astype", "bitround", "blosc", "bz2", "crc32", "crc32c", "delta", "fixedscaleoffset", "fletcher32"),
+    *("gzip", "lz4", "lzma", "packbits", "quantize", "shuffle", "zlib", "zstd"),
+}
+
 
 @dataclass(frozen=True)
 class Demonstrations:
@@ -242,9 +248,24 @@ def read_hdf5(path: str | Path, sources: Mapping[str, Any], mask: str | None = N
     return Demonstrations(arrays, np.cumsum(lengths))
 
 
+def _codecs(array: Any) -> list[str]:
+    """Numcodecs' names of what an array of zarr's format 2 is packed by; format 3 has no unsafe ones."""
+    packed = [*(array.filters or ()), *(getattr(array, "compressors", None) or (getattr(array, "compressor", None),))]
+    return [codec.codec_id for codec in packed if hasattr(codec, "codec_id")]
+
+
 def _array(root: zarr.Group, group: str, name: str, path: Path) -> Any:
     try:
-        return root[f"{group}/{name}"][:]  # type: ignore[index]
+        array: Any = root[f"{group}/{name}"]
+        unsafe = [codec for codec in _codecs(array) if codec not in CODECS]
+        if unsafe:
+            raise DataError(
+                f"{path}: {group}/{name} is packed by {unsafe}, expected some of {sorted(CODECS)}. Others may run what "
+                "the file says; write the array anew with one of these"
+            )
+        return array[:]
+    except DataError:
+        raise
     except KeyError as error:
         there = sorted(root[group].array_keys()) if group in root else []  # type: ignore[union-attr]
         raise DataError(f"{path} has no array {group}/{name}; {group}/ holds {there}. Name one of them") from error

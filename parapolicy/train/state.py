@@ -1,6 +1,5 @@
 """What a training run leaves in its folder: its state while it is under way, a record when it is finished."""
 
-import json
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -9,6 +8,7 @@ import torch
 
 from parapolicy.checkpoint.native import CONFIG
 from parapolicy.digest import digest
+from parapolicy.files import replacing, seal, unseal, write_whole
 
 STATE, RECORD = "training.pt", "training.json"
 
@@ -57,16 +57,12 @@ class TrainingFolder:
 
     def save(self, state: Mapping[str, Any]) -> None:
         """Write the state; the file appears whole or not at all."""
-        partial = self.path / f".{STATE}.partial"
-        torch.save({"run": self.run, "state": state, "digest": digest([self.run, state])}, partial)
-        partial.replace(self.path / STATE)
+        with replacing(self.path / STATE) as partial:
+            torch.save({"run": self.run, "state": state, "digest": digest([self.run, state])}, partial)
 
     def record(self, results: Mapping[str, Any]) -> None:
         """Write the record, before the policy itself: a policy is finished when both are there, and no state."""
-        content = {"run": self.run, "results": results}
-        partial = self.path / f".{RECORD}.partial"
-        partial.write_text(json.dumps({**content, "digest": digest(content)}, indent=2) + "\n")
-        partial.replace(self.path / RECORD)
+        write_whole(self.path / RECORD, seal({"run": self.run, "results": results}, indent=2))
 
     def finish(self) -> None:
         """Drop the state."""
@@ -77,13 +73,7 @@ class TrainingFolder:
         way_out = "choose another folder (output=FOLDER), or delete this one"
         if not path.is_file():
             raise ValueError(f"{self.path} holds a finished policy without {RECORD}, not to be trained over; {way_out}")
-        try:
-            saved = json.loads(path.read_bytes())
-            sound = saved.pop("digest") == digest(saved)
-        except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
-            raise ValueError(f"{path} is damaged ({error}); {way_out}") from error
-        if not sound:
-            raise ValueError(f"{path} is damaged: its digest does not match its content; {way_out}")
+        saved = unseal(path.read_bytes(), str(path), way_out, sealed=True)
         if differing := _differing(saved["run"], self.run):
             raise ValueError(
                 f"{self.path} holds a finished policy of a run with other settings ({differing}); {way_out}"

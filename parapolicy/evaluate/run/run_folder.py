@@ -12,8 +12,8 @@ import imageio.v2 as imageio
 import numpy as np
 from tqdm import tqdm
 
-from parapolicy.evaluate.run.records import seal, unseal, write_whole
 from parapolicy.evaluate.run.rollout import EpisodeRecord
+from parapolicy.files import seal, unseal, write_whole
 
 MAX_NAME = 100  # characters of a folder's
 LISTS = ("rewards", "rounds", "evaluations", "seams", "motion")  # fields of an EpisodeRecord in episodes.jsonl

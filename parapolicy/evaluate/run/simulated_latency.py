@@ -10,10 +10,10 @@ import numpy as np
 
 from parapolicy.control import Controller, ControlRecord, SimulatedClock
 from parapolicy.errors import ObservationError
-from parapolicy.evaluate.run.records import unseal
 from parapolicy.evaluate.run.rollout import EpisodeRecord
 from parapolicy.evaluate.run.watch import View
 from parapolicy.evaluate.run.workers import EnvFailed, Transition, attempt, close, execute, reset
+from parapolicy.files import unseal
 from parapolicy.noise import mix_seeds
 from parapolicy.policy import Chunk, Policy
 from parapolicy.spec import PolicySpec

@@ -1,0 +1,100 @@
+"""The commands that look at a checkpoint: inspect, check, convert."""
+
+import dataclasses
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+import parapolicy
+from parapolicy.cli import main
+from parapolicy.planner import made_up_observations
+from tests.conftest import SHIPPED
+from tests.helpers import small_policy
+
+
+def respecified(folder: Path, **changes: Any) -> parapolicy.Policy:
+    policy = parapolicy.load_policy(folder, device="cpu")
+    return dataclasses.replace(policy, spec=dataclasses.replace(policy.spec, **changes))
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    parapolicy.save_policy(small_policy(), tmp_path / "policy")
+    return tmp_path / "policy"
+
+
+def test_inspect_tells_what_a_policy_wants_and_gives(capsys: pytest.CaptureFixture[str]) -> None:
+    main(["inspect", str(SHIPPED)])
+    shown = capsys.readouterr().out
+    for words in (
+        "unet1d, 4.56 M parameters",
+        "keypoint: state 9x2 float32",
+        "agent_pos: state 2 float32, mapped from [13.46, 496.1], [32.94, 511]",
+        "16 actions, of which 1 to 8 are executed; control rate 10 Hz",
+        "ddpm, 100 of 100 steps, predicts epsilon, clips to 1",
+    ):
+        assert words in shown
+
+
+def test_inspect_prints_the_same_as_json(capsys: pytest.CaptureFixture[str]) -> None:
+    main(["inspect", str(SHIPPED), "--json"])
+    facts = json.loads(capsys.readouterr().out)
+    assert [feature["key"] for feature in facts["observation"]] == ["keypoint", "agent_pos"]
+    assert facts["executed"] == [1, 9]
+    assert facts["warnings"] == []
+    assert facts["network"]["parameters"] == sum(
+        p.numel() for p in parapolicy.load_policy(SHIPPED, device="cpu").network.parameters()
+    )
+
+
+def test_inspect_warns_of_what_the_file_does_not_say(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    provenance = {"warnings": ["the camera was upside down"]}
+    parapolicy.save_policy(respecified(folder, control_hz=None, provenance=provenance), folder)
+    main(["inspect", str(folder)])
+    shown = capsys.readouterr().out
+    assert "control rate unknown" in shown
+    assert "warning: the camera was upside down" in shown
+    assert "warning: the file does not say the control rate" in shown
+
+
+def test_check_runs_every_sampler(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    main(["check", str(folder), "--chunks", "2", "--device", "cpu"])
+    rows = {line.split()[0]: line.split() for line in capsys.readouterr().out.splitlines()[2:]}
+    assert set(rows) == set(parapolicy.list_samplers())
+    steps = len(parapolicy.load_policy(folder, device="cpu").schedule)
+    assert float(rows["sequential"][1]) == float(rows["sequential"][2]) == steps
+    assert float(rows["secant"][1]) < steps
+    assert rows["speculative"][3:5] == ["another", "draw"]
+
+
+def test_convert_keeps_answers_to_the_bit(folder: Path, tmp_path: Path) -> None:
+    main(["convert", str(folder), str(tmp_path / "out")])
+    before, after = (parapolicy.load_policy(path, device="cpu") for path in (folder, tmp_path / "out"))
+    assert before.spec == after.spec
+    for observation in made_up_observations(before, 2):
+        np.testing.assert_array_equal(before.predict(observation).trajectory, after.predict(observation).trajectory)
+
+
+def test_convert_adds_a_control_rate_and_contradicts_none(folder: Path, tmp_path: Path) -> None:
+    parapolicy.save_policy(respecified(folder, control_hz=None), folder)
+    with pytest.raises(ValueError, match="control_hz is not known"):
+        parapolicy.Controller(parapolicy.load_policy(folder, device="cpu"))
+    main(["convert", str(folder), str(tmp_path / "out"), "--control-hz", "12.5"])
+    assert parapolicy.Controller(parapolicy.load_policy(tmp_path / "out", device="cpu")).control_hz == 12.5
+    with pytest.raises(SystemExit, match="control_hz is 20, and the file says 12"):
+        main(["convert", str(tmp_path / "out"), str(tmp_path / "other"), "--control-hz", "20"])
+
+
+@pytest.mark.parametrize("command", ["inspect", "check", "convert"])
+def test_no_checkpoint_is_a_clear_error(command: str, tmp_path: Path) -> None:
+    extra = [str(tmp_path / "out")] if command == "convert" else []
+    with pytest.raises(SystemExit, match="error: no checkpoint at"):
+        main([command, str(tmp_path / "none"), *extra])
+
+
+def test_convert_does_not_write_over_anything(folder: Path) -> None:
+    with pytest.raises(SystemExit, match="not an empty folder"):
+        main(["convert", str(folder), str(folder)])
