@@ -8,7 +8,8 @@ from importlib.metadata import entry_points
 from pathlib import Path
 from typing import NamedTuple, Protocol
 
-from parapolicy.checkpoint import hub, lerobot_folder, native, robomimic_pth
+from parapolicy.checkpoint import hub, lerobot_folder, native, robomimic_pth, stanford_ckpt
+from parapolicy.checkpoint.pickles import refuse_unknown
 from parapolicy.networks import Network
 from parapolicy.normalizer import Normalizer
 from parapolicy.spec import PolicySpec
@@ -34,7 +35,7 @@ class Reader(Protocol):
         ...
 
 
-READERS: tuple[Reader, ...] = (lerobot_folder, robomimic_pth, native)  # the native one takes any config.json
+READERS: tuple[Reader, ...] = (lerobot_folder, robomimic_pth, stanford_ckpt, native)  # the last takes any config.json
 
 
 def read_checkpoint(path: str | os.PathLike[str], ema: bool = False) -> Loaded:
@@ -51,4 +52,6 @@ def read_checkpoint(path: str | os.PathLike[str], ema: bool = False) -> Loaded:
     path = lerobot_folder.find_ema(path) if ema else path
     installed = [entry.load() for entry in entry_points(group="parapolicy.readers")]
     found = [reader for reader in (*READERS, *installed) if reader.recognises(path)]
+    if not found and path.is_file():
+        refuse_unknown(path)
     return Loaded(*(found[0] if found else native).read(path))  # the native one names what is missing

@@ -10,11 +10,12 @@ else is refused by name. Numbers of instructions, bytes and sizes are bounded be
 import pickle
 import struct
 from collections.abc import Callable, Mapping
-from typing import Any
+from pathlib import Path
+from typing import Any, NoReturn
 
 from parapolicy.checkpoint.archive import Archive
 from parapolicy.checkpoint.inert import STORAGES, Global, Instance, Storage, UnsafeValue
-from parapolicy.checkpoint.stand_ins import CALLS, TORCH, Budget, OrderedValues
+from parapolicy.checkpoint.stand_ins import CALLS, NUMPY, OMEGACONF, TORCH, Budget, OrderedValues
 
 MAX_OPCODES = 500_000  # published checkpoints have up to 41,000; bounds time (about 1 s) and memory (about 40 MB)
 MAX_KEY_PARTS = 16  # values in a dictionary's key that is a tuple
@@ -42,6 +43,17 @@ def unpickle(archive: Archive, listed: Mapping[str, str]) -> Any:
         raise archive.error(f"it holds {error}, at byte {machine.at} of its pickle") from error
     except (IndexError, struct.error, UnicodeDecodeError) as error:
         raise archive.error(f"its pickle is damaged at byte {machine.at}; copy it again") from error
+
+
+def refuse_unknown(path: Path) -> NoReturn:
+    """Raise the CheckpointError that says what a file is which no reader recognises."""
+    with Archive(path) as archive:
+        value = unpickle(archive, {**OMEGACONF, **NUMPY})
+        found = f"a dictionary with the keys {list(value)[:5]!r:.150}" if isinstance(value, dict) else "no dictionary"
+        raise archive.error(
+            f"a file of torch.save that holds {found}, which no reader here knows; expected a checkpoint of "
+            "real-stanford/diffusion_policy ('cfg', 'state_dicts') or of robomimic ('algo_name', 'model')"
+        )
 
 
 class _Machine:

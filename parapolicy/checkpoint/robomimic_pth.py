@@ -218,7 +218,7 @@ def _read_tensors(
     for name, (first, *others) in theirs.items():
         value = references[first].load()
         for other in others:
-            if not references[other].is_same(references[first]) and not torch.equal(value, references[other].load()):
+            if not references[other].equals(references[first]):
                 raise archive.error(f"{other} differs from {first}, which is the same tensor in robomimic")
         if not torch.isfinite(value).all():
             raise archive.error(f"{first} holds a value that is not finite; the training run diverged")

@@ -68,6 +68,28 @@ def flatten_observation(observation: Mapping[str, Tensor]) -> Tensor:
     return torch.cat(parts, dim=2).flatten(1)
 
 
+def overwrite_observed(x: Tensor, observed: Tensor) -> Tensor:
+    """x (N, H, Da + Do) with the last Do columns of its first To steps replaced by the observation (N, To, Do)."""
+    steps, actions = observed.shape[1], x.shape[2] - observed.shape[2]
+    return torch.cat((torch.cat((x[:, :steps, :actions], observed), 2), x[:, steps:]), 1)
+
+
+def check_condition(spec: PolicySpec, observed: int, condition: Any) -> None:
+    """Raise ``ValueError`` unless the spec goes with the way in which a network is conditioned.
+
+    Args:
+        spec: of the policy.
+        observed: numbers of one observed step, Do.
+        condition: ``inpaint``: the network overwrites Do columns, which are sampled beside the actions. ``local``: it
+            sees observed step i at step i of the sequence. Any other: neither.
+    """
+    expected = observed if condition == "inpaint" else 0
+    if spec.observed_dim != expected:
+        raise ValueError(f"observed_dim is {spec.observed_dim}, expected {expected} for condition {condition!r}")
+    if condition in ("inpaint", "local") and spec.n_obs_steps > spec.horizon:
+        raise ValueError(f"n_obs_steps is {spec.n_obs_steps}, expected at most the horizon, {spec.horizon}")
+
+
 def map_embedding(function: Callable[[Tensor], Tensor], embedding: Embedding) -> Embedding:
     """``function`` of each tensor."""
     return tuple(map(function, embedding)) if isinstance(embedding, tuple) else function(embedding)

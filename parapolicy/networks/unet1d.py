@@ -1,7 +1,7 @@
 """The conditional 1-D UNet of Diffusion Policy (Chi et al., RSS 2023, section III-A).
 
 The module tree is that of the published code, name for name, so that a published state dict loads with
-``strict=True``. The optional local conditioning of that code has no part here: no published policy uses it.
+``strict=True``.
 """
 
 import itertools
@@ -11,12 +11,14 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional
 
-from parapolicy.networks.base import Embedding, Network
+from parapolicy.networks.base import Embedding, Network, check_condition, overwrite_observed
 from parapolicy.networks.vision import ObservationEncoder, build_encoder, encode
 from parapolicy.spec import PolicySpec
 
 MAX_LEVELS, MAX_SIZE = 12, 2**20  # beyond what anyone trains; a larger number is a damaged config
+CONDITIONS = ("global", "local", "inpaint")
 
 
 class SinusoidalPosEmb(nn.Module):
@@ -95,10 +97,15 @@ class ConditionalResidualBlock1D(nn.Module):
         return self.blocks[1](hidden) + self.residual_conv(x)
 
 
-def _check_sizes(step_dim: Any, down_dims: Any, kernel_size: Any, n_groups: Any) -> None:
+def _check_sizes(step_dim: Any, down_dims: Any, kernel_size: Any, n_groups: Any, final_groups: Any) -> None:
     if not isinstance(down_dims, Sequence) or isinstance(down_dims, str) or not 1 <= len(down_dims) <= MAX_LEVELS:
         raise ValueError(f"down_dims is {down_dims!r}, expected a list of 1 to {MAX_LEVELS} numbers of channels")
-    named = {"diffusion_step_embed_dim": step_dim, "kernel_size": kernel_size, "n_groups": n_groups}
+    named = {
+        "diffusion_step_embed_dim": step_dim,
+        "kernel_size": kernel_size,
+        "n_groups": n_groups,
+        "final_groups": final_groups,
+    }
     for name, value in {**named, **{f"down_dims[{i}]": dim for i, dim in enumerate(down_dims)}}.items():
         if not isinstance(value, int) or isinstance(value, bool) or not 1 <= value <= MAX_SIZE:
             raise ValueError(f"{name} is {value!r}, expected a whole number from 1 to {MAX_SIZE}")
@@ -108,21 +115,27 @@ def _check_sizes(step_dim: Any, down_dims: Any, kernel_size: Any, n_groups: Any)
         raise ValueError(f"diffusion_step_embed_dim is {step_dim}, expected an even number from 4 on")
     if any(dim % n_groups for dim in down_dims):
         raise ValueError(f"down_dims is {list(down_dims)}, expected multiples of n_groups, {n_groups}")
+    if down_dims[0] % final_groups:
+        raise ValueError(f"final_groups is {final_groups}, expected a divisor of down_dims[0], {down_dims[0]}")
 
 
 class ConditionalUnet1D(Network):
     """Predicts noise (or sample, or velocity) from a noisy action sequence, its timestep and observed states.
 
     Args:
-        input_dim: action dimension Da.
-        global_cond_dim: length C of the condition vector.
+        input_dim: numbers of one step of the sequence, D.
+        global_cond_dim: length C of the condition vector, To · Do.
         diffusion_step_embed_dim: length of the timestep embedding.
         down_dims: channels of each resolution level.
         kernel_size: of the main convolutions; odd.
         n_groups: groups of every GroupNorm.
         cond_predict_scale: FiLM with scale and bias (True) or bias only (False).
-        final_groups: groups of the last GroupNorm; None: ``n_groups``. The published networks always have 8 there.
         encoder: makes the condition vector; None: it is the observed states, flattened.
+        condition: ``global``: every step of the sequence sees the whole condition vector. ``local``: its first To steps
+            see an observed step each. ``inpaint``: an observed step takes the place of columns ``D - Do`` on of each of
+            them (Janner et al., ICML 2022).
+        n_obs_steps: observed steps To, for the latter two.
+        final_groups: groups of the last GroupNorm; None: ``n_groups``. The published code has always 8.
 
     Raises:
         ValueError: an argument of another kind or size.
@@ -137,30 +150,36 @@ class ConditionalUnet1D(Network):
         kernel_size: int = 5,
         n_groups: int = 8,
         cond_predict_scale: bool = True,
-        final_groups: int | None = None,
         encoder: ObservationEncoder | None = None,
+        condition: str = "global",
+        n_obs_steps: int = 1,
+        final_groups: int | None = None,
     ) -> None:
         super().__init__()
-        _check_sizes(diffusion_step_embed_dim, down_dims, kernel_size, n_groups)
         final_groups = n_groups if final_groups is None else final_groups
-        _check_sizes(diffusion_step_embed_dim, down_dims[:1], kernel_size, final_groups)
+        _check_sizes(diffusion_step_embed_dim, down_dims, kernel_size, n_groups, final_groups)
         if not isinstance(cond_predict_scale, bool):
             raise ValueError(f"cond_predict_scale is {cond_predict_scale!r}, expected true or false")
+        if condition not in CONDITIONS:
+            raise ValueError(f"condition is {condition!r}, expected one of {CONDITIONS}")
         dims = [input_dim, *down_dims]
         levels = list(itertools.pairwise(dims))
         step_dim = diffusion_step_embed_dim
-        cond_dim = step_dim + global_cond_dim
+        film_dim = step_dim + (global_cond_dim if condition == "global" else 0)
         self.horizon_multiple = 2 ** (len(levels) - 1)
-        self.encoder = encoder
+        self.encoder, self.condition, self.n_obs_steps = encoder, condition, n_obs_steps
 
         def residual(in_channels: int, out_channels: int) -> ConditionalResidualBlock1D:
             return ConditionalResidualBlock1D(
-                in_channels, out_channels, cond_dim, kernel_size, n_groups, cond_predict_scale
+                in_channels, out_channels, film_dim, kernel_size, n_groups, cond_predict_scale
             )
 
         self.diffusion_step_encoder = nn.Sequential(
             SinusoidalPosEmb(step_dim), nn.Linear(step_dim, step_dim * 4), nn.Mish(), nn.Linear(step_dim * 4, step_dim)
         )
+        # The second one's output goes nowhere in the published code either, but its weights are in the files.
+        local = [residual(global_cond_dim // n_obs_steps, dims[1]) for _ in range(2)] if condition == "local" else None
+        self.local_cond_encoder = None if local is None else nn.ModuleList(local)
         self.mid_modules = nn.ModuleList([residual(dims[-1], dims[-1]), residual(dims[-1], dims[-1])])
         self.down_modules = nn.ModuleList(
             nn.ModuleList(
@@ -185,7 +204,8 @@ class ConditionalUnet1D(Network):
         """As :meth:`parapolicy.networks.Network.build`; ``encoder``: see :mod:`parapolicy.networks.vision`."""
         built = build_encoder(spec, encoder)
         condition_dim = spec.condition_dim if built is None else built.features
-        network = cls(spec.action_dim, condition_dim, encoder=built, **arguments)
+        check_condition(spec, condition_dim // spec.n_obs_steps, arguments.get("condition"))
+        network = cls(spec.sample_shape[1], condition_dim, encoder=built, n_obs_steps=spec.n_obs_steps, **arguments)
         if spec.horizon % network.horizon_multiple:
             raise ValueError(f"horizon is {spec.horizon}, 'unet1d' takes multiples of {network.horizon_multiple}")
         return network
@@ -196,19 +216,28 @@ class ConditionalUnet1D(Network):
         return embedding
 
     def embed_condition(self, observation: Mapping[str, Tensor]) -> Tensor:
-        """{key: (B, To, …)} -> the condition vector (B, C)."""
-        return encode(self.encoder, observation)
+        """{key: (B, To, …)} -> the condition vector (B, C), or the observed steps (B, To, Do)."""
+        condition = encode(self.encoder, observation)
+        return condition if self.condition == "global" else condition.unflatten(1, (self.n_obs_steps, -1))
 
     def forward(self, x: Tensor, steps: Embedding, condition: Embedding, step: Tensor, element: Tensor) -> Tensor:
-        """(N, H, Da) -> the same. H must be a multiple of ``2 ** (levels - 1)``."""
+        """(N, H, D) -> the same. H must be a multiple of ``2 ** (levels - 1)``."""
         assert isinstance(steps, Tensor)
         assert isinstance(condition, Tensor)
-        cond = torch.cat((steps[step], condition[element]), dim=-1)
+        cond, observed = steps[step], condition[element]
+        if self.condition == "global":
+            cond = torch.cat((cond, observed), dim=-1)
+        elif self.condition == "inpaint":
+            x = overwrite_observed(x, observed)
         x = x.movedim(-1, -2)
         skips: list[Tensor] = []
-        for level in self.down_modules:
+        for i, level in enumerate(self.down_modules):
             first, second, downsample = level.children()
-            x = second(first(x, cond), cond)
+            hidden = first(x, cond)
+            if i == 0 and self.local_cond_encoder is not None:
+                local = functional.pad(observed.movedim(-1, -2), (0, x.shape[-1] - observed.shape[1]))
+                hidden = hidden + self.local_cond_encoder[0](local, cond)
+            x = second(hidden, cond)
             skips.append(x)
             x = downsample(x)
         for block in self.mid_modules:

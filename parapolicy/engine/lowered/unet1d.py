@@ -16,6 +16,7 @@ from torch.nn import functional
 
 from parapolicy.engine.lowered.packed_linear import PackedLinear
 from parapolicy.networks import Embedding, Network
+from parapolicy.networks.base import overwrite_observed
 from parapolicy.networks.unet1d import ConditionalResidualBlock1D, ConditionalUnet1D
 from parapolicy.networks.vision import encode
 
@@ -36,6 +37,7 @@ class LoweredUnet1D(Network):
         encoder: Any = network.diffusion_step_encoder
         self.step_dim = encoder[-1].out_features
         self.step_encoder, self.encoder = network.diffusion_step_encoder, network.encoder
+        self.condition, self.n_obs_steps = network.condition, network.n_obs_steps
         blocks = [module for module in network.modules() if isinstance(module, ConditionalResidualBlock1D)]
         linears: list[Any] = [block.cond_encoder[1] for block in blocks]
         self.register_buffer("film_weight", torch.cat([linear.weight.detach() for linear in linears]))  # (F, S + C)
@@ -54,6 +56,7 @@ class LoweredUnet1D(Network):
 
         self.down, self.up = levels(network.down_modules), levels(network.up_modules)
         self.mid = [residual(block) for block in network.mid_modules]
+        self.local = None if network.local_cond_encoder is None else residual(network.local_cond_encoder[0])
         self.parts = nn.ModuleList([*itertools.chain(*self.down, *self.up), *self.mid])  # what ``to`` moves
         final: Any = network.final_conv
         self.final, self.last = _Block(final[0], dtype), _Convolution(final[1], dtype)
@@ -64,21 +67,30 @@ class LoweredUnet1D(Network):
         return functional.linear(features, self.film_weight[:, : self.step_dim], self.film_bias)
 
     def embed_condition(self, observation: Mapping[str, Tensor]) -> Tensor:
-        """The observations' part: {key: (B, To, …)} -> (B, F)."""
+        """The observations' part: {key: (B, To, …)} -> (B, F); the observed steps (B, To, Do) where FiLM sees none."""
         condition = encode(self.encoder, observation)
+        if self.condition != "global":
+            return condition.unflatten(1, (self.n_obs_steps, -1))
         return functional.linear(functional.mish(condition), self.film_weight[:, self.step_dim :])
 
     def forward(self, x: Tensor, steps: Embedding, condition: Embedding, step: Tensor, element: Tensor) -> Tensor:
-        """(N, H, Da) -> the same."""
+        """(N, H, D) -> the same."""
         assert isinstance(steps, Tensor)
         assert isinstance(condition, Tensor)
 
         def values(place: slice) -> Tensor:  # by blocks, so that a compiler looks them up where it needs them
-            return (steps[:, place][step] + condition[:, place][element])[:, None]
+            film = steps[:, place][step]
+            return (film + condition[:, place][element] if self.condition == "global" else film)[:, None]
 
+        if self.condition == "inpaint":
+            x = overwrite_observed(x, condition[element])
         skips: list[Tensor] = []
-        for first, second, sample in self.down:
-            x = second(first(x, values), values)
+        for i, (first, second, sample) in enumerate(self.down):
+            hidden = first(x, values)
+            if i == 0 and self.local is not None:
+                local = functional.pad(condition[element], (0, 0, 0, x.shape[1] - condition.shape[1]))
+                hidden = hidden + self.local(local, values)
+            x = second(hidden, values)
             skips.append(x)
             x = sample(x)
         for block in self.mid:
