@@ -5,10 +5,12 @@ import re
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from safetensors.torch import save_file
 from torch import Tensor
 
+from parapolicy.checkpoint.lerobot_config import describe
 from parapolicy.networks import build_network
 from parapolicy.spec import PolicySpec
 
@@ -139,3 +141,26 @@ def read_steps(folder: Path, name: str) -> list[dict[str, Any]]:
     """The steps of a processor file."""
     steps: list[dict[str, Any]] = json.loads((folder / f"{name}.json").read_text())["steps"]
     return steps
+
+
+def made_up(folder: Path, separate: bool = False, **changes: Any) -> tuple[Path, dict[str, Any], dict[str, Any]]:
+    """A folder of 0.4 to 0.6, its statistics and its weights by our names."""
+    config = lerobot_config(use_separate_rgb_encoder_per_camera=separate, **changes)
+    values = statistics(config)
+    own, theirs = network_tensors(describe(Path("config.json"), config).spec, separate)
+    for name in [name for name in theirs if name.endswith("running_mean")]:
+        theirs[name.replace("running_mean", "num_batches_tracked")] = torch.tensor(1000)
+    if any(feature["type"] == "VISUAL" for feature in config["input_features"].values()):
+        down, across = np.meshgrid(np.linspace(-1, 1, 2), np.linspace(-1, 1, 2), indexing="ij")
+        grid = torch.tensor(np.stack((across.ravel(), down.ravel()), 1), dtype=torch.float32)
+        for prefix in ("0.", "1.") if separate else ("",):
+            theirs[f"diffusion.rgb_encoder.{prefix}pool.pos_grid"] = grid.clone()
+    return write_folder(folder, config, theirs, values), values, own
+
+
+FEATURES = lerobot_config()["input_features"]
+CAMERAS = {
+    "observation.images.wrist": {"type": "VISUAL", "shape": [3, 48, 40]},
+    "observation.images.front": {"type": "VISUAL", "shape": [3, 48, 40]},
+    "observation.state": {"type": "STATE", "shape": [2]},
+}

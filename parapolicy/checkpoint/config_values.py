@@ -1,11 +1,22 @@
 """Settings of a foreign config: none is used before its kind is checked, and messages name the file and the setting."""
 
+import math
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 from parapolicy.checkpoint.folder_files import cut
 from parapolicy.errors import CheckpointError
+
+MAX_NUMBERS = (
+    2**20
+)  # of one observation that is no picture, and of the action: bounds memory before weights are compared
+
+
+def is_shape(value: Any, picture: bool = False) -> bool:
+    """Whether a value is a list of positive sizes, and not beyond what anyone trains."""
+    sizes = isinstance(value, list | tuple) and len(value) <= 8 and all(type(n) is int and n > 0 for n in value)
+    return sizes and (max(value, default=1) if picture else math.prod(value)) <= MAX_NUMBERS
 
 
 class Settings:

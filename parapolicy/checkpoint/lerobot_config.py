@@ -8,7 +8,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from parapolicy.checkpoint.config_values import Settings
+from parapolicy.checkpoint.config_values import Settings, is_shape
 from parapolicy.checkpoint.folder_files import cut
 from parapolicy.checkpoint.lerobot_statistics import Value
 from parapolicy.errors import CheckpointError
@@ -117,13 +117,28 @@ def describe(path: Path, config: Mapping[str, Any]) -> Described:
             scheduler=scheduler,
             control_hz=None,
             inference={"steps": train_steps if steps is None else steps, "spacing": "diffusers"},
-            provenance={"format": "LeRobot"},
+            provenance={"format": "LeRobot", **_warnings(config, [*features], used, cameras)},
         )
     except ValueError as error:
         raise CheckpointError(f"{path} describes no policy: {cut(error)}") from error
     values = {key: Value(features[key][0], observation[key].normalizer_shape) for key in used}
     values[ACTION] = Value("ACTION", tuple(action))
     return Described(spec, values, modes, [key for key in features if key not in used], separate)
+
+
+def _warnings(config: Mapping[str, Any], features: list[str], used: list[str], cameras: list[str]) -> dict[str, Any]:
+    """What a user should know, as an entry of the spec's provenance."""
+    found = []
+    if unused := [key for key in features if key not in used]:
+        found.append(
+            f"the config has the inputs {cut(unused, 200)}, which LeRobot's network never sees; they are left out"
+        )
+    if "input_shapes" in config and len(cameras) > 1:
+        found.append(
+            f"the config of 2024 was saved with sorted keys: cameras are taken in its order, {cut(cameras, 200)}, as by "
+            "LeRobot. Training may have had another order"
+        )
+    return {"warnings": found} if found else {}
 
 
 def _features(settings: Settings) -> tuple[dict[str, tuple[str, list[int]]], list[int], dict[str, str]]:
@@ -155,8 +170,8 @@ def _former(settings: Settings) -> tuple[dict[str, tuple[str, list[int]]], list[
 
 def _typed(settings: Settings, key: str, value: Any) -> tuple[str, list[int]]:
     kind, shape = (value.get("type"), value.get("shape")) if isinstance(value, dict) else (None, None)
-    sizes = isinstance(shape, list) and 1 <= len(shape) <= 3 and all(type(size) is int and size > 0 for size in shape)
-    if not isinstance(kind, str) or not isinstance(shape, list) or not sizes:
+    fits = is_shape(shape, picture=kind == "VISUAL")
+    if not isinstance(kind, str) or not isinstance(shape, list) or not fits:
         raise CheckpointError(f"{settings.path}: the feature {key} is {cut(value, 100)}, expected its type and shape")
     return kind, shape
 

@@ -26,6 +26,7 @@ MODES = {
     "QUANTILES": ("q01", "q99"),
     "QUANTILE10": ("q10", "q90"),
 }
+TYPES = ("STATE", "VISUAL", "ENV", "ACTION", "REWARD", "LANGUAGE")  # LeRobot's, of features
 FORMER_MODES = ("MEAN_STD", "MIN_MAX")  # of buffers
 FORMER_EPS = 1e-8
 STILL = 2.0**40  # scale of an action that never moved: what the network says then changes no digit
@@ -180,7 +181,9 @@ class _Step:
             raise CheckpointError(f"{path}: a normaliser has the settings {cut(unknown)}, which are not supported")
         self.path = path
         self.modes = _texts(path, "norm_map", config.get("norm_map"))
-        for mode in self.modes.values():
+        for kind, mode in self.modes.items():
+            if kind not in TYPES:
+                raise CheckpointError(f"{path}: norm_map has {cut(repr(kind), 60)}, expected types of {TYPES}")
             if mode not in (*MODES, "IDENTITY"):
                 raise CheckpointError(
                     f"{path}: norm_map has {cut(repr(mode), 60)}, expected one of {[*MODES, 'IDENTITY']}"
@@ -198,8 +201,12 @@ class _Step:
         """LeRobot's type of an observation as the step has it."""
         feature = self.features.get(key) if isinstance(self.features, dict) else None
         kind = feature.get("type") if isinstance(feature, dict) else None
-        if not isinstance(kind, str):
-            raise CheckpointError(f"{self.path}: the normaliser's features lack {key}; it would not be normalised")
+        if kind not in TYPES:
+            raise CheckpointError(
+                f"{self.path}: the normaliser's features lack {key} or its type, one of {TYPES}; it would not be "
+                "normalised"
+            )
+        assert isinstance(kind, str)
         return kind
 
 

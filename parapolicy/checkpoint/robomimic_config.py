@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from parapolicy.checkpoint.config_values import Settings
+from parapolicy.checkpoint.config_values import MAX_NUMBERS, Settings, is_shape
 from parapolicy.checkpoint.folder_files import cut
 from parapolicy.checkpoint.inert import Instance
 from parapolicy.errors import CheckpointError
@@ -67,6 +67,8 @@ def describe(path: Path, payload: Mapping[str, Any], config: Mapping[str, Any], 
         )
     observation = _observation(settings, metadata)
     action_dim = metadata.get("ac_dim", int)
+    if not is_shape([action_dim]):
+        raise metadata.wrong("ac_dim", f"expected a number from 1 to {MAX_NUMBERS}")
     parts, actions, actions_normalized = _actions(train, action_dim, payload)
     network = _network(path, shapes, action_dim)
     cameras = [key for key, feature in observation.items() if feature.kind == "image"]
@@ -125,8 +127,8 @@ def _observation(settings: Settings, metadata: Settings) -> dict[str, Feature]:
     for key, shape in shapes.items():
         if key not in kinds:
             continue
-        sizes = isinstance(shape, list | tuple) and all(type(size) is int and size > 0 for size in shape)
-        if not isinstance(key, str) or not sizes or (kinds[key] == "rgb" and (len(shape) != 3 or shape[0] != 3)):
+        fits = is_shape(shape, picture=kinds[key] == "rgb")
+        if not isinstance(key, str) or not fits or (kinds[key] == "rgb" and (len(shape) != 3 or shape[0] != 3)):
             raise CheckpointError(
                 f"{settings.path}: {key} is {kinds[key]} of shape {cut(shape, 60)}, which does not fit"
             )
