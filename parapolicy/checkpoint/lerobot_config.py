@@ -135,8 +135,8 @@ def _warnings(config: Mapping[str, Any], features: list[str], used: list[str], c
         )
     if "input_shapes" in config and len(cameras) > 1:
         found.append(
-            f"the config of 2024 was saved with sorted keys: cameras are taken in its order, {cut(cameras, 200)}, as by "
-            "LeRobot. Training may have had another order"
+            f"the config of 2024 was saved with sorted keys: cameras are taken in its order, {cut(cameras, 200)}, as "
+            "by LeRobot. Training may have had another order"
         )
     return {"warnings": found} if found else {}
 
