@@ -10,12 +10,14 @@ from pathlib import Path
 USAGE = """usage: parapolicy inspect CHECKPOINT [--json]
        parapolicy check CHECKPOINT [--chunks 5] [--engine eager] [--device auto]
        parapolicy convert CHECKPOINT OUT [--control-hz HZ]
+       parapolicy calibrate FOLDER [--observations FILE.npz] [--chunks 60] [--draws 60]
        parapolicy serve [checkpoint=FOLDER port=8000 …]
        parapolicy report FOLDER… [--output FOLDER] [--margin 0.03]
 
   inspect  what a policy is: what it wants to see, its actions, its schedule, what to beware of
   check    run every sampler on made-up observations: rounds, evaluations, errors, latency
   convert  write a policy as config.json and model.safetensors; its answers stay the same to the bit
+  calibrate  measure where the sampler collocation asks the network best, and what error it then has
   serve    answer openpi clients with action chunks of a policy; its settings: parapolicy.serve.settings.ServeConfig
   report   put evaluation runs into one page, with tables and pictures
 
@@ -87,6 +89,31 @@ def convert(arguments: Sequence[str]) -> None:
     print(f"wrote {parsed.out}")
 
 
+def calibrate(arguments: Sequence[str]) -> None:
+    """``parapolicy calibrate``."""
+    parser = argparse.ArgumentParser("parapolicy calibrate")
+    parser.add_argument("folder", type=Path, metavar="FOLDER")
+    parser.add_argument("--observations", type=Path, help="arrays {key: (N, To, …)}; half of them are held out")
+    parser.add_argument("--chunks", type=int, default=60, help="sequential chunks to calibrate on, and to measure")
+    parser.add_argument("--draws", type=int, default=60, help="chunks per observation for the energy distance")
+    parsed = parser.parse_args(arguments)
+    if parsed.chunks < 2 or parsed.draws < 2:
+        raise ValueError(f"chunks is {parsed.chunks} and draws is {parsed.draws}, expected at least 2 of each")
+
+    from parapolicy import load_policy
+    from parapolicy.calibrate import FILE, write_calibration
+    from parapolicy.evaluate.measure.calibrated import measure_calibration, present, read_observations
+    from parapolicy.planner import made_up_observations
+
+    policy = load_policy(parsed.folder, device="cpu")
+    observations = made_up_observations(policy, 2 * parsed.chunks)
+    if parsed.observations is not None:
+        observations = read_observations(parsed.observations)
+    calibration, rows = measure_calibration(policy, observations, parsed.chunks, parsed.draws)
+    write_calibration(parsed.folder / FILE, policy, calibration, {"rows": rows, "made_up": parsed.observations is None})
+    print(f"{present(rows)}\nwrote {parsed.folder / FILE}")
+
+
 def _checkpoint_parser(name: str) -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(f"parapolicy {name}")
     parser.add_argument("checkpoint", metavar="CHECKPOINT")
@@ -132,8 +159,15 @@ def report(arguments: Sequence[str]) -> None:
     print(f"wrote {write_report(parsed.folders, parsed.output, parsed.margin)}")
 
 
-COMMANDS = {"inspect": inspect, "check": check, "convert": convert, "serve": serve, "report": report}
-EXTRAS = {"serve": "serve", "report": "eval"}  # of the commands that need one
+COMMANDS = {
+    "inspect": inspect,
+    "check": check,
+    "convert": convert,
+    "calibrate": calibrate,
+    "serve": serve,
+    "report": report,
+}
+EXTRAS = {"calibrate": "eval", "serve": "serve", "report": "eval"}  # of the commands that need one
 
 
 def main(arguments: Sequence[str] | None = None) -> None:

@@ -6,6 +6,7 @@ from typing import Any
 
 import torch
 
+from parapolicy.calibrate import with_calibration
 from parapolicy.checkpoint import read_checkpoint
 from parapolicy.checkpoint.native import write_checkpoint
 from parapolicy.engine import make_engine
@@ -27,9 +28,10 @@ def load_policy(
     """Load a policy folder (``config.json`` and ``model.safetensors``), or what an installed reader recognises.
 
     Args:
-        folder: the policy folder, LeRobot's (or the folder that holds its ``pretrained_model``) or our own; or one on
-            the Hugging Face hub, ``hf://owner/name[@revision]``.
-        sampler: one of :func:`parapolicy.list_samplers`; ``parameters`` are its own. ``auto``: the one that
+        folder: the policy folder, LeRobot's (or the folder that holds its ``pretrained_model``) or our own; a file of
+            torch.save; or a policy on the Hugging Face hub, ``hf://owner/name[@revision]``.
+        sampler: one of :func:`parapolicy.list_samplers`; ``parameters`` are its own. ``collocation`` is calibrated
+            at the first load, in seconds, where no calibration stands beside the weights. ``auto``: the one that
             :func:`parapolicy.make_plan` finds fastest here, at the ``tolerance`` given (or the plan's own default).
         engine: one of :data:`parapolicy.engine.ENGINES`. ``compiled`` compiles at the first call, for about a minute
             where torch's cache on disk does not know the network yet. ``compiled_bfloat16`` rounds the factors of its
@@ -59,6 +61,7 @@ def load_policy(
         from parapolicy.engine.sharded import join  # torch.distributed takes its time to load
 
         policy = dataclasses.replace(policy, engine=join(policy))
+    policy = with_calibration(policy, folder, measure=sampler == "collocation")
     return make_plan(policy, **parameters).apply(policy) if sampler == "auto" else policy
 
 

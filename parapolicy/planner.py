@@ -74,7 +74,7 @@ def make_plan(
             ``$PARAPOLICY_CACHE`` or else ``~/.cache/parapolicy``. A damaged entry is measured anew.
     """
     try:
-        folder = cache or Path(os.environ.get("PARAPOLICY_CACHE") or Path.home() / ".cache" / "parapolicy")
+        folder = cache or cache_folder()
     except RuntimeError:  # a user without a home: nothing is remembered
         return _measure(policy, observations or made_up_observations(policy, 9), tolerance)
     path = folder / f"plan-{_key(policy, observations, tolerance)}.json"
@@ -86,6 +86,11 @@ def make_plan(
     with contextlib.suppress(OSError):  # what cannot be remembered costs the time of measuring again
         _write(path, plan)
     return plan
+
+
+def cache_folder() -> Path:
+    """Where measurements are remembered; raises RuntimeError for a user without a home."""
+    return Path(os.environ.get("PARAPOLICY_CACHE") or Path.home() / ".cache" / "parapolicy")
 
 
 def _read(path: Path, policy: Policy, tolerance: float) -> Plan:

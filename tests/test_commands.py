@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 
 import parapolicy
+from parapolicy.calibrate import FILE
 from parapolicy.cli import main
 from parapolicy.planner import made_up_observations
 from tests.conftest import SHIPPED
@@ -98,3 +99,42 @@ def test_no_checkpoint_is_a_clear_error(command: str, tmp_path: Path) -> None:
 def test_convert_does_not_write_over_anything(folder: Path) -> None:
     with pytest.raises(SystemExit, match="not an empty folder"):
         main(["convert", str(folder), str(folder)])
+
+
+def test_calibrate_writes_what_collocation_takes_from_then_on(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder = tmp_path / "policy"
+    parapolicy.save_policy(small_policy(), folder)
+    main(["calibrate", str(folder), "--chunks", "8", "--draws", "4"])
+    shown = capsys.readouterr().out
+    assert "12 nodes" in shown
+    assert "DDIM-16" in shown
+    monkeypatch.setattr("parapolicy.calibrate.calibrate", lambda policy: pytest.fail("measured again"))
+    policy = parapolicy.load_policy(folder, sampler="collocation", nodes=12, device="cpu")
+    assert policy.schedule.calibration is not None
+    assert policy.predict(made_up_observations(policy, 1)[0]).stats.evaluations < 40
+
+
+def test_a_calibration_of_other_weights_is_measured_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("PARAPOLICY_CACHE", str(tmp_path / "cache"))
+    one, other = tmp_path / "one", tmp_path / "other"
+    for folder in (one, other):
+        parapolicy.save_policy(small_policy(), folder)  # random weights each
+    main(["calibrate", str(one), "--chunks", "4", "--draws", "2"])
+    (one / FILE).rename(other / FILE)
+    assert parapolicy.load_policy(other, device="cpu").schedule.calibration is None
+    policy = parapolicy.load_policy(other, sampler="collocation", device="cpu")
+    assert policy.schedule.calibration is not None
+    assert len(list((tmp_path / "cache").glob("calibration-*.safetensors"))) == 1
+    monkeypatch.setattr("parapolicy.calibrate.calibrate", lambda policy: pytest.fail("measured again"))
+    assert parapolicy.load_policy(other, sampler="collocation", device="cpu").schedule.calibration is not None
+
+
+def test_observations_for_calibration_are_checked(folder: Path, tmp_path: Path) -> None:
+    (tmp_path / "bad.npz").write_bytes(b"no zip")
+    with pytest.raises(SystemExit, match=r"bad\.npz is no \.npz file of observations"):
+        main(["calibrate", str(folder), "--observations", str(tmp_path / "bad.npz")])
+    np.savez(tmp_path / "uneven.npz", a=np.zeros((3, 2)), b=np.zeros((4, 2)))
+    with pytest.raises(SystemExit, match=r"arrays of the lengths \[3, 4\]"):
+        main(["calibrate", str(folder), "--observations", str(tmp_path / "uneven.npz")])

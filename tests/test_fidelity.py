@@ -3,7 +3,7 @@ from math import erf, exp, pi, sqrt
 import numpy as np
 import pytest
 
-from parapolicy.evaluate.measure.fidelity import energy_distance, measure_fidelity
+from parapolicy.evaluate.measure.fidelity import energy_distance, measure_fidelity, paired_energy_distance
 from parapolicy.evaluate.run.variants import build_variants
 from tests.helpers import small_policy, some_observation
 
@@ -41,3 +41,14 @@ def test_an_exact_sampler_is_as_near_as_resampling_and_a_wrong_one_is_not() -> N
     assert sum(sets) == 3 * 4
     chance = max(abs(value) for label in ("resampling", "exact") for value in distances[label])
     assert min(distances["short"]) > 3 * chance
+
+
+def test_the_paired_estimate_is_zero_for_equal_sets_and_sees_a_shift() -> None:
+    rng = np.random.default_rng(0)
+    a = rng.normal(size=(60, 4))
+    assert abs(paired_energy_distance(a, a)) < 1e-12
+    independent = [energy_distance(rng.normal(size=(60, 4)), rng.normal(size=(60, 4))) for _ in range(10)]
+    paired = [paired_energy_distance(a, a + 0.01 * rng.normal(size=a.shape)) for _ in range(10)]
+    assert np.abs(paired).max() < 0.1 * np.std(independent)
+    shifted = paired_energy_distance(a, a + 1.0)
+    assert shifted == pytest.approx(energy_distance(a, a + 1.0), rel=0.2)

@@ -367,6 +367,11 @@ INVALID: dict[str, dict[str, tuple[Any, ...]]] = {
     "secant": {"window": COUNTS, "tolerance": (-1.0,), "history": (-1, 0.5, True)},
     "speculative": {"window": COUNTS, "calls": (0, 3, True, "1")},
     "parareal": {"tolerance": (-1.0,), "blocks": COUNTS},
+    "collocation": {
+        "nodes": (0, True, (), (3, 2), (-1, 5), (1.5, 3)),
+        "window": COUNTS,
+        "settle": (0, -1.0, True, "1"),
+    },
 }
 
 

@@ -5,6 +5,7 @@ from typing import Any
 
 from parapolicy.samplers.anderson import Anderson
 from parapolicy.samplers.base import DenoiserLike, Rounds, Sample, Sampler
+from parapolicy.samplers.collocation import Collocation
 from parapolicy.samplers.paradigms import ParaDiGMS
 from parapolicy.samplers.parareal import Parareal
 from parapolicy.samplers.secant import Secant
@@ -20,11 +21,13 @@ SAMPLERS: dict[str, type[Any]] = {
     "secant": Secant,
     "speculative": Speculative,
     "parareal": Parareal,
+    "collocation": Collocation,
 }
 
 __all__ = [
     "SAMPLERS",
     "Anderson",
+    "Collocation",
     "DenoiserLike",
     "ParaDiGMS",
     "Parareal",

@@ -1,6 +1,7 @@
 """Schedules: noise levels × solver, as tables that are linear in the state plus a network term."""
 
+from parapolicy.schedule.calibration import Calibration
 from parapolicy.schedule.levels import SOLVERS, Levels, make_scheduler
 from parapolicy.schedule.schedule import Schedule, make_schedule
 
-__all__ = ["SOLVERS", "Levels", "Schedule", "make_schedule", "make_scheduler"]
+__all__ = ["SOLVERS", "Calibration", "Levels", "Schedule", "make_schedule", "make_scheduler"]

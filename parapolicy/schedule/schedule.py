@@ -19,6 +19,7 @@ import torch
 from torch import Tensor
 
 from parapolicy.schedule import tables
+from parapolicy.schedule.calibration import Calibration
 from parapolicy.schedule.config import MAX_TRAIN_TIMESTEPS, check_config
 from parapolicy.schedule.levels import DPM_SOLVERS, SOLVERS, SPACINGS, Levels, find_solver, make_levels, make_scheduler
 
@@ -44,6 +45,7 @@ class Schedule:
         prediction: what the network predicts: ``epsilon``, ``sample``, ``v_prediction`` or ``flow_prediction`` (the
             velocity epsilon - x0).
         sample_shape: the shape of one sample, (H, Da) for an action chunk, or None if unknown.
+        calibration: what the policy's estimates do along the schedule, or None if unknown.
         multistep: whether any C is not 0.
         overshoots: whether any overshoot is not 0.
     """
@@ -61,6 +63,7 @@ class Schedule:
     clip: float | None
     prediction: str
     sample_shape: tuple[int, ...] | None = None
+    calibration: Calibration | None = None
     # Known from the start, so that the methods need not ask the device.
     multistep: bool = dataclasses.field(init=False)
     overshoots: bool = dataclasses.field(init=False)
@@ -77,7 +80,7 @@ class Schedule:
         moved = {
             f.name: getattr(self, f.name).to(device)
             for f in dataclasses.fields(self)
-            if isinstance(getattr(self, f.name), Tensor)
+            if isinstance(getattr(self, f.name), Tensor | Calibration)
         }
         return dataclasses.replace(self, **moved)
 
@@ -241,7 +244,7 @@ def make_schedule(
         clip=clip,
         prediction=prediction,
         sample_shape=sample_shape,
-        **found,
+        **found,  # type: ignore[arg-type]  # tensors only
     )
 
 

@@ -1,0 +1,242 @@
+"""Measuring a policy's calibration from its own sequential chunks; see :class:`parapolicy.schedule.Calibration`.
+
+It is remembered in a file: beside the weights, or in the user's cache.
+"""
+
+import contextlib
+import dataclasses
+import json
+import os
+import uuid
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+
+from parapolicy.digest import digest
+from parapolicy.files import replacing
+from parapolicy.planner import cache_folder, made_up_observations
+from parapolicy.policy import Policy
+from parapolicy.samplers.collocation import log_snr
+from parapolicy.schedule import Calibration, Schedule
+
+CHUNKS, BATCH = 60, 30  # sequential chunks that are measured, and how many of them at a time
+COUNTS = range(8, 41)  # numbers of nodes that are prepared
+MODES_FROM, RESPONSE_FROM = 2.4, -0.7  # log-SNR from which modes, and responses, can be told from noise
+PAIRS = 3  # steps before each one that it is compared with
+SIGNIFICANT = 2.0  # standard errors
+MOST_RESPONSE = 0.98
+LONGEST = 0.4  # block between nodes, as part of the schedule
+MOST_STEPS = 200  # of a schedule whose nodes are chosen by dynamic programming
+STATE = 0.05  # weight of a state's error, in standard deviations of its noise, beside the final sample's
+FILE = "calibration.safetensors"
+MOST_BYTES = 2**28  # of a calibration's file
+
+
+def with_calibration(policy: Policy, folder: str | os.PathLike[str] | None = None, measure: bool = True) -> Policy:
+    """The policy with its calibration: that beside its weights, or in the user's cache, or else measured now.
+
+    Args:
+        folder: of the weights.
+        measure: False: only that beside the weights.
+    """
+    beside = None if folder is None else Path(folder) / FILE
+    if beside is not None and beside.is_file() and (found := _read(beside, policy)) is not None:
+        return _replaced(policy, found)
+    if not measure:
+        return policy
+    try:
+        remembered = cache_folder() / f"calibration-{_key(policy)[:16]}.safetensors"
+    except RuntimeError:  # a user without a home
+        return _replaced(policy, calibrate(policy))
+    if (found := _read(remembered, policy)) is not None:
+        return _replaced(policy, found)
+    calibration = calibrate(policy)
+    with contextlib.suppress(OSError):  # what cannot be remembered costs the time of measuring again
+        remembered.parent.mkdir(parents=True, exist_ok=True)
+        write_calibration(remembered, policy, calibration)
+    return _replaced(policy, calibration)
+
+
+def write_calibration(
+    path: Path, policy: Policy, calibration: Calibration, measured: Mapping[str, Any] | None = None
+) -> None:
+    """Write a calibration's file, whole or not at all.
+
+    Args:
+        policy: that it is of; weights and schedule are compared at loading.
+        measured: what was found on other chunks than those it was made from; kept for people to read.
+    """
+    about = {"of": _key(policy), "nodes": json.dumps(dict(calibration.nodes)), "measured": json.dumps(measured or {})}
+    tensors = {"modes": calibration.modes, "response": calibration.response}
+    with replacing(path, uuid.uuid4().hex) as partial:
+        save_file({name: value.cpu().contiguous() for name, value in tensors.items()}, partial, about)
+
+
+def _read(path: Path, policy: Policy) -> Calibration | None:
+    """A file's calibration; None where it is damaged, or of other weights or another schedule."""
+    try:
+        if path.stat().st_size > MOST_BYTES:
+            return None
+        with safe_open(path, "pt") as file:
+            about = file.metadata() or {}
+            if about.get("of") != _key(policy):
+                return None
+            nodes = {int(count): tuple(steps) for count, steps in json.loads(about["nodes"]).items()}
+            found = Calibration(file.get_tensor("modes").clone(), file.get_tensor("response").clone(), nodes)
+    except (SafetensorError, OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError):
+        return None
+    expected = len(policy.schedule), int(np.prod(policy.spec.sample_shape))
+    return found.to(policy.device) if tuple(found.response.shape) == expected else None
+
+
+def _replaced(policy: Policy, calibration: Calibration) -> Policy:
+    return dataclasses.replace(policy, schedule=dataclasses.replace(policy.schedule, calibration=calibration))
+
+
+def _key(policy: Policy) -> str:
+    """A digest of what a calibration depends on."""
+    schedule = policy.schedule
+    tables = [getattr(schedule, name) for name in ("timesteps", "A", "B", "C", "S", "alpha", "sigma")]
+    return digest([policy.network.state_dict(), policy.normalizer.state_dict(), schedule.prediction, tables])
+
+
+def calibrate(
+    policy: Policy, observations: Sequence[Mapping[str, Any]] | None = None, chunks: int = CHUNKS, seed: int = 0
+) -> Calibration:
+    """The calibration of a policy on its schedule.
+
+    Args:
+        policy: its sampler is not looked at.
+        observations: {key: (To, …)} each; None: made up around the middle of the training data.
+        chunks: sequential chunks that are drawn, over the observations in turn.
+        seed: of their noise.
+    """
+    given = list(observations) if observations is not None else made_up_observations(policy, chunks)
+    sequential, states, estimates = policy.with_sampler("sequential"), [], []
+    for begin in range(0, chunks, BATCH):
+        numbers = range(begin, min(begin + BATCH, chunks))
+        batch = {key: np.stack([np.asarray(given[i % len(given)][key]) for i in numbers]) for key in given[0]}
+        chunk = sequential.predict(batch, seed=[seed + i for i in numbers])
+        noise, u = chunk.warm_state.noise.flatten(2), chunk.warm_state.estimates.flatten(2)
+        estimates.append(u)
+        states.append(_path(policy.schedule, noise, u))
+    x, u = torch.cat(states).double().cpu(), torch.cat(estimates).double().cpu()
+    schedule = dataclasses.replace(policy.schedule.to("cpu"), calibration=None)
+    modes, response = _responses(schedule, x, u)
+    nodes = {}
+    if len(schedule) <= MOST_STEPS:
+        cost, first = _block_costs(schedule, modes, response, x, u)
+        nodes = {count: _choose(cost, first, count) for count in COUNTS if count <= len(schedule)}
+    return Calibration(modes.float(), response.float(), nodes).to(policy.device)
+
+
+def _path(schedule: Schedule, noise: Tensor, u: Tensor) -> Tensor:
+    """The states x_0 … x_{T-1}, (N, T, S), of noise (T + 1, N, S) and estimates u (N, T, S)."""
+    x, previous, states = noise[0], torch.zeros_like(noise[0]), []
+    for j in range(len(schedule)):
+        states.append(x)
+        step = torch.full((len(x),), j, device=x.device)
+        x, previous = schedule.step(x, u[:, j], previous, noise[j + 1], step), u[:, j]
+    return torch.stack(states, 1)
+
+
+def _responses(schedule: Schedule, x: Tensor, u: Tensor) -> tuple[Tensor, Tensor]:
+    """Modes (S, S) and responses (T, S).
+
+    DDPM is Euler's scheme in y = x alpha / sigma², lambda = alpha² / sigma², along which u is a martingale: from step i
+    to j, u moves by Sigma_j (y_j - y_i - (lambda_j - lambda_i) u_i), Sigma_j the posterior's covariance. (Stochastic
+    localisation; El Alaoui and Montanari, 2022.) Without noise there is nothing to regress on: all responses are 0.
+    """
+    steps, size = u.shape[1:]
+    none = torch.eye(size, dtype=u.dtype), torch.zeros(steps, size, dtype=u.dtype)
+    if not schedule.S[:-1].all() or schedule.multistep:
+        return none
+    alpha, sigma, s = schedule.alpha.double(), schedule.sigma.double(), log_snr(schedule)
+    snr = (alpha / sigma) ** 2
+    y = x * (alpha / sigma**2)[:, None]
+
+    def changes(j: int) -> tuple[Tensor, Tensor]:
+        """What noise and estimate did up to step j, from each of the steps just before it, (n, S) each."""
+        moved, followed = [], []
+        for i in range(max(0, j - PAIRS), j):
+            added = snr[j] - snr[i]
+            moved.append((y[:, j] - y[:, i] - added * u[:, i]) / added.sqrt())
+            followed.append((u[:, j] - u[:, i]) / added.sqrt())
+        return torch.cat(moved), torch.cat(followed)
+
+    total = torch.zeros(size, size, dtype=u.dtype)
+    for j in (late := (s >= MODES_FROM).nonzero().flatten().tolist()):
+        moved, followed = changes(j)
+        products = moved.T @ moved
+        ridge = 0.1 * products.diagonal().mean() * torch.eye(size, dtype=u.dtype)
+        covariance = torch.linalg.solve(products + ridge, moved.T @ followed)
+        total += snr[j] * (covariance + covariance.T) / 2
+    if not late:
+        return none
+    modes = torch.linalg.eigh(total).eigenvectors
+    response = none[1]
+    for j in (s >= RESPONSE_FROM).nonzero().flatten().tolist():
+        moved, followed = (value @ modes for value in changes(j))
+        power = moved.square().sum(0)
+        slope = (moved * followed).sum(0) / power
+        doubt = ((followed - slope * moved).square().sum(0) / power / len(moved) * PAIRS).sqrt()
+        response[j] = torch.where(slope > SIGNIFICANT * doubt, slope * snr[j], 0.0).clamp(0, MOST_RESPONSE)
+    return modes, response
+
+
+def _block_costs(schedule: Schedule, modes: Tensor, response: Tensor, x: Tensor, u: Tensor) -> tuple[Tensor, Tensor]:
+    """What interpolating between steps a and b costs on the paths, (T, T), and what holding before step n does, (T,).
+
+    The cost is the mean square of the error of the final sample, by the mean response, and of the state at the end of
+    the block.
+    """
+    steps = len(schedule)
+    alpha, sigma, s = schedule.alpha.double(), schedule.sigma.double(), log_snr(schedule)
+    A, B = schedule.A.double(), schedule.B.double()
+    kappa, kept = response / alpha[:, None], 1 - response
+    held = ((u @ modes) - kappa * (x @ modes)) / kept  # what interpolation would leave constant
+    gain = A[:, None] + B[:, None] * kappa
+    influence = torch.ones_like(kappa)  # of a state on the last one's estimate
+    for j in range(steps - 2, -1, -1):
+        influence[j] = gain[j] * influence[j + 1]
+    influence = influence * kappa[-1]
+
+    def score(n: int, error: Tensor) -> Tensor:
+        return (influence[n] * error).square().sum(1).mean() + (STATE * error / sigma[n]).square().mean()
+
+    cost, first = torch.full((steps, steps), torch.inf, dtype=u.dtype), torch.zeros(steps, dtype=u.dtype)
+    for a in range(steps - 1):
+        # All ends of the block at a time: (ends, N, S).
+        ends = torch.arange(a + 1, min(a + int(LONGEST * steps), steps - 1) + 1)
+        error = torch.zeros(len(ends), *held[:, 0].shape, dtype=u.dtype)
+        for j in range(a, int(ends[-1])):
+            open_ = ends > j
+            along = ((s[j] - s[a]) / (s[ends[open_]] - s[a]))[:, None, None]
+            missed = (1 - along) * held[:, a] + along * held[:, ends[open_]].transpose(0, 1) - held[:, j]
+            error[open_] = gain[j] * error[open_] + B[j] * kept[j] * missed
+        for i, b in enumerate(ends.tolist()):
+            cost[a, b] = score(b, error[i])
+    for n in range(steps):
+        error = torch.zeros_like(held[:, 0])
+        for j in range(n):
+            error = gain[j] * error + B[j] * kept[j] * (held[:, n] - held[:, j])
+        first[n] = score(n, error)
+    return cost, first
+
+
+def _choose(cost: Tensor, first: Tensor, count: int) -> tuple[int, ...]:
+    """The ``count`` nodes of least total cost, by dynamic programming."""
+    best, before = first, []
+    for _ in range(count - 1):
+        best, argument = (best[:, None] + cost).min(0)
+        before.append(argument)
+    nodes = [len(first) - 1]
+    for argument in reversed(before):
+        nodes.append(int(argument[nodes[-1]]))
+    return tuple(reversed(nodes))

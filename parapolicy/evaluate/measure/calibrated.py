@@ -1,0 +1,131 @@
+"""How near collocation comes to the whole schedule, on chunks that its calibration has not seen."""
+
+import dataclasses
+import zipfile
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from parapolicy.calibrate import calibrate
+from parapolicy.evaluate.measure.chunk_error import normalized_error
+from parapolicy.evaluate.measure.fidelity import paired_energy_distance
+from parapolicy.noise import mix_seeds
+from parapolicy.policy import Policy
+from parapolicy.samplers import Sampler, make_sampler
+from parapolicy.schedule import Calibration
+
+COUNTS = (12, 15, 19, 24, 32)  # numbers of nodes that are measured
+RIVALS = (16,)  # steps of DDIM that are measured beside them
+QUANTILES = {"median": 0.5, "p95": 0.95, "p99": 0.99, "max": 1.0}
+SITUATIONS = 8  # held-out observations for which distributions are compared
+HELD_OUT = 1 << 32  # seeds from here on are not those of calibration
+
+
+def measure_calibration(
+    policy: Policy, observations: Sequence[Mapping[str, np.ndarray]], chunks: int, draws: int
+) -> tuple[Calibration, list[dict[str, Any]]]:
+    """Calibrate on the first half of the observations, and measure on the second.
+
+    Args:
+        policy: with the schedule to calibrate.
+        observations: {key: (To, …)} each.
+        chunks: chunks to calibrate on, and as many to measure errors on.
+        draws: chunks per situation and set of the energy distances.
+
+    Returns:
+        The calibration, and one row per number of nodes: ``rounds`` and ``evaluations`` (means), ``error`` (quantiles
+        of the largest absolute difference from the sequential chunk, normalised), ``energy`` (mean of the paired energy
+        distance over situations) and ``energy_ci95`` (its interval over them).
+    """
+    half = len(observations) // 2
+    if half < 1:
+        raise ValueError(f"there are {len(observations)} observations, expected at least 2: half are held out")
+    calibration = calibrate(policy, observations[:half], chunks)
+    held_out = observations[half:]
+    calibrated = dataclasses.replace(policy, schedule=dataclasses.replace(policy.schedule, calibration=calibration))
+    candidates: dict[str, Policy] = {}
+    for count in (count for count in COUNTS if count <= len(policy.schedule)):
+        candidates[f"{count} nodes"] = _with(calibrated, make_sampler("collocation", nodes=count))
+    for steps in (steps for steps in RIVALS if policy.schedule.solver == "ddpm" and steps < len(policy.schedule)):
+        candidates[f"DDIM-{steps}"] = policy.with_schedule("ddim", steps).with_sampler("sequential")
+    sequential = policy.with_sampler("sequential")
+
+    batch = _stack([held_out[i % len(held_out)] for i in range(chunks)])
+    reference = sequential.predict(batch, seed=[mix_seeds(HELD_OUT, i) for i in range(chunks)])
+    energies: dict[str, list[float]] = {label: [] for label in candidates}
+    for i, observation in enumerate(held_out[:: max(1, len(held_out) // SITUATIONS)][:SITUATIONS]):
+        repeated = _stack([observation] * draws)
+        target = _draw(sequential, repeated, HELD_OUT + i)
+        for label, candidate in candidates.items():
+            energies[label].append(paired_energy_distance(_draw(candidate, repeated, HELD_OUT + i), target))
+    rows = []
+    for label, candidate in candidates.items():
+        seeds = [mix_seeds(HELD_OUT, i) for i in range(chunks)]
+        chunk = candidate.predict(batch, seed=seeds)
+        errors = normalized_error(policy, chunk.trajectory, reference.trajectory)
+        energy = np.array(energies[label])
+        spread = 1.96 * energy.std(ddof=1) / len(energy) ** 0.5 if len(energy) > 1 else float("nan")
+        rows.append(
+            {
+                "sampler": label,
+                "rounds": float(chunk.stats.rounds.mean()),
+                "evaluations": float(chunk.stats.evaluations.mean()),
+                "error": {name: float(np.quantile(errors, q)) for name, q in QUANTILES.items()},
+                "energy": float(energy.mean()),
+                "energy_ci95": [float(energy.mean() - spread), float(energy.mean() + spread)],
+            }
+        )
+    return calibration, rows
+
+
+def present(rows: Sequence[Mapping[str, Any]]) -> str:
+    """The rows as a table."""
+    head = f"{'held-out chunks':<16}{'rounds':>8}{'evaluations':>13}{'error: median':>15}{'p95':>9}{'p99':>9}{'max':>9}"
+    lines = [f"{head}{'energy distance':>33}"]
+    for row in rows:
+        error, (low, high) = row["error"], row["energy_ci95"]
+        cells = "".join(f"{error[name]:>9.1e}" for name in ("p95", "p99", "max"))
+        energy = f"{row['energy']:>11.1e} [{low:.1e}, {high:.1e}]"
+        lines.append(
+            f"{row['sampler']:<16}{row['rounds']:>8.1f}{row['evaluations']:>13.1f}{error['median']:>15.1e}{cells}{energy}"
+        )
+    return "\n".join(lines)
+
+
+def read_observations(path: Path) -> list[dict[str, np.ndarray]]:
+    """The observations of an ``.npz`` file of arrays {key: (N, To, …)}.
+
+    Raises:
+        ValueError: no such file, or arrays of different lengths.
+    """
+    try:
+        with np.load(path, allow_pickle=False) as file:
+            arrays = {key: file[key] for key in file.files}
+    except (OSError, ValueError, zipfile.BadZipFile) as error:
+        raise ValueError(
+            f"{path} is no .npz file of observations ({error}); expected arrays {{key: (N, To, …)}}"
+        ) from error
+    lengths = {len(value) for value in arrays.values()}
+    if len(lengths) != 1:
+        raise ValueError(
+            f"{path} has arrays of the lengths {sorted(lengths)}, expected one length and at least one key"
+        )
+    return [{key: value[i] for key, value in arrays.items()} for i in range(lengths.pop())]
+
+
+def _with(policy: Policy, sampler: Sampler) -> Policy:
+    return dataclasses.replace(policy, sampler=sampler)
+
+
+def _stack(observations: Sequence[Mapping[str, np.ndarray]]) -> dict[str, np.ndarray]:
+    return {key: np.stack([observation[key] for observation in observations]) for key in observations[0]}
+
+
+def _draw(policy: Policy, batch: Mapping[str, np.ndarray], seed: int) -> np.ndarray:
+    """Normalised chunks (n, H Da), row i of every policy with the same noise, as far as schedules share it."""
+    count = len(next(iter(batch.values())))
+    chunk = policy.predict(batch, seed=[mix_seeds(seed, i) for i in range(count)])
+    scale = policy.normalizer.maps["action"].scale.cpu().numpy()
+    return (chunk.trajectory * scale).reshape(count, -1)

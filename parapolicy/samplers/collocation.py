@@ -1,0 +1,285 @@
+"""Collocation: ask the network at a few steps of the schedule, and interpolate its estimates in between.
+
+The estimate u of the clean sample is smooth along a path in s = log(alpha² / sigma²), and the schedule is linear in u
+and in noise that is known beforehand. So u is interpolated in s between the steps where it was asked for, the nodes,
+while state and noise are carried through every step exactly. What the interpolation misses early is forgotten: a state
+of DDPM remembers about one unit of s. Nodes are therefore few early and close at the end.
+
+A policy's mean response to its state, where it is known (:class:`parapolicy.schedule.Calibration`), is taken out of
+what is interpolated: in modes v = Q^T x, d_j = Q^T u_j - kappa_j v_j is smoother than u_j.
+"""
+
+from dataclasses import dataclass
+from functools import lru_cache
+from typing import Any, ClassVar, NamedTuple
+
+import torch
+from torch import Tensor
+
+from parapolicy.samplers.base import DenoiserLike, Rounds, Sample, Sampler, check_count, root_mean_square
+from parapolicy.schedule import Schedule
+
+ROUNDS = 4  # most rounds per node: near a bifurcation a state may go to and fro
+LOG_SNR = 14.0  # beyond, nothing changes
+EARLY = -7.0  # before, a state is noise and the network says the mean
+# Density of default nodes in s: rising from DENSITY[0] to the sum around s = DENSITY[2], as calibrated nodes lie.
+DENSITY = 0.2, 2.0, 1.5
+
+
+@dataclass(frozen=True)
+class Collocation(Sampler):
+    """The distribution of the whole schedule from 15 to 40 network evaluations.
+
+    What it samples is a draw of the full schedule to within the error of interpolation: close to the sequential chunk
+    of the same noise (on Push-T about 1e-3), except where the policy decides between modes, when it may decide
+    otherwise than the sequential sampler. No estimate of a chunk's error is known, so there is no tolerance.
+
+    Attributes:
+        nodes: how many steps the network is asked at, or which ones, increasing; the last step is one of them.
+        window: nodes asked per round, at most. 1 is sequential over the nodes; a few more halve the rounds for a few
+            evaluations more; many save rounds where a batch costs little more than a row.
+        settle: a node is asked again when its state has moved since by more than this many standard deviations of the
+            noise there.
+    """
+
+    nodes: int | tuple[int, ...] = 19
+    window: int = 3
+    settle: float = 0.15
+
+    def __post_init__(self) -> None:
+        if isinstance(self.nodes, int):
+            check_count("nodes", self.nodes)
+        else:
+            nodes = tuple(self.nodes)
+            whole = all(isinstance(n, int) and not isinstance(n, bool) and n >= 0 for n in nodes)
+            if not nodes or not whole or list(nodes) != sorted(set(nodes)):
+                raise ValueError(f"nodes is {self.nodes!r}, expected their number, or increasing steps from 0 on")
+            object.__setattr__(self, "nodes", nodes)  # a list, from a configuration, cannot be hashed
+        check_count("window", self.window)
+        if isinstance(self.settle, bool) or not isinstance(self.settle, int | float) or not 0 < self.settle < 100:
+            raise ValueError(f"settle is {self.settle!r}, expected a number above 0, such as 0.15")
+
+    def rounds(self, schedule: Schedule, noise: Tensor, compiled: bool = False) -> "CollocationRounds":
+        """The rounds of a batch.
+
+        Raises:
+            ValueError: nodes that are no steps of the schedule, or do not end with its last one.
+        """
+        return CollocationRounds(self, make_tables(schedule, self._nodes(schedule)), noise)
+
+    def _nodes(self, schedule: Schedule) -> tuple[int, ...]:
+        steps = len(schedule)
+        if isinstance(self.nodes, int):
+            calibrated = {} if schedule.calibration is None else schedule.calibration.nodes
+            return calibrated.get(self.nodes) or default_nodes(schedule, min(self.nodes, steps))
+        if self.nodes[-1] != steps - 1:
+            raise ValueError(f"nodes end at {self.nodes[-1]}, expected the schedule's last step, {steps - 1}")
+        return self.nodes
+
+
+class Tables(NamedTuple):
+    """A schedule between nodes; K nodes, T steps, M modes: S of them, or 1 for all numbers alike.
+
+    Attributes:
+        nodes: (K,) int64.
+        modes: (S, S), or None where all numbers are treated alike.
+        kappa, kept: (K, M) what u follows of the state at a node, and what remains of the mean.
+        response: (K, K, M) what d at node k adds to the state at node n; lower triangular, with a diagonal, because u
+            just before a node is interpolated towards it.
+        first, noise: (K, M) and (K, T, M), what the first state and each step's noise add to the state at a node.
+        sigma: (K,) noise level.
+        interpolation: (T, K, M) from d at the nodes to d at every step.
+        last: A, B and S of the last step.
+    """
+
+    nodes: Tensor
+    modes: Tensor | None
+    kappa: Tensor
+    kept: Tensor
+    response: Tensor
+    first: Tensor
+    noise: Tensor
+    sigma: Tensor
+    interpolation: Tensor
+    last: tuple[float, float, float]
+
+
+def log_snr(schedule: Schedule) -> Tensor:
+    """s = log(alpha² / sigma²) at each step, (T,) float64, within bounds."""
+    s = 2 * (schedule.alpha.double().log() - schedule.sigma.double().log())
+    return s.clamp(-LOG_SNR, LOG_SNR)
+
+
+def default_nodes(schedule: Schedule, count: int) -> tuple[int, ...]:
+    """Nodes by log-SNR alone: where their number is least dense for its place, one is added, until there are enough."""
+    s, steps = log_snr(schedule).cpu(), len(schedule)
+    level, rise, centre = DENSITY
+    s = s.clamp(min=EARLY)
+    place = level * s + rise * torch.nn.functional.softplus(s - centre)  # the integral of the density
+    first = int((s <= EARLY).sum().clamp(max=steps - 1))
+    nodes = [steps - 1] if count == 1 else sorted({first, steps - 1})
+    while len(nodes) < count:
+        ahead = [-1, *nodes]  # what lies before the first node is filled last
+        gaps = [(b - a > 1, float(place[b] - place[max(a, 0)]), a, b) for a, b in zip(ahead, nodes, strict=False)]
+        _, _, a, b = max(gaps)
+        middle = (place[b] + place[max(a, 0)]) / 2
+        nodes = sorted([*nodes, a + 1 + int((place[a + 1 : b] - middle).abs().argmin())])
+    return tuple(nodes)
+
+
+@lru_cache(maxsize=8)
+def make_tables(schedule: Schedule, nodes: tuple[int, ...]) -> Tables:
+    """The tables of a schedule and its nodes, on its device."""
+    steps, device = len(schedule), schedule.A.device
+    A, B, C, S = (table.double().cpu() for table in (schedule.A, schedule.B, schedule.C, schedule.S))
+    calibration = None if schedule.multistep else schedule.calibration
+    follow = torch.zeros(steps, 1, dtype=torch.float64)
+    if calibration is not None:
+        follow = calibration.response.double().cpu()
+    kappa = torch.where(follow > 0, follow / schedule.alpha.double().cpu()[:, None], 0.0)
+    kept = 1 - follow
+
+    weights = torch.zeros(steps, len(nodes), follow.shape[1], dtype=torch.float64)
+    s = log_snr(schedule).cpu()
+    for j in range(steps):
+        k = sum(node <= j for node in nodes) - 1  # the node before or at j
+        if k < 0 or k == len(nodes) - 1:
+            weights[j, max(k, 0)] = kept[j] / kept[nodes[max(k, 0)]]
+            continue
+        here, there = nodes[k], nodes[k + 1]
+        along = (s[j] - s[here]) / (s[there] - s[here]) if s[there] > s[here] else s.new_zeros(())
+        weights[j, k] = (1 - along) * kept[j] / kept[here]
+        weights[j, k + 1] = along * kept[j] / kept[there]
+
+    # What a unit added after step j, and the first state, come to in the state before step n.
+    gain = A[:, None] + B[:, None] * kappa
+    added, first = (torch.zeros(steps + 1, steps, gain.shape[1], dtype=torch.float64), torch.ones_like(gain[:1]))
+    firsts = [first[0]]
+    for j in range(steps):
+        added[j + 1] = gain[j] * added[j]
+        added[j + 1, j] = 1.0
+        firsts.append(gain[j] * firsts[-1])
+    of_estimate = added[:steps] * B[:, None]
+    of_estimate[:, :-1] += added[:steps, 1:] * C[1:, None]
+    at_nodes = list(nodes)
+    tables = Tables(
+        nodes=torch.tensor(at_nodes),
+        modes=None if calibration is None else calibration.modes,
+        kappa=kappa[at_nodes],
+        kept=kept[at_nodes],
+        response=torch.einsum("ntm,tkm->nkm", of_estimate[at_nodes], weights),
+        first=torch.stack(firsts)[at_nodes],
+        noise=added[at_nodes] * S[:, None],
+        sigma=schedule.sigma[at_nodes],
+        interpolation=weights,
+        last=(float(A[-1]), float(B[-1]), float(S[-1])),
+    )
+    moved: dict[str, Any] = {
+        name: value.to(device, torch.float32 if value.is_floating_point() else value.dtype)
+        for name, value in tables._asdict().items()
+        if isinstance(value, Tensor)
+    }
+    return tables._replace(**moved)
+
+
+class CollocationRounds(Rounds):
+    """Rounds of :class:`Collocation` on memory of fixed shapes. A guess is not used: it saves nothing here.
+
+    Args:
+        sampler: its parameters.
+        tables: of the schedule.
+        noise: (T + 1, B, S), for its shape and device.
+    """
+
+    fixed_shapes: ClassVar[bool] = True
+
+    def __init__(self, sampler: Collocation, tables: Tables, noise: Tensor) -> None:
+        self.settle, self.tables = sampler.settle, tables
+        batch, size, count = noise.shape[1], noise.shape[2], len(tables.nodes)
+        self.window, self.most = min(sampler.window, count), ROUNDS * count
+        self.element = torch.arange(batch, device=noise.device)[:, None]
+        self.order = torch.arange(count, 0, -1, device=noise.device)
+        # In modes: states by the noise alone, states now, when asked, and what is interpolated.
+        self.free, self.v, self.v_asked, self.d = (noise.new_zeros(batch, count, size) for _ in range(4))
+        self.asked = torch.zeros(batch, count, dtype=torch.bool, device=noise.device)
+        self.pending = torch.zeros_like(self.asked)
+        self.rounds, self.evaluations = (torch.zeros_like(self.element[:, 0]) for _ in range(2))
+        self.last_noise, self.final = noise.new_zeros(batch, size), noise.new_zeros(batch, size)
+        self.residual = noise.new_zeros(batch)
+        self.sparse = not noise.is_cuda  # see SecantRounds
+
+    @property
+    def done(self) -> Tensor:
+        return ~self.pending.any()
+
+    def begin(self, noise: Tensor, guess: Tensor | None) -> None:
+        z = noise if self.tables.modes is None else noise @ self.tables.modes
+        self.last_noise.copy_(noise[-1])
+        first = self.tables.first * z[0][:, None]
+        self.free.copy_(first + _apply(self.tables.noise, z[1:].transpose(0, 1)))
+        self.v.copy_(self.free)
+        for value in (self.v_asked, self.d, self.rounds, self.evaluations, self.final, self.residual, self.asked):
+            value.zero_()
+        self.pending.fill_(True)
+
+    def advance(self, denoiser: DenoiserLike) -> None:
+        tables, element = self.tables, self.element
+        live = self.pending.any(1)
+        # The first pending nodes; an element that has fewer looks at others, too, and changes nothing there.
+        node = (self.pending * self.order).topk(self.window, 1).indices
+        chosen = self.pending.gather(1, node)
+        v = self.v[element, node]
+        u = self._ask(denoiser, v, node, chosen)
+        d = u - tables.kappa[node] * v
+        keep = chosen[..., None]
+        self.d[element, node] = torch.where(keep, d, self.d[element, node])
+        self.v_asked[element, node] = torch.where(keep, v, self.v_asked[element, node])
+        self.asked[element, node] |= chosen
+
+        # What was never asked holds the mean of the last node that was.
+        last = (self.asked * (len(self.order) + 1 - self.order)).amax(1, keepdim=True) - 1
+        held = self.d[element, last] / tables.kept[last]
+        self.d.copy_(torch.where(self.asked[..., None], self.d, tables.kept * held))
+        self.v.copy_(self.free + _apply(tables.response, self.d))
+        final = self._final()
+        self.residual.copy_(torch.where(live, root_mean_square(final - self.final), self.residual))
+        self.final.copy_(final)
+        self.rounds.add_(live)
+        self.evaluations.add_(chosen.sum(1))
+        moved = (self.v - self.v_asked).abs().amax(2) > self.settle * tables.sigma
+        self.pending.copy_((moved | ~self.asked) & (self.rounds < self.most)[:, None])
+
+    def result(self) -> Sample:
+        complete = ~self.pending.any(1)
+        u = _apply(self.tables.interpolation, self.d)
+        costs = self.rounds.clone(), self.evaluations.clone(), self.residual.clone()
+        return Sample(self.final.clone(), self._from_modes(u), *costs, complete)
+
+    def _ask(self, denoiser: DenoiserLike, v: Tensor, node: Tensor, chosen: Tensor) -> Tensor:
+        """u in modes, (B, W, S), at states v likewise; 0 where a node was not chosen and rows cost time."""
+        x = self._from_modes(v).flatten(0, 1)
+        step, element = self.tables.nodes[node].flatten(), self.element.expand_as(node).flatten()
+        if not self.sparse or chosen.all():
+            u = denoiser(x, step, element)
+        else:
+            inside = chosen.flatten().nonzero()[:, 0]
+            u = torch.zeros_like(x)
+            u[inside] = denoiser(x[inside], step[inside], element[inside])
+        return (u if self.tables.modes is None else u @ self.tables.modes).view_as(v)
+
+    def _final(self) -> Tensor:
+        """The state after the last step."""
+        v = self.v[:, -1]
+        u = self.d[:, -1] + self.tables.kappa[-1] * v
+        a, b, s = self.tables.last
+        return self._from_modes(a * v + b * u) + s * self.last_noise
+
+    def _from_modes(self, v: Tensor) -> Tensor:
+        return v if self.tables.modes is None else v @ self.tables.modes.T
+
+
+def _apply(table: Tensor, values: Tensor) -> Tensor:
+    """(N, K, M) and (B, K, S) -> (B, N, S), mode by mode."""
+    if table.shape[2] == 1:
+        return table[..., 0] @ values
+    return torch.einsum("nkm,bkm->bnm", table, values)
