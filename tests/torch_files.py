@@ -5,12 +5,19 @@ import struct
 import sys
 import types
 import zipfile
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+
+from parapolicy.checkpoint.archive import Archive
+from parapolicy.checkpoint.inert import TensorRef
+from parapolicy.checkpoint.pickles import unpickle
+from parapolicy.checkpoint.stand_ins import NUMPY, OMEGACONF
+
+EVERYTHING = {**OMEGACONF, **NUMPY}
 
 
 def write_zip(path: Path, pickled: bytes, storages: Mapping[str, bytes] | None = None, **settings: Any) -> Path:
@@ -99,9 +106,15 @@ def saved(value: Any) -> bytes:
     return file.getvalue()
 
 
-def leaves(value: Any) -> Iterator[Any]:
+def load(path: Path) -> Any:
+    """The object in a file, with its tensors read."""
+    with Archive(path) as archive:
+        return _read(unpickle(archive, EVERYTHING))
+
+
+def _read(value: Any) -> Any:
     if isinstance(value, dict):
-        for inner in value.values():
-            yield from leaves(inner)
-    else:
-        yield value
+        return {key: _read(inner) for key, inner in value.items()}
+    if isinstance(value, list | tuple):
+        return type(value)(map(_read, value))
+    return value.load() if isinstance(value, TensorRef) else value

@@ -61,7 +61,7 @@ class Config:
             return None
         return None if found is _MISSING else found
 
-    def flag(self, path: str, default: bool) -> bool:
+    def flag(self, path: str, default: Any = _MISSING) -> bool:
         """A value that is true or false."""
         found = self.get(path, default)
         if not isinstance(found, bool):

@@ -77,7 +77,8 @@ def recognises(path: Path) -> bool:
         return False
     try:
         with Archive(path) as archive:
-            return b"state_dicts" in archive.pickle()
+            pickled = archive.pickle()
+            return b"state_dicts" in pickled and b"cfg" in pickled
     except CheckpointError:
         return False
 
@@ -122,7 +123,7 @@ def _open(archive: Archive) -> tuple[Saved, str]:
             f"it holds {keys!r:.100}, expected 'cfg' and 'state_dicts' of real-stanford/diffusion_policy"
         )
     config = Config(payload["cfg"], archive.error)
-    weights = "ema_model" if config.flag("training.use_ema", default=False) else "model"
+    weights = "ema_model" if config.flag("training.use_ema") else "model"
     tensors = states.get(weights)
     if not isinstance(tensors, dict):
         raise archive.error(
@@ -214,7 +215,7 @@ def _vector_length(saved: Saved, key: str, path: str) -> int:
 
 
 def _read_normalizer(saved: Saved, spec: PolicySpec) -> Normalizer:
-    maps = {}
+    maps, unknown = {}, dict[str, TensorRef]()
     for name in [name for name in saved.tensors if name.endswith("_dummy_variable") and name.count(".") < 2]:
         saved.tensors.pop(name)
     for key, shape in spec.normalizer_shapes.items():
@@ -226,8 +227,9 @@ def _read_normalizer(saved: Saved, spec: PolicySpec) -> Normalizer:
         maps[key] = Affine(*(_spread(saved, f"{key}.{name}", found.pop(name), shape) for name in ("scale", "offset")))
         for name in STATISTICS:
             found.pop(f"input_stats.{name}", None)
-        saved.tensors.update({f"{NORMALIZER}{key}.{name}": ref for name, ref in found.items()})
+        unknown |= {f"{NORMALIZER}{key}.{name}": ref for name, ref in found.items()}
     saved.take(NORMALIZER)  # keys of the data set that the policy does not observe
+    saved.tensors.update(unknown)
     try:
         return Normalizer(maps)
     except ValueError as error:
