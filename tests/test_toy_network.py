@@ -68,7 +68,7 @@ def test_every_sampler_runs_it(policy: parapolicy.Policy, sampler: str) -> None:
     expected = policy.predict(observe(0), seed=1).trajectory
     chunk = policy.with_sampler(sampler).predict(observe(0), seed=1)
     assert chunk.trajectory.shape == (8, 2)
-    if sampler != "speculative":  # which is another draw
+    if sampler not in ("speculative", "collocation"):  # another draw, and one that trusts in a trained network
         np.testing.assert_allclose(chunk.trajectory, expected, rtol=0, atol=10)  # of 200
     assert not np.allclose(policy.predict(observe(1), seed=1).trajectory, expected)
 
