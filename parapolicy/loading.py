@@ -22,12 +22,14 @@ def load_policy(
     sampler: str = "secant",
     device: str = "auto",
     engine: str = "eager",
+    ema: bool = False,
     **parameters: Any,
 ) -> Policy:
     """Load a policy folder (``config.json`` and ``model.safetensors``), or what an installed reader recognises.
 
     Args:
-        folder: the policy folder.
+        folder: the policy folder, LeRobot's (or the folder that holds its ``pretrained_model``) or our own; a file of
+            torch.save; or a policy on the Hugging Face hub, ``hf://owner/name[@revision]``.
         sampler: one of :func:`parapolicy.list_samplers`; ``parameters`` are its own. ``collocation`` is calibrated
             at the first load, in seconds, where no calibration stands beside the weights. ``auto``: the one that
             :func:`parapolicy.make_plan` finds fastest here, at the ``tolerance`` and ``fidelity`` given (or the plan's
@@ -37,6 +39,7 @@ def load_policy(
             matrix products to bfloat16: faster on CPUs with instructions for it. ``cuda_graph`` captures whole rounds
             of the default sampler. ``sharded`` splits calls over the processes of ``torchrun``, each of which computes
             by ``compiled``. ``auto``: see :func:`parapolicy.engine.make_engine`; under ``torchrun``, split like that.
+        ema: take the averaged weights that LeRobot saves in ``pretrained_model_ema`` beside the policy.
         device: ``auto`` (a GPU where there is one), ``cpu``, ``cuda``, ``cuda:1``, …
 
     Raises:
@@ -49,7 +52,7 @@ def load_policy(
     chosen = make_sampler("secant") if sampler == "auto" else make_sampler(sampler, **parameters)
     target = pick_device(device)
     made = make_engine("compiled" if engine == "sharded" else engine, target)
-    spec, network, normalizer = read_checkpoint(folder)
+    spec, network, normalizer = read_checkpoint(folder, ema)
     try:
         schedule = make_schedule(spec.scheduler, sample_shape=spec.sample_shape, **spec.inference)
     except (ValueError, TypeError, RuntimeError, ArithmeticError) as error:

@@ -1,4 +1,8 @@
-"""One affine map per key: ``normalized = value * scale + offset`` (the published convention)."""
+"""One affine map per key: ``normalized = value * scale + offset`` (the published convention).
+
+Some published policies subtract a centre first. Where a number hardly moves in the data, its scale is large, and only
+that order of the operations keeps its digits.
+"""
 
 from collections.abc import Mapping
 from typing import NamedTuple
@@ -12,10 +16,11 @@ STILL_SCALE = 2.0**-14  # of an observation that never moves
 
 
 class Affine(NamedTuple):
-    """Scale and offset, both of the value's own shape."""
+    """``normalized = (value - centre) * scale + offset``, each of the value's own shape; no centre: 0."""
 
     scale: Tensor
     offset: Tensor
+    centre: Tensor | None = None
 
 
 class Normalizer:
@@ -27,7 +32,7 @@ class Normalizer:
 
     def __init__(self, maps: Mapping[str, Affine]) -> None:
         for key, affine in maps.items():
-            if not (torch.isfinite(affine.scale).all() and torch.isfinite(affine.offset).all()):
+            if not all(torch.isfinite(part).all() for part in affine if part is not None):
                 raise ValueError(f"the normalizer of {key!r} holds a value that is not finite; fit it anew")
             if not affine.scale.all():
                 raise ValueError(f"the normalizer of {key!r} has a scale of 0, which cannot be undone; fit it anew")
@@ -61,17 +66,23 @@ class Normalizer:
 
     def normalize(self, key: str, value: Tensor) -> Tensor:
         """(..., *shape of the key) -> the same shape, normalized."""
-        scale, offset = self.maps[key]
-        return value * scale + offset
+        scale, offset, centre = self.maps[key]
+        return (value if centre is None else value - centre) * scale + offset
 
     def unnormalize(self, key: str, value: Tensor) -> Tensor:
         """The inverse of :meth:`normalize`."""
-        scale, offset = self.maps[key]
-        return (value - offset) / scale
+        scale, offset, centre = self.maps[key]
+        value = (value - offset) / scale
+        return value if centre is None else value + centre
 
     def to(self, device: torch.device) -> "Normalizer":
-        return Normalizer({key: Affine(a.scale.to(device), a.offset.to(device)) for key, a in self.maps.items()})
+        def moved(a: Affine) -> Affine:
+            centre = None if a.centre is None else a.centre.to(device)
+            return Affine(a.scale.to(device), a.offset.to(device), centre)
+
+        return Normalizer({key: moved(affine) for key, affine in self.maps.items()})
 
     def state_dict(self) -> dict[str, Tensor]:
-        """``{key}.scale`` and ``{key}.offset`` of every key."""
-        return {f"{key}.{name}": value for key, a in self.maps.items() for name, value in a._asdict().items()}
+        """``{key}.scale`` and ``{key}.offset`` of every key, and ``{key}.centre`` where there is one."""
+        named = {f"{key}.{name}": value for key, a in self.maps.items() for name, value in a._asdict().items()}
+        return {name: value for name, value in named.items() if value is not None}

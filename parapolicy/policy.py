@@ -11,6 +11,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from parapolicy.action_parts import convert_actions
 from parapolicy.denoiser import Denoiser, check_finite, fill_rows
 from parapolicy.engine import Eager, Engine
 from parapolicy.networks import Network
@@ -59,7 +60,8 @@ class Chunk:
     """A predicted action chunk, float32, in the environment's units.
 
     Attributes:
-        actions: those to execute, (n_action_steps, Da) or (B, n_action_steps, Da).
+        actions: those to execute, (n_action_steps, Da) or (B, n_action_steps, Da). Where ``spec.action_parts`` says
+            so, their rotations are converted, and Da is less.
         trajectory: the whole predicted horizon, (H, Da) or (B, H, Da).
         stats: what it cost.
         warm_state: what the next ``predict`` of the same episode may start from; the caller keeps it or drops it.
@@ -186,7 +188,7 @@ class Policy:
         actions_in_units = self.normalizer.unnormalize("action", actions_normalised)
         check_finite(actions_in_units, "action chunk")
         trajectory = actions_in_units.cpu().numpy()
-        actions = trajectory[:, self.spec.executed]
+        actions = convert_actions(self.spec.action_parts, trajectory[:, self.spec.executed])
         names = ("rounds", "evaluations", "residual", "complete", "error", "rejections")
         costs = {k: None if (cost := getattr(sample, k)) is None else cost.cpu().numpy() for k in names}
         state = WarmState(sample.u.unflatten(2, self.spec.sample_shape), noise)

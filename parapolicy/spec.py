@@ -7,10 +7,12 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
+from parapolicy.action_parts import check_parts
+
 KINDS = ("state", "image")
 MAX_HORIZON = 10_000  # no weight's shape depends on the horizon, so nothing else bounds what a damaged config asks for
 MIN_HZ = 1e-6
-OPTIONAL = {"provenance", "first_action", "observed_dim", "inference"}
+OPTIONAL = {"provenance", "first_action", "observed_dim", "inference", "action_parts"}
 MAX_DEPTH = 8  # axes of a shape, and maps within maps of the free-form parts
 MAX_KEY, MAX_TEXT = 100, 2**18  # characters of an observation's key, and of each free-form part as JSON
 
@@ -57,6 +59,8 @@ class PolicySpec:
             inpainting (Janner et al., ICML 2022).
         inference: how the policy was published to be sampled: arguments of
             :func:`parapolicy.schedule.make_schedule`.
+        action_parts: what an action consists of, where parts of it are rotations that the robot takes in another form
+            than they are sampled in; see :func:`parapolicy.action_parts.check_parts`.
 
     Raises:
         ValueError: a count is not positive, a feature is malformed, the executed actions exceed the horizon, or the
@@ -75,6 +79,7 @@ class PolicySpec:
     first_action: int | None = None
     observed_dim: int = 0
     inference: Mapping[str, Any] = field(default_factory=dict)
+    action_parts: Sequence[Mapping[str, Any]] = ()
 
     def __post_init__(self) -> None:
         for name in ("n_obs_steps", "horizon", "n_action_steps", "action_dim"):
@@ -100,6 +105,7 @@ class PolicySpec:
             raise ValueError(f"observation is {self.observation!r}, expected keys and shapes, none named 'action'")
         features = {key: _feature(key, value) for key, value in self.observation.items()}
         object.__setattr__(self, "observation", features)
+        object.__setattr__(self, "action_parts", check_parts(self.action_parts, self.action_dim))
         for name in ("network", "scheduler", "provenance", "inference"):
             object.__setattr__(self, name, _json_map(name, getattr(self, name)))
 
@@ -140,7 +146,7 @@ class PolicySpec:
         What is rarely used and has its default is left out, as older files do.
         """
         features = [{"key": k, "shape": list(f.shape), "kind": f.kind} for k, f in self.observation.items()]
-        rare: dict[str, Any] = {"first_action": None, "observed_dim": 0, "inference": {}}
+        rare: dict[str, Any] = {"first_action": None, "observed_dim": 0, "inference": {}, "action_parts": ()}
         values = {k: v for k, v in dataclasses.asdict(self).items() if k not in rare or v != rare[k]}
         return {**values, "observation": features}
 

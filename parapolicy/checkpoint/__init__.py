@@ -8,7 +8,7 @@ from importlib.metadata import entry_points
 from pathlib import Path
 from typing import NamedTuple, Protocol
 
-from parapolicy.checkpoint import native, stanford_ckpt
+from parapolicy.checkpoint import hub, lerobot_folder, native, robomimic_pth, stanford_ckpt
 from parapolicy.checkpoint.pickles import refuse_unknown
 from parapolicy.networks import Network
 from parapolicy.normalizer import Normalizer
@@ -35,16 +35,21 @@ class Reader(Protocol):
         ...
 
 
-READERS: tuple[Reader, ...] = (native, stanford_ckpt)
+READERS: tuple[Reader, ...] = (lerobot_folder, robomimic_pth, stanford_ckpt, native)  # the last takes any config.json
 
 
-def read_checkpoint(path: str | os.PathLike[str]) -> Loaded:
+def read_checkpoint(path: str | os.PathLike[str], ema: bool = False) -> Loaded:
     """Read a checkpoint by the first reader that recognises it.
+
+    Args:
+        path: of a file or folder, or ``hf://owner/name[@revision]``.
+        ema: read the averaged weights that LeRobot saves beside the policy's folder, in ``pretrained_model_ema``.
 
     Raises:
         CheckpointError: no checkpoint, or one that is damaged or does not match its configuration.
     """
-    path = Path(path)
+    path = hub.resolve(path)
+    path = lerobot_folder.find_ema(path) if ema else path
     installed = [entry.load() for entry in entry_points(group="parapolicy.readers")]
     found = [reader for reader in (*READERS, *installed) if reader.recognises(path)]
     if not found and path.is_file():

@@ -13,7 +13,6 @@ import hashlib
 import json
 import mmap
 import os
-from collections import Counter
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -23,6 +22,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
+from parapolicy.checkpoint.folder_files import MAX_HEADER, MAX_JSON, cut, read_json, some
 from parapolicy.errors import CheckpointError
 from parapolicy.files import replacing, write_whole
 from parapolicy.networks import Network, build_network
@@ -33,7 +33,6 @@ FORMAT, VERSION = "parapolicy", 2
 READABLE = (1, 2)  # version 1 has its observations in a map, whose order counts
 CONFIG, WEIGHTS = "config.json", "model.safetensors"
 WEIGHTS_DIGEST, SPEC_DIGEST = "weights_sha256", "spec_sha256"
-MAX_CONFIG, MAX_HEADER = 2**20, 2**22  # bytes
 
 
 def write_checkpoint(
@@ -52,9 +51,9 @@ def write_checkpoint(
         save_file(plain, partial, {SPEC_DIGEST: _spec_digest(spec)})
         digests = {WEIGHTS_DIGEST: _file_digest(partial)}
         text = json.dumps({"format": FORMAT, "version": VERSION, **digests, "spec": spec.to_dict()}, indent=2) + "\n"
-        if len(text) > MAX_CONFIG:
+        if len(text) > MAX_JSON:
             raise CheckpointError(
-                f"{CONFIG} would have {len(text)} characters, expected at most {MAX_CONFIG}; shorten it"
+                f"{CONFIG} would have {len(text)} characters, expected at most {MAX_JSON}; shorten it"
             )
     write_whole(folder / CONFIG, text)
 
@@ -77,23 +76,24 @@ def read(folder: str | os.PathLike[str]) -> tuple[PolicySpec, Network, Normalize
         with torch.device("meta"):
             network = build_network(spec)
     except (ValueError, TypeError, AttributeError, RuntimeError, ArithmeticError) as error:
-        raise CheckpointError(f"{folder / CONFIG} describes no policy: {_cut(error)}") from error
+        raise CheckpointError(f"{folder / CONFIG} describes no policy: {cut(error)}") from error
 
     expected = {f"network.{name}": tuple(value.shape) for name, value in network.state_dict().items()}
+    centres = {f"normalizer.{key}.centre": shape for key, shape in spec.normalizer_shapes.items()}
     for key, shape in spec.normalizer_shapes.items():
         expected |= {f"normalizer.{key}.scale": shape, f"normalizer.{key}.offset": shape}
-    tensors = _read_weights(folder, expected, config.get(WEIGHTS_DIGEST), _spec_digest(spec))
+    tensors = _read_weights(folder, expected, centres, config.get(WEIGHTS_DIGEST), _spec_digest(spec))
 
     network.load_state_dict({name: tensors[f"network.{name}"] for name in network.state_dict()}, assign=True)
     network.requires_grad_(False).eval()
     maps = {
-        key: Affine(tensors[f"normalizer.{key}.scale"], tensors[f"normalizer.{key}.offset"])
+        key: Affine(*(tensors.get(f"normalizer.{key}.{part}") for part in Affine._fields))  # type: ignore[arg-type]
         for key in spec.normalizer_shapes
     }
     try:
         return spec, network, Normalizer(maps)
     except ValueError as error:
-        raise CheckpointError(f"{folder / WEIGHTS}: {_cut(error)}") from error
+        raise CheckpointError(f"{folder / WEIGHTS}: {cut(error)}") from error
 
 
 def _read_config(folder: Path) -> dict[str, Any]:
@@ -104,27 +104,26 @@ def _read_config(folder: Path) -> dict[str, Any]:
                 f"no checkpoint at {str(folder)!r}: {name} is missing. Expected a folder with {CONFIG} and {WEIGHTS}, "
                 "such as checkpoints/pusht_lowdim"
             )
-    if path.stat().st_size > MAX_CONFIG:
-        raise CheckpointError(f"{path} has {path.stat().st_size} bytes, expected at most {MAX_CONFIG}")
-    try:
-        config = json.loads(path.read_bytes(), object_pairs_hook=_unique, parse_constant=_no_constant)
-    except (ValueError, RecursionError, OSError) as error:
-        raise CheckpointError(f"{path} is no JSON text ({_cut(error)}); copy the folder again") from error
+    config = read_json(path)
     if not isinstance(config, dict) or config.get("format") != FORMAT or not isinstance(config.get("spec"), dict):
         raise CheckpointError(f"{path} is not the configuration of a parapolicy checkpoint (format {FORMAT!r})")
     version = config.get("version")
     if type(version) is not int or version not in READABLE:
         raise CheckpointError(
-            f"{path} has version {_cut(repr(version))}, this release reads {READABLE}; update parapolicy"
+            f"{path} has version {cut(repr(version))}, this release reads {READABLE}; update parapolicy"
         )
     unknown = sorted(config.keys() - {"format", "version", "spec", WEIGHTS_DIGEST})
     if unknown:
-        raise CheckpointError(f"{path} has unknown keys {_cut(_some(unknown))}; copy the folder again")
+        raise CheckpointError(f"{path} has unknown keys {cut(some(unknown))}; copy the folder again")
     return config
 
 
 def _read_weights(
-    folder: Path, expected: Mapping[str, tuple[int, ...]], weights_digest: Any, spec_digest: str
+    folder: Path,
+    expected: Mapping[str, tuple[int, ...]],
+    optional: Mapping[str, tuple[int, ...]],
+    weights_digest: Any,
+    spec_digest: str,
 ) -> dict[str, Tensor]:
     path = folder / WEIGHTS
     try:
@@ -140,7 +139,9 @@ def _read_weights(
                     "parapolicy.save_policy(replace(policy, spec=replace(policy.spec, control_hz=20)), folder), with "
                     "replace of dataclasses"
                 )
-            _check_tensors(path, {name: weights.get_slice(name) for name in weights.keys()}, expected)  # noqa: SIM118
+            found = {name: weights.get_slice(name) for name in weights.keys()}  # noqa: SIM118
+            expected = {**expected, **{name: shape for name, shape in optional.items() if name in found}}
+            _check_tensors(path, found, expected)
             both = saved is not None and weights_digest is not None
             if not (weights_digest == _file_digest(path) if both else saved is weights_digest):
                 raise CheckpointError(
@@ -152,7 +153,7 @@ def _read_weights(
     except CheckpointError:
         raise
     except (SafetensorError, ValueError, OSError) as error:
-        raise CheckpointError(f"{path} is damaged or no safetensors file ({_cut(error)}); copy it again") from error
+        raise CheckpointError(f"{path} is damaged or no safetensors file ({cut(error)}); copy it again") from error
     for name, tensor in tensors.items():
         if not torch.isfinite(tensor).all():
             raise CheckpointError(f"{path}: {name} holds a value that is not finite; the training run diverged")
@@ -164,13 +165,13 @@ def _check_tensors(path: Path, found: Mapping[str, Any], expected: Mapping[str, 
     missing, unknown = sorted(expected.keys() - found.keys()), sorted(found.keys() - expected.keys())
     if missing or unknown:
         raise CheckpointError(
-            f"{path} does not match {CONFIG}: missing tensors {_cut(_some(missing), 150)}, "
-            f"unexpected tensors {_cut(_some(unknown), 150)}"
+            f"{path} does not match {CONFIG}: missing tensors {cut(some(missing), 150)}, "
+            f"unexpected tensors {cut(some(unknown), 150)}"
         )
     for name, shape in expected.items():
         given, kind = tuple(found[name].get_shape()), found[name].get_dtype()
         if given != shape:
-            raise CheckpointError(f"{path}: {name} has shape {_cut(given, 60)}, {CONFIG} calls for {shape}")
+            raise CheckpointError(f"{path}: {name} has shape {cut(given, 60)}, {CONFIG} calls for {shape}")
         if kind != "F32":
             raise CheckpointError(f"{path}: {name} is of type {kind}, expected F32")
 
@@ -192,22 +193,3 @@ def _whole(value: Any) -> Any:
 def _file_digest(path: Path) -> str:
     with path.open("rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as data:
         return hashlib.sha256(data).hexdigest()
-
-
-def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    twice = [key for key, count in Counter(key for key, _ in pairs).items() if count > 1]
-    if twice:
-        raise ValueError(f"keys {_some(twice)} stand there twice")
-    return dict(pairs)
-
-
-def _no_constant(name: str) -> Any:
-    raise ValueError(f"{name} is no number of JSON")
-
-
-def _cut(text: object, most: int = 250) -> str:
-    return f"{text!s:.{most}}"
-
-
-def _some(names: list[str]) -> str:
-    return f"{names[:4]} and {len(names) - 4} more" if len(names) > 4 else str(names)

@@ -4,7 +4,8 @@ They differ in what they do to a picture before and after a residual network, wh
 Diffusion Policy's two (Chi et al., RSS 2023), robomimic's (Mandlekar et al., CoRL 2021) and LeRobot's.
 """
 
-from collections.abc import Mapping, Sequence
+import math
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -16,6 +17,7 @@ from parapolicy.networks.resnet import STRIDE, ResNet
 from parapolicy.spec import Feature, PolicySpec
 
 IMAGENET = ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))  # mean and standard deviation of its colours
+CROP_OFFSETS: dict[str, Callable[[float], int]] = {"round": round, "floor": math.floor}
 MAX_SIDE, MAX_FEATURES = 4096, 2**16  # beyond what anyone trains; a larger number is a damaged config
 
 
@@ -46,12 +48,14 @@ class CameraEncoder(nn.Module):
         image: what the camera gives.
         backbone: ``resnet18``, ``resnet34`` or ``resnet50``.
         norm: its normalisation: ``group`` (16 channels each) or ``batch`` (statistics of training).
-        resize: (height, width) to which pictures are scaled first, bilinear and without antialiasing; None: not.
+        resize: (height, width) to which pictures are scaled first, bilinear; None: not.
         crop: (height, width) of the middle that is then cut out; None: all.
         imagenet: give colours the mean and spread that ImageNet's have, after the normalizer.
         keypoints: feature maps of a spatial softmax over the backbone's output; None: its mean over the picture.
         features: length of a linear layer's output behind that; None: no such layer.
         relu: a ReLU at the end.
+        antialias: average over the pixels that a smaller picture's pixel covers when scaling.
+        crop_offset: where an odd margin puts the crop: ``round``, to even, as torchvision; ``floor``, as robomimic.
 
     Raises:
         ValueError: a setting of another kind or size.
@@ -68,10 +72,16 @@ class CameraEncoder(nn.Module):
         keypoints: int | None = 32,
         features: int | None = 64,
         relu: bool = True,
+        antialias: bool = False,
+        crop_offset: str = "round",
     ) -> None:
         super().__init__()
-        if not isinstance(imagenet, bool) or not isinstance(relu, bool):
-            raise ValueError(f"imagenet is {imagenet!r} and relu is {relu!r}, expected true or false for each")
+        for name, flag in {"imagenet": imagenet, "relu": relu, "antialias": antialias}.items():
+            if not isinstance(flag, bool):
+                raise ValueError(f"{name} is {flag!r}, expected true or false")
+        if crop_offset not in CROP_OFFSETS:
+            raise ValueError(f"crop_offset is {crop_offset!r}, expected one of {[*CROP_OFFSETS]}")
+        self.crop_offset = CROP_OFFSETS[crop_offset]
         height, width, channels = image.shape
         if imagenet and channels != 3:
             raise ValueError(f"imagenet is on for pictures of {channels} channels, expected 3")
@@ -80,7 +90,7 @@ class CameraEncoder(nn.Module):
         if self.crop and (self.crop[0] > height or self.crop[1] > width):
             raise ValueError(f"crop is {list(self.crop)}, expected at most the picture's ({height}, {width})")
         height, width = self.crop or (height, width)
-        self.imagenet, self.relu = imagenet, relu
+        self.imagenet, self.relu, self.antialias = imagenet, relu, antialias
         self.backbone = ResNet(backbone, channels, norm)
         self.pool: nn.Module | None = None
         self.linear: nn.Module | None = None
@@ -97,9 +107,9 @@ class CameraEncoder(nn.Module):
         """(N, C, H, W), normalised -> (N, ``features``)."""
         x = pictures
         if self.resize:
-            x = functional.interpolate(x, self.resize, mode="bilinear", align_corners=False)
+            x = functional.interpolate(x, self.resize, mode="bilinear", align_corners=False, antialias=self.antialias)
         if self.crop:
-            top, left = (round((have - want) / 2) for have, want in zip(x.shape[2:], self.crop, strict=True))
+            top, left = (self.crop_offset((have - want) / 2) for have, want in zip(x.shape[2:], self.crop, strict=True))
             x = x[..., top : top + self.crop[0], left : left + self.crop[1]]
         if self.imagenet:
             mean, spread = (torch.tensor(v, device=x.device)[:, None, None] for v in IMAGENET)

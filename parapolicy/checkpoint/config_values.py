@@ -1,0 +1,74 @@
+"""Settings of a foreign config: none is used before its kind is checked, and messages name the file and the setting."""
+
+import math
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from parapolicy.checkpoint.folder_files import cut
+from parapolicy.errors import CheckpointError
+
+MAX_NUMBERS = (
+    2**20
+)  # of one observation that is no picture, and of the action: bounds memory before weights are compared
+
+
+def is_shape(value: Any, picture: bool = False) -> bool:
+    """Whether a value is a list of positive sizes, and not beyond what anyone trains."""
+    sizes = isinstance(value, list | tuple) and len(value) <= 8 and all(type(n) is int and n > 0 for n in value)
+    return sizes and (max(value, default=1) if picture else math.prod(value)) <= MAX_NUMBERS
+
+
+class Settings:
+    """The settings of a config, with a check of their kind.
+
+    Args:
+        path: the file in which they stand, for messages.
+        values: by name.
+        prefix: of the names, in messages.
+    """
+
+    def __init__(self, path: Path, values: Mapping[str, Any], prefix: str = "") -> None:
+        self.path, self.values, self.prefix = path, values, prefix
+
+    def get(self, name: str, kind: type, *default: Any) -> Any:
+        """One setting; bool, int, float (also a whole number), str, list or dict.
+
+        Raises:
+            CheckpointError: it is of another kind, or missing and without a default.
+        """
+        if name not in self.values and default:
+            return default[0]
+        value = self.values.get(name)
+        kinds = (int, float) if kind is float else (kind,)
+        if not isinstance(value, kinds) or (isinstance(value, bool) and kind is not bool):
+            raise self.wrong(name, f"expected a value of type {kind.__name__}")
+        return value
+
+    def choice(self, name: str, among: Any) -> str:
+        """A text that is one of a few."""
+        value: str = self.get(name, str)
+        if value not in among:
+            raise self.wrong(name, f"expected one of {[*among]}")
+        return value
+
+    def size(self, name: str) -> list[int] | None:
+        """A height and width, or None."""
+        value = self.values.get(name)
+        if value is None:
+            return None
+        if not isinstance(value, list) or len(value) != 2 or not all(type(v) is int and v > 0 for v in value):
+            raise self.wrong(name, "expected [height, width] or null")
+        return value
+
+    def wrong(self, name: str, expected: str) -> CheckpointError:
+        """The error of a setting."""
+        value = f"is {cut(repr(self.values[name]), 100)}" if name in self.values else "is missing"
+        return CheckpointError(f"{self.path}: {self.prefix}{name} {value}, {expected}")
+
+    def inner(self, *names: str) -> "Settings":
+        """The settings of a map within."""
+        found = self
+        for name in names:
+            found = Settings(self.path, found.get(name, dict), f"{found.prefix}{name}.")
+        return found
