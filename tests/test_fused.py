@@ -1,6 +1,7 @@
 """The native engine against the network as it was trained."""
 
 import dataclasses
+import os
 import shutil
 import threading
 import warnings
@@ -13,6 +14,7 @@ import torch
 
 import parapolicy
 from parapolicy.engine import Compiled, Fused, make_engine, native_library
+from parapolicy.engine.lowered import fused_unet1d
 from parapolicy.engine.lowered.fused_unet1d import FusedUnet1D
 from parapolicy.networks import ConditionalUnet1D
 from tests.helpers import small_policy, some_observation
@@ -68,6 +70,31 @@ def test_a_row_is_the_same_to_the_bit_among_any_others() -> None:
         for begin in range(0, 20, count):
             part = slice(begin, begin + count)
             assert torch.equal(compute(x[part], step[part], element[part])[1], together[part])
+
+
+@torch.inference_mode()
+def test_threads_change_no_bit(monkeypatch: pytest.MonkeyPatch) -> None:
+    torch.manual_seed(0)
+    compute = networks(ConditionalUnet1D(2, 20, 32, (64, 128)).eval())
+    x, step, element = torch.randn(50, 16, 2), torch.randint(0, 100, (50,)), torch.randint(0, 3, (50,))
+    results = []
+    for threads in (1, 2, 5):
+        monkeypatch.setattr(torch, "get_num_threads", lambda threads=threads: threads)
+        results.append(compute(x, step, element)[1])
+    assert torch.equal(results[0], results[1])
+    assert torch.equal(results[0], results[2])
+
+
+def test_a_helper_that_does_not_run_is_not_waited_for() -> None:
+    blocked, done = threading.Event(), []
+    pool = fused_unet1d._pool(os.getpid())
+    blockers = [pool.submit(blocked.wait) for _ in range(os.cpu_count() or 1)]
+    try:
+        fused_unet1d.share_out([slice(i, i + 1) for i in range(6)], done.append, threads=4)
+    finally:
+        blocked.set()
+    assert [part.start for part in done] == list(range(6))
+    assert all(blocker.result(60) for blocker in blockers)
 
 
 @torch.inference_mode()
@@ -152,6 +179,9 @@ def test_an_index_beyond_a_table_is_refused() -> None:
     for step, element in ((torch.tensor([0, 10]), zero), (torch.tensor([0, -1]), zero), (zero, torch.tensor([0, 3]))):
         with pytest.raises(IndexError, match="row 1 has step"):
             network(x, *tables, step, element)
+    far = torch.zeros(50, dtype=torch.int64).index_fill(0, torch.tensor(41), 10)
+    with pytest.raises(IndexError, match="row 41 has step 10 and element 0, expected below 10 and 3"):
+        network(torch.randn(50, 8, 2), *tables, far, torch.zeros_like(far))
     with pytest.raises(ValueError, match="expected \\(2,\\)"):
         network(x, *tables, zero[:1], zero)
 

@@ -1,4 +1,4 @@
-"""The whole network as one native call, on one core of a CPU."""
+"""The whole network as one native call, on a CPU."""
 
 import threading
 import warnings
@@ -17,8 +17,9 @@ from parapolicy.networks.unet1d import ConditionalUnet1D
 class Fused(Engine):
     """The conditional UNet in C++, compiled in seconds at the first use on a machine; see ``fused.cpp``.
 
-    It computes in float32, on one core, and a row's result is the same to the bit whatever the number of rows. For
-    other networks, and without a C++ compiler, :class:`parapolicy.engine.Compiled` takes its place, with one warning.
+    It computes in float32: up to eight rows on one core, and more on as many as torch has threads. A row's result is
+    the same to the bit whatever the number of rows and threads. For other networks, and without a C++ compiler,
+    :class:`parapolicy.engine.Compiled` takes its place, with one warning.
     """
 
     name = "fused"

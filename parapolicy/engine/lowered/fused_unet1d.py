@@ -1,7 +1,12 @@
 """The conditional UNet as a list of layers for ``fused.cpp``, which computes it in one call."""
 
+import concurrent.futures
 import dataclasses
+import functools
+import os
 import threading
+from collections import deque
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -14,6 +19,8 @@ from parapolicy.engine.native_library import load_library
 from parapolicy.networks import Embedding
 from parapolicy.networks.base import overwrite_observed
 from parapolicy.networks.unet1d import ConditionalUnet1D
+
+ROWS = 8  # of a part that one thread computes
 
 
 @dataclass(frozen=True)
@@ -170,12 +177,44 @@ class Plan:
         return dataclasses.replace(target, length=length, channels=outputs)
 
 
+def share_out(parts: Sequence[slice], compute: Callable[[slice], None], threads: int) -> None:
+    """``compute`` of each part, by this thread and, where they get to run, by others.
+
+    The caller does what no other has begun, and waits only for what is under way: a core that others keep busy delays
+    nothing else.
+    """
+    left = deque(parts)
+
+    def work() -> None:
+        while left:
+            try:
+                part = left.popleft()
+            except IndexError:  # another thread took the last one
+                return
+            compute(part)
+
+    helpers = [_pool(os.getpid()).submit(work) for _ in range(min(threads, len(parts)) - 1)]
+    try:
+        work()
+    finally:
+        under_way = [helper for helper in helpers if not helper.cancel()]
+        concurrent.futures.wait(under_way)
+    for helper in under_way:
+        helper.result()
+
+
+@functools.cache
+def _pool(process: int) -> concurrent.futures.ThreadPoolExecutor:
+    """The helpers of a process: a fork leaves none behind."""
+    return concurrent.futures.ThreadPoolExecutor(os.cpu_count() or 1, "parapolicy-fused")
+
+
 def _norm_values(norm: nn.GroupNorm) -> Tensor:
     return torch.cat((norm.weight, norm.bias, norm.weight.new_tensor([norm.eps])))
 
 
 class FusedUnet1D(FilmTables):
-    """The function of a :class:`ConditionalUnet1D` on a CPU, by one call of C++ on one core.
+    """The function of a :class:`ConditionalUnet1D` on a CPU, by calls of C++, each of a few rows on one core.
 
     Args:
         network: whose weights are taken, as they are now.
@@ -209,15 +248,22 @@ class FusedUnet1D(FilmTables):
             raise ValueError(f"step and element have shapes {step.shape} and {element.shape}, expected ({rows},)")
         plan, y = self._plan(length, channels), torch.empty_like(x)
         layers = plan.layers.data_ptr(), len(plan.layers), plan.weights.data_ptr(), plan.values.data_ptr(), plan.memory
-        by_step = steps.data_ptr(), step.data_ptr(), len(steps)
-        by_element = None if inpaints else condition.data_ptr(), element.data_ptr(), len(condition)
-        sizes = steps.shape[1], rows, length, channels
-        wrong = self._library.parapolicy_unet1d(*layers, x.data_ptr(), *by_step, *by_element, *sizes, y.data_ptr())
-        if wrong >= 0:
-            raise IndexError(
-                f"row {wrong} has step {int(step[wrong])} and element {int(element[wrong])}, expected below "
-                f"{len(steps)} and {len(condition)}"
-            )
+        films = None if inpaints else condition.data_ptr()
+
+        def compute(rows: slice) -> None:
+            some, steps_of, elements_of = x[rows], step[rows], element[rows]
+            by_step = steps.data_ptr(), steps_of.data_ptr(), len(steps)
+            by_element = films, elements_of.data_ptr(), len(condition)
+            sizes = steps.shape[1], len(some), length, channels
+            arguments = *layers, some.data_ptr(), *by_step, *by_element, *sizes, y[rows].data_ptr()
+            wrong = self._library.parapolicy_unet1d(*arguments)
+            if wrong >= 0:
+                raise IndexError(
+                    f"row {rows.start + wrong} has step {int(steps_of[wrong])} and element {int(elements_of[wrong])}, "
+                    f"expected below {len(steps)} and {len(condition)}"
+                )
+
+        share_out([slice(i, min(i + ROWS, rows)) for i in range(0, rows, ROWS)], compute, torch.get_num_threads())
         return y
 
     def _plan(self, length: int, channels: int) -> Plan:
