@@ -5,6 +5,7 @@ import pytest
 from scipy.spatial.transform import Rotation
 
 from parapolicy.pose import make_actions, make_observation, pose_matrices, relative_to
+from tests.oracles import oracle_folder
 
 
 def some_readings(robots: int = 1, batch: tuple[int, ...] = (3,), steps: int = 2) -> dict[str, np.ndarray]:
@@ -100,3 +101,14 @@ def test_what_does_not_fit_is_refused() -> None:
 def test_a_pose_relative_to_itself_is_none() -> None:
     poses = pose_matrices(*np.random.default_rng(0).normal(size=(2, 4, 3)))
     np.testing.assert_allclose(relative_to(poses, poses), np.broadcast_to(np.eye(4), (4, 4, 4)), atol=1e-12)
+
+
+def test_published_poses() -> None:
+    """What the published code made of the same readings, and of its policy's action."""
+    with np.load(oracle_folder("real-stanford") / "unet_timm_umi_vit.npz") as oracle:
+        readings = {name[5:]: oracle[name] for name in oracle.files if name.startswith("pose.robot")}
+        found = make_observation(readings, start=oracle["pose.start"])
+        assert len(found) == 4
+        for key, value in found.items():
+            np.testing.assert_allclose(value, oracle[f"obs.{key}"], atol=1e-7)
+        np.testing.assert_allclose(make_actions(oracle["action"], readings), oracle["pose.action"], atol=1e-7)

@@ -119,7 +119,9 @@ class TimmEncoder(nn.Module):
         if self.crop and (self.crop[0] > height or self.crop[1] > width):
             raise ValueError(f"crop is {list(self.crop)}, expected at most the picture's ({height}, {width})")
         size = self.resize or self.crop or (height, width)
-        settings = dict(backbone) if isinstance(backbone, Mapping) else {}
+        if not isinstance(backbone, Mapping):
+            raise ValueError(f"backbone is {backbone!r:.80}, expected a name and arguments")
+        settings = dict(backbone)
         self.backbone: VisionTransformer | ResNet
         self.aggregation: nn.Module
         if settings.get("name") == "vit":

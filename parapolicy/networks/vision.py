@@ -155,7 +155,7 @@ class ObservationEncoder(nn.Module):
             raise ValueError(f"the encoder has cameras {list(cameras)}, expected the images, {list(images)}")
         check_flag("shared", shared)
         first = next(iter(images))
-        if shared and any((images[key], cameras[key]) != (images[first], cameras[first]) for key in images):
+        if shared and any((images[key].shape, cameras[key]) != (images[first].shape, cameras[first]) for key in images):
             raise ValueError(f"one encoder is shared by the images {list(images)}, which differ in shape or settings")
         built = [first] if shared else list(images)
         self.cameras = nn.ModuleList(_build_camera(images[key], cameras[key]) for key in built)
