@@ -293,3 +293,35 @@ def test_pictures_of_another_range_need_no_jitter(tmp_path: Path) -> None:
     config = config_of("vit_tiny_patch16_48", transforms=[CROP])
     loaded = read_checkpoint(files.save(tmp_path / "x.ckpt", config, state, model={}))
     assert loaded.normalizer.maps["camera0_rgb"].scale.flatten().tolist() == [2, 2, 2]
+
+
+def places_in(value: Any) -> list[tuple[Any, ...]]:
+    """Of every value in nested maps and lists."""
+    if not isinstance(value, dict | list):
+        return []
+    inner = value.items() if isinstance(value, dict) else enumerate(value)
+    return [(key, *rest) for key, item in inner for rest in [(), *places_in(item)]]
+
+
+def test_odd_values_in_the_config_are_errors_that_name_the_file(tmp_path: Path) -> None:
+    """Every value of the policy, replaced by each of these."""
+    _, state = made_up(TINY)
+    honest = config_of("vit_tiny_patch16_48", transforms=[CROP, JITTER, TURN])
+    loads = 0
+    for place in places_in(honest["policy"]):
+        if "camera1_rgb" in place or "robot0_eef_pos" in place:  # as the others
+            continue
+        for value in (None, -1, {"y": 1}):
+            config = copy.deepcopy(honest)
+            inner = config["policy"]
+            for key in place[:-1]:
+                inner = inner[key]
+            inner[place[-1]] = value
+            path = files.save(tmp_path / "odd.ckpt", config, state, model={})
+            try:
+                read_checkpoint(path)
+                loads += 1
+            except CheckpointError as error:
+                if "odd.ckpt" not in str(error):
+                    pytest.fail(f"{place} {value!r}: {error}")
+    assert loads  # of what plays no part
