@@ -126,9 +126,10 @@ def test_transformers(tmp_path: Path, model_name: str, backbone: dict[str, Any])
     assert (camera["crop"], camera["resize"], camera["antialias"]) == ([45, 45], [48, 48], True)
     assert spec.provenance["pose_repr"]["action_pose_repr"] == "relative"
     assert spec.provenance["down_sample_steps"] == 3
-    drawn, poses = spec.provenance["warnings"]
+    drawn, poses, executed = spec.provenance["warnings"]
     assert "at random at evaluation, too (RandomCrop, ColorJitter)" in drawn
-    assert "parapolicy.pose" in poses
+    assert "parapolicy.pose makes" in poses
+    assert "all 8 actions" in executed
     policy = parapolicy.load_policy(path, sampler="sequential", device="cpu")
     assert policy.schedule.timesteps.tolist() == list(range(45, -1, -3))
     (observation,) = parapolicy.planner.made_up_observations(policy, 1)
@@ -195,12 +196,15 @@ def test_keys_that_the_policy_ignores(tmp_path: Path) -> None:
     assert any("does not see ['ignored']" in warning for warning in loaded.spec.provenance["warnings"])
 
 
-def test_keys_of_different_rates_are_warned_of(tmp_path: Path) -> None:
+def test_keys_of_different_rates_and_unknown_poses_are_warned_of(tmp_path: Path) -> None:
     _, state = made_up(TINY)
     config = config_of("vit_tiny_patch16_48")
     config["policy"]["shape_meta"]["obs"]["robot0_eef_pos"]["down_sample_steps"] = 1
+    config["task"]["pose_repr"]["obs_pose_repr"] = "delta"
     loaded = read_checkpoint(files.save(tmp_path / "x.ckpt", config, state, model={}))
-    assert any("sampled at different rates" in warning for warning in loaded.spec.provenance["warnings"])
+    warnings = loaded.spec.provenance["warnings"]
+    assert any("knows ('relative', 'abs') alone" in warning for warning in warnings)
+    assert any("sampled at different rates" in warning for warning in warnings)
     assert "down_sample_steps" not in loaded.spec.provenance
 
 

@@ -15,6 +15,7 @@ from parapolicy.spec import Feature, PolicySpec
 POLICY_KEYS = frozenset(("shape_meta", "obs_encoder", "obs_as_global_cond", "diffusion_step_embed_dim", "down_dims"))
 POLICY_KEYS |= {"kernel_size", "n_groups", "cond_predict_scale", "input_pertub", "inpaint_fixed_action_prefix"}
 POLICY_KEYS |= {"train_diffusion_n_samples"}
+KNOWN_POSES = ("relative", "abs")  # of parapolicy.pose, which needs scipy
 
 
 def describe(saved: Saved, provenance: dict[str, Any]) -> tuple[PolicySpec, FoundNetwork, FoundEncoder]:
@@ -35,6 +36,9 @@ def describe(saved: Saved, provenance: dict[str, Any]) -> tuple[PolicySpec, Foun
     saved.agree("policy.shape_meta.action.shape", [found.width])
     scheduler, inference = read_schedule(saved, POLICY_KEYS, former=False)
     warnings += _frames(saved, observation, provenance)
+    warnings.append(
+        f"all {horizon} actions of a chunk count as executed; the published robot code asks for the next chunk after 6"
+    )
     spec = PolicySpec(
         observation=observation,
         n_obs_steps=n_obs_steps,
@@ -98,8 +102,12 @@ def _frames(saved: Saved, observation: dict[str, Feature], provenance: dict[str,
     }
     if poses:
         provenance["pose_repr"] = poses
-    if "relative" in poses.values():
+    if poses and set(poses.values()) <= set(KNOWN_POSES):
         warnings.append(
             f"its poses are {poses}: parapolicy.pose makes observations of a robot's poses, and poses of actions"
+        )
+    elif poses:
+        warnings.append(
+            f"its poses are {poses}, of which parapolicy.pose knows {KNOWN_POSES} alone; convert them yourself"
         )
     return warnings
