@@ -7,10 +7,12 @@ from typing import Any
 
 import numpy as np
 import pytest
+import torch
 
 import parapolicy
 from parapolicy.calibrate import FILE
 from parapolicy.cli import main
+from parapolicy.normalizer import Affine, Normalizer
 from parapolicy.planner import made_up_observations
 from tests.conftest import SHIPPED
 from tests.helpers import small_policy
@@ -49,6 +51,35 @@ def test_inspect_prints_the_same_as_json(capsys: pytest.CaptureFixture[str]) -> 
     assert facts["network"]["parameters"] == sum(
         p.numel() for p in parapolicy.load_policy(SHIPPED, device="cpu").network.parameters()
     )
+
+
+def test_inspect_says_what_is_not_normalised(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    policy = parapolicy.load_policy(folder, device="cpu")
+    position, action = Affine(torch.ones(2), torch.zeros(2)), Affine(torch.ones(2), torch.zeros(2), torch.zeros(2))
+    maps = {**policy.normalizer.maps, "position": position, "action": action}
+    parapolicy.save_policy(dataclasses.replace(policy, normalizer=Normalizer(maps)), folder)
+    main(["inspect", str(folder)])
+    shown = capsys.readouterr().out
+    assert "position: state 2 float32, not normalised" in shown
+    assert "points: state 3x2 float32, mapped from" in shown
+    assert "action       2 numbers, not normalised" in shown
+    main(["inspect", str(folder), "--json"])
+    facts = json.loads(capsys.readouterr().out)
+    assert [("low" in feature, "high" in feature) for feature in facts["observation"]] == [(False, False), (True, True)]
+    assert "low" not in facts["action"]
+
+
+def test_inspect_leaves_out_settings_without_a_value(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    camera = {"backbone": "resnet18", "norm": "group", "crop": None, "keypoints": 2}
+    network = {"name": "unet1d", "diffusion_step_embed_dim": 8, "down_dims": [8, 16], "n_groups": 4}
+    network |= {"final_groups": None, "encoder": {"cameras": {"camera": camera}, "shared": True}}
+    observation = {"position": (2,), "camera": parapolicy.Feature((40, 40, 3), "image")}
+    parapolicy.save_policy(small_policy(observation=observation, network=network), tmp_path / "policy")
+    main(["inspect", str(tmp_path / "policy")])
+    shown = capsys.readouterr().out
+    assert "None" not in shown
+    assert "camera: image 40x40x3 uint8\n" in shown
+    assert "    camera: backbone=resnet18, norm=group, keypoints=2\n" in shown
 
 
 def test_inspect_warns_of_what_the_file_does_not_say(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -203,6 +203,8 @@ def edit(rng: Generator, config: Any) -> Any:
     """One to three edits of a JSON text, in place: keys renamed, left out, doubled, reordered; values changed."""
     for _ in range(int(rng.integers(1, 4))):
         nodes = [node for node in _nodes(config) if node]
+        if not nodes:
+            break
         node = nodes[rng.integers(len(nodes))]
         if isinstance(node, list):
             i = int(rng.integers(len(node)))
