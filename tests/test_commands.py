@@ -16,6 +16,7 @@ from parapolicy.normalizer import Affine, Normalizer
 from parapolicy.planner import made_up_observations
 from tests.conftest import SHIPPED
 from tests.helpers import small_policy
+from tests.lerobot_folders import made_up
 
 
 def respecified(folder: Path, **changes: Any) -> parapolicy.Policy:
@@ -108,6 +109,32 @@ def test_convert_keeps_answers_to_the_bit(folder: Path, tmp_path: Path) -> None:
     assert before.spec == after.spec
     for observation in made_up_observations(before, 2):
         np.testing.assert_array_equal(before.predict(observation).trajectory, after.predict(observation).trajectory)
+
+
+def test_averaged_weights_are_taken_where_they_are_asked_for(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path, *_ = made_up(tmp_path / "pretrained_model")
+    made_up(tmp_path / "pretrained_model_ema")
+    for name, flags in (("plain", []), ("ema", ["--ema"])):
+        main(["convert", str(path), str(tmp_path / name), *flags])
+        converted, policy = (
+            parapolicy.load_policy(folder, device="cpu", ema=ema).network.state_dict()
+            for folder, ema in ((tmp_path / name, False), (path, bool(flags)))
+        )
+        assert all(torch.equal(value, policy[key]) for key, value in converted.items())
+    asked = []
+    load = parapolicy.load_policy
+    monkeypatch.setattr(parapolicy, "load_policy", lambda *a, ema=False, **k: asked.append(ema) or load(*a, ema=ema, **k))
+    main(["inspect", str(path), "--ema"])
+    main(["check", str(path), "--ema", "--chunks", "1", "--device", "cpu"])
+    assert asked == [True, True]
+
+
+def test_a_calibration_is_written_into_a_folder(tmp_path: Path) -> None:
+    (tmp_path / "x.ckpt").write_bytes(b"")
+    with pytest.raises(SystemExit, match="is a file, expected a folder"):
+        main(["calibrate", str(tmp_path / "x.ckpt")])
 
 
 def test_convert_adds_a_control_rate_and_contradicts_none(folder: Path, tmp_path: Path) -> None:
