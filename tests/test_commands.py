@@ -123,9 +123,13 @@ def test_averaged_weights_are_taken_where_they_are_asked_for(
             for folder, ema in ((tmp_path / name, False), (path, bool(flags)))
         )
         assert all(torch.equal(value, policy[key]) for key, value in converted.items())
-    asked = []
-    load = parapolicy.load_policy
-    monkeypatch.setattr(parapolicy, "load_policy", lambda *a, ema=False, **k: asked.append(ema) or load(*a, ema=ema, **k))
+    asked, load = [], parapolicy.load_policy
+
+    def note(*arguments: Any, **options: Any) -> parapolicy.Policy:
+        asked.append(options["ema"])
+        return load(*arguments, **options)
+
+    monkeypatch.setattr(parapolicy, "load_policy", note)
     main(["inspect", str(path), "--ema"])
     main(["check", str(path), "--ema", "--chunks", "1", "--device", "cpu"])
     assert asked == [True, True]

@@ -58,8 +58,7 @@ def facts(folder: Path) -> _foreign.Facts:
             found[path.stem] = json.loads(path.read_text())
         elif path.name != WEIGHTS:
             found[path.stem] = load(path.read_bytes())
-    weights = load(Path(folder, WEIGHTS).read_bytes())
-    return _foreign.flatten({**found, "weights file": {name.replace("._orig_mod", ""): v for name, v in weights.items()}})
+    return _foreign.flatten({**found, "weights file": load(Path(folder, WEIGHTS).read_bytes())})
 
 
 # Each damage changes a copy.
