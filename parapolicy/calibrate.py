@@ -19,8 +19,8 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from parapolicy.digest import digest
-from parapolicy.files import replacing
-from parapolicy.planner import cache_folder, made_up_observations
+from parapolicy.files import cache_folder, replacing
+from parapolicy.planner import made_up_observations
 from parapolicy.policy import Policy
 from parapolicy.samplers.collocation import log_snr
 from parapolicy.schedule import Calibration, Schedule

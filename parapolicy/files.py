@@ -3,11 +3,21 @@
 import contextlib
 import hashlib
 import json
+import os
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
 SEAL = "sha256"  # key of a record's digest
+
+
+def cache_folder() -> Path:
+    """Where this user's measurements and compiled code are kept: ``$PARAPOLICY_CACHE`` or ``~/.cache/parapolicy``.
+
+    Raises:
+        RuntimeError: the user has no home.
+    """
+    return Path(os.environ.get("PARAPOLICY_CACHE") or Path.home() / ".cache" / "parapolicy")
 
 
 @contextlib.contextmanager

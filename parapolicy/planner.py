@@ -4,7 +4,6 @@ import contextlib
 import dataclasses
 import json
 import math
-import os
 import statistics
 import uuid
 from collections.abc import Mapping, Sequence
@@ -16,7 +15,7 @@ import numpy as np
 import torch
 
 from parapolicy.digest import digest
-from parapolicy.files import replacing
+from parapolicy.files import cache_folder, replacing
 from parapolicy.policy import Policy
 from parapolicy.samplers import Collocation, Sampler, Secant, Sequential
 from parapolicy.spec import Feature
@@ -97,11 +96,6 @@ def make_plan(
     with contextlib.suppress(OSError):  # what cannot be remembered costs the time of measuring again
         _write(path, plan)
     return plan
-
-
-def cache_folder() -> Path:
-    """Where measurements are remembered; raises RuntimeError for a user without a home."""
-    return Path(os.environ.get("PARAPOLICY_CACHE") or Path.home() / ".cache" / "parapolicy")
 
 
 def _read(path: Path, policy: Policy, tolerance: float, fidelity: str) -> Plan:

@@ -12,6 +12,7 @@ from hydra import compose, initialize_config_dir
 from omegaconf import DictConfig
 from torch import Tensor
 from torch.nn.modules.module import register_module_forward_pre_hook
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from parapolicy.denoiser import Denoiser
 from parapolicy.engine import Eager
@@ -152,3 +153,15 @@ def configured(name: str, *overrides: str) -> DictConfig:
     """A configuration of ``conf/`` as a command with these overrides would have it."""
     with initialize_config_dir(str(Path(__file__).resolve().parent.parent / "conf"), version_base="1.3"):
         return compose(name, list(overrides))
+
+
+class Waits(TorchDispatchMode):
+    """Fails where a value of a tensor decides what happens next: the host would wait for it, and a capture fail."""
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        name = func.name()
+        waits = ("aten::_local_scalar_dense", "aten::nonzero", "aten::masked_select", "aten::_linalg_check_errors")
+        indices = args[1] if name.startswith("aten::index") and isinstance(args[1], list | tuple) else ()
+        waiting = name in waits or any(isinstance(i, Tensor) and i.dtype == torch.bool for i in indices)
+        assert not waiting, f"{name} waits for a value"
+        return func(*args, **(kwargs or {}))

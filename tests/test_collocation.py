@@ -14,7 +14,7 @@ from parapolicy.planner import made_up_observations
 from parapolicy.samplers import Collocation, Sequential, make_sampler
 from parapolicy.samplers.collocation import default_nodes, log_snr, make_tables
 from parapolicy.schedule import Calibration, Schedule, make_schedule
-from tests.helpers import DDPM_CONFIG, flat_noise, run_sampler
+from tests.helpers import DDPM_CONFIG, Waits, flat_noise, run_sampler
 
 SCHEDULE = make_schedule(DDPM_CONFIG)
 
@@ -181,3 +181,23 @@ def test_a_schedule_without_noise_gets_nodes_and_no_response(shipped: parapolicy
     assert not found.response.any()
     assert found.nodes[12][-1] == 29
     assert make_tables(dataclasses.replace(SCHEDULE, calibration=None), (50, 99)).modes is None
+
+
+@pytest.mark.parametrize("calibration", [None, Calibration(torch.eye(3), torch.full((100, 3), 0.2), {})])
+def test_a_round_waits_for_nothing(calibration: Calibration | None) -> None:
+    """Rounds as a CUDA graph captures them: on the same memory, chunk after chunk, no value looked at."""
+    schedule = dataclasses.replace(SCHEDULE, calibration=calibration)
+    denoise, sampler = responding(schedule, torch.tensor([0.04, 0.3, 1.0])), Collocation(15, 4)
+    kept = sampler.rounds(schedule, flat_noise(schedule, 3, shape=(3,)))
+    kept.sparse = False
+    for seed in range(3):
+        noise = flat_noise(schedule, 3, seed=seed, shape=(3,))
+        expected = run_sampler(sampler, denoise, schedule, noise)
+        kept.begin(noise, None)
+        while not kept.done:
+            with Waits():
+                kept.advance(denoise)
+        found = kept.result()
+        torch.testing.assert_close(found.x, expected.x, rtol=0, atol=1e-6)
+        assert found.rounds.tolist() == expected.rounds.tolist()
+        assert found.evaluations.tolist() == expected.evaluations.tolist()

@@ -8,7 +8,6 @@ import numpy as np
 import pytest
 import torch
 from torch import Tensor
-from torch.utils._python_dispatch import TorchDispatchMode
 
 import parapolicy
 from parapolicy.evaluate.measure.chunk_error import measure_errors
@@ -17,7 +16,7 @@ from parapolicy.samplers import Secant, SemiImplicit, Sequential
 from parapolicy.samplers.secant import SecantRounds
 from parapolicy.samplers.secant_model import eliminate
 from parapolicy.schedule import Schedule, make_schedule
-from tests.helpers import DDPM_CONFIG, run_sampler, small_policy, some_observation
+from tests.helpers import DDPM_CONFIG, Waits, run_sampler, small_policy, some_observation
 
 COUNT = 400
 
@@ -105,18 +104,6 @@ def test_errors_are_measured_along_episodes() -> None:
     assert summary["action_error"]["max"] > summary["error"]["max"]
     with pytest.raises(ValueError, match="two chunks"):
         measure_errors({"exact": policy}, [episodes[0][:1]], 5)
-
-
-class Waits(TorchDispatchMode):
-    """Fails where a value of a tensor decides what happens next: the host would wait for it, and a capture fail."""
-
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        name = func.name()
-        waits = ("aten::_local_scalar_dense", "aten::nonzero", "aten::masked_select", "aten::_linalg_check_errors")
-        indices = args[1] if name.startswith("aten::index") and isinstance(args[1], list | tuple) else ()
-        waiting = name in waits or any(isinstance(i, Tensor) and i.dtype == torch.bool for i in indices)
-        assert not waiting, f"{name} waits for a value"
-        return func(*args, **(kwargs or {}))
 
 
 @pytest.mark.parametrize("solver", ["ddpm", "ddim", "dpmsolver++"])

@@ -5,10 +5,11 @@ import torch
 from parapolicy.engine.base import Eager, Engine
 from parapolicy.engine.compiled import Compiled
 from parapolicy.engine.cuda_graph import CudaGraph
+from parapolicy.engine.fused import Fused
 
-__all__ = ["ENGINES", "Compiled", "CudaGraph", "Eager", "Engine", "make_engine"]
+__all__ = ["ENGINES", "Compiled", "CudaGraph", "Eager", "Engine", "Fused", "make_engine"]
 
-ENGINES = ("auto", "eager", "compiled", "compiled_bfloat16", "cuda_graph", "sharded")
+ENGINES = ("auto", "eager", "compiled", "compiled_bfloat16", "fused", "cuda_graph", "sharded")
 
 
 def make_engine(name: str, device: torch.device) -> Engine:
@@ -17,7 +18,8 @@ def make_engine(name: str, device: torch.device) -> Engine:
     ``auto`` is ``compiled_bfloat16`` on a CPU with instructions for it, and else ``compiled``.
 
     Raises:
-        ValueError: an unknown name, ``sharded``, which is of several processes, or ``cuda_graph`` without CUDA.
+        ValueError: an unknown name, ``sharded``, which is of several processes, ``cuda_graph`` without CUDA, or
+            ``fused`` with it.
     """
     if name not in ENGINES:
         raise ValueError(f"engine is {name!r}, expected one of {list(ENGINES)}")
@@ -27,6 +29,10 @@ def make_engine(name: str, device: torch.device) -> Engine:
         name = "compiled_bfloat16" if device.type == "cpu" and torch.cpu._is_avx512_bf16_supported() else "compiled"
     if name == "eager":
         return Eager()
+    if name == "fused":
+        if device.type != "cpu":
+            raise ValueError(f"engine 'fused' is for CPUs, and the policy is on {device}; take 'cuda_graph'")
+        return Fused()
     if name == "cuda_graph":
         if device.type != "cuda":
             raise ValueError(f"engine 'cuda_graph' needs a CUDA device, and the policy is on {device}; take 'compiled'")

@@ -21,18 +21,20 @@ from parapolicy.networks.unet1d import ConditionalResidualBlock1D, ConditionalUn
 from parapolicy.networks.vision import encode
 
 
-class LoweredUnet1D(Network):
-    """The function of a :class:`ConditionalUnet1D`, of (N, H, Da) and FiLM values by step and by batch element.
+class FilmTables(Network):
+    """The embeddings of a :class:`ConditionalUnet1D` as FiLM values by step and by batch element.
 
     Args:
         network: whose weights are taken, as they are now.
-        dtype: what the matrix products' factors are rounded to; all else stays in the weights' own precision.
+
+    Attributes:
+        place: residual block -> where its values stand among the F of all.
     """
 
     film_weight: Tensor
     film_bias: Tensor
 
-    def __init__(self, network: ConditionalUnet1D, dtype: torch.dtype = torch.float32) -> None:
+    def __init__(self, network: ConditionalUnet1D) -> None:
         super().__init__()
         encoder: Any = network.diffusion_step_encoder
         self.step_dim = encoder[-1].out_features
@@ -43,10 +45,34 @@ class LoweredUnet1D(Network):
         self.register_buffer("film_weight", torch.cat([linear.weight.detach() for linear in linears]))  # (F, S + C)
         self.register_buffer("film_bias", torch.cat([linear.bias.detach() for linear in linears]))
         starts = torch.tensor([0, *(linear.out_features for linear in linears)]).cumsum(0).tolist()
-        place = {block: slice(a, b) for block, a, b in zip(blocks, starts[:-1], starts[1:], strict=True)}
+        self.place = {block: slice(a, b) for block, a, b in zip(blocks, starts[:-1], starts[1:], strict=True)}
+
+    def embed_steps(self, timesteps: Tensor) -> Tensor:
+        """The timesteps' part of the FiLM values, bias included: (T,) -> (T, F)."""
+        features = functional.mish(self.step_encoder(timesteps))
+        return functional.linear(features, self.film_weight[:, : self.step_dim], self.film_bias)
+
+    def embed_condition(self, observation: Mapping[str, Tensor]) -> Tensor:
+        """The observations' part: {key: (B, To, …)} -> (B, F); the observed steps (B, To, Do) where FiLM sees none."""
+        condition = encode(self.encoder, observation)
+        if self.condition != "global":
+            return condition.unflatten(1, (self.n_obs_steps, -1))
+        return functional.linear(functional.mish(condition), self.film_weight[:, self.step_dim :])
+
+
+class LoweredUnet1D(FilmTables):
+    """The function of a :class:`ConditionalUnet1D`, of (N, H, Da) and FiLM values by step and by batch element.
+
+    Args:
+        network: whose weights are taken, as they are now.
+        dtype: what the matrix products' factors are rounded to; all else stays in the weights' own precision.
+    """
+
+    def __init__(self, network: ConditionalUnet1D, dtype: torch.dtype = torch.float32) -> None:
+        super().__init__(network)
 
         def residual(block: Any) -> _Residual:
-            return _Residual(block, place[block], dtype)
+            return _Residual(block, self.place[block], dtype)
 
         def level(first: Any, second: Any, sample: Any) -> tuple[nn.Module, nn.Module, nn.Module]:
             return residual(first), residual(second), _resampling(sample, dtype)
@@ -60,18 +86,6 @@ class LoweredUnet1D(Network):
         self.parts = nn.ModuleList([*itertools.chain(*self.down, *self.up), *self.mid])  # what ``to`` moves
         final: Any = network.final_conv
         self.final, self.last = _Block(final[0], dtype), _Convolution(final[1], dtype)
-
-    def embed_steps(self, timesteps: Tensor) -> Tensor:
-        """The timesteps' part of the FiLM values, bias included: (T,) -> (T, F)."""
-        features = functional.mish(self.step_encoder(timesteps))
-        return functional.linear(features, self.film_weight[:, : self.step_dim], self.film_bias)
-
-    def embed_condition(self, observation: Mapping[str, Tensor]) -> Tensor:
-        """The observations' part: {key: (B, To, …)} -> (B, F); the observed steps (B, To, Do) where FiLM sees none."""
-        condition = encode(self.encoder, observation)
-        if self.condition != "global":
-            return condition.unflatten(1, (self.n_obs_steps, -1))
-        return functional.linear(functional.mish(condition), self.film_weight[:, self.step_dim :])
 
     def forward(self, x: Tensor, steps: Embedding, condition: Embedding, step: Tensor, element: Tensor) -> Tensor:
         """(N, H, D) -> the same."""

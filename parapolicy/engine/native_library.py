@@ -1,0 +1,86 @@
+"""The C++ of the engine ``fused``, compiled once for this processor into the user's own cache folder."""
+
+import ctypes
+import functools
+import hashlib
+import os
+import platform
+import shutil
+import subprocess
+import tempfile
+from pathlib import Path
+from typing import Any
+
+from parapolicy.files import cache_folder, replacing
+
+SOURCE = Path(__file__).with_name("fused.cpp")
+# No -ffast-math: sums keep their order, and what is not finite stays so.
+FLAGS = ("-O3", "-march=native", "-ffp-contract=fast", "-fopenmp-simd", "-std=c++17", "-shared", "-fPIC")
+PATIENCE = 300  # seconds of compiling
+
+
+@functools.cache
+def load_library(flags: tuple[str, ...] = FLAGS) -> ctypes.CDLL:
+    """The library, compiled at the first use on a machine, in some seconds.
+
+    It is kept by source, compiler, flags and processor. Nothing of a policy goes into it.
+
+    Raises:
+        OSError: there is no C++ compiler, or it fails; the message has its words.
+    """
+    compiler = os.environ.get("CXX") or shutil.which("g++") or shutil.which("c++") or shutil.which("clang++")
+    if compiler is None:
+        raise OSError("there is no C++ compiler; install g++, or set CXX")
+    key = hashlib.sha256("\n".join([SOURCE.read_text(), *flags, _version(compiler), _processor()]).encode())
+    name = f"fused-{key.hexdigest()[:16]}.so"
+    try:
+        path = cache_folder() / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        if not path.is_file():
+            with replacing(path, f"{os.getpid()}.partial") as partial:
+                _compile(compiler, flags, partial)
+        return _declared(ctypes.CDLL(str(path)))
+    except (RuntimeError, PermissionError, FileNotFoundError, NotADirectoryError):  # no home, or no writing there
+        with tempfile.TemporaryDirectory(prefix="parapolicy-") as folder:
+            path = Path(folder) / name
+            _compile(compiler, flags, path)
+            return _declared(ctypes.CDLL(str(path)))  # stays loaded when the file is gone
+
+
+def _compile(compiler: str, flags: tuple[str, ...], path: Path) -> None:
+    command = [compiler, *flags, str(SOURCE), "-o", str(path)]
+    try:
+        done = subprocess.run(command, capture_output=True, text=True, timeout=PATIENCE)
+    except subprocess.TimeoutExpired as error:
+        raise OSError(f"{compiler} did not finish within {PATIENCE} s") from error
+    if done.returncode:
+        raise OSError(f"{compiler} fails: {done.stderr[-500:]}")
+
+
+def _version(compiler: str) -> str:
+    try:
+        return subprocess.run([compiler, "--version"], capture_output=True, text=True, timeout=PATIENCE).stdout
+    except (subprocess.TimeoutExpired, OSError) as error:
+        raise OSError(f"the C++ compiler {compiler!r} does not run ({error}); install g++, or set CXX") from error
+
+
+def _processor() -> str:
+    """What -march=native looks at."""
+    try:
+        lines = Path("/proc/cpuinfo").read_text().split("\n\n")[0].splitlines()
+    except OSError:
+        return platform.processor() + platform.machine()
+    return "\n".join(line for line in lines if line.startswith(("model name", "flags", "Features", "CPU part")))
+
+
+def _declared(library: ctypes.CDLL) -> ctypes.CDLL:
+    integer, pointer = ctypes.c_int64, ctypes.c_void_p
+    library.parapolicy_tile.restype = integer
+    function: Any = library.parapolicy_unet1d
+    function.argtypes = [
+        *(pointer, integer, pointer, pointer, integer, pointer),
+        *(pointer, pointer, integer, pointer, pointer, integer),
+        *(integer, integer, integer, integer, pointer),
+    ]
+    function.restype = integer
+    return library
