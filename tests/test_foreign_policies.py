@@ -1,6 +1,8 @@
 """Policies of other programs, small and made up: every sampler, engine and way of an observation takes them."""
 
+import atexit
 import functools
+import shutil
 import tempfile
 from pathlib import Path
 
@@ -29,7 +31,9 @@ STEPS = 12  # of the schedules here
 
 @functools.cache
 def base() -> Path:
-    return Path(tempfile.mkdtemp(prefix="parapolicy-tests-"))
+    folder = Path(tempfile.mkdtemp(prefix="parapolicy-tests-"))
+    atexit.register(shutil.rmtree, folder, ignore_errors=True)
+    return folder
 
 
 @functools.cache
@@ -89,9 +93,16 @@ def test_exact_samplers_give_the_sequential_chunk(kind: str) -> None:
 
 def test_what_is_compiled_gives_the_same_chunks() -> None:
     """One image policy: its encoder, and the rewritten UNet."""
-    eager = policy("lerobot").with_sampler("sequential")
     compiled = parapolicy.load_policy(checkpoint("lerobot"), "sequential", "cpu", engine="compiled")
-    assert_same_chunks(compiled, eager)
+    assert_same_chunks(compiled, policy("lerobot"))
+
+
+@pytest.mark.skipif(shutil.which("g++") is None, reason="no g++ here")
+@pytest.mark.parametrize("kind", ["low-dim", "hybrid", "lerobot"])
+def test_the_native_engine_gives_the_same_chunks(kind: str, recwarn: pytest.WarningsRecorder) -> None:
+    fused = parapolicy.load_policy(checkpoint(kind), "sequential", "cpu", engine="fused")
+    assert_same_chunks(fused, policy(kind))
+    assert not any("takes its place" in str(warning.message) for warning in recwarn)
 
 
 @pytest.mark.parametrize("kind", ["low-dim", "hybrid", "lerobot"])

@@ -4,6 +4,7 @@ A flipped bit of a number in a safetensors file gives another number, and nothin
 files' texts are damaged, which are config.json, processor files and headers of tensors, and whole files and tensors.
 """
 
+import atexit
 import copy
 import functools
 import json
@@ -31,7 +32,9 @@ KINDS = ("processors", "buffers")
 
 @functools.cache
 def base() -> Path:
-    return Path(tempfile.mkdtemp(prefix="parapolicy-fuzzing-"))
+    folder = Path(tempfile.mkdtemp(prefix="parapolicy-fuzzing-"))
+    atexit.register(shutil.rmtree, folder, ignore_errors=True)
+    return folder
 
 
 @functools.cache
