@@ -5,6 +5,7 @@ import functools
 import shutil
 import tempfile
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -14,6 +15,7 @@ import torch.multiprocessing as mp
 import parapolicy
 from parapolicy.engine.lowered.unet1d import LoweredUnet1D
 from parapolicy.launch import start_workers
+from parapolicy.networks import ConditionalUnet1D
 from parapolicy.noise import mix_seeds
 from parapolicy.planner import made_up_observations
 from parapolicy.policy import Policy
@@ -42,7 +44,11 @@ def checkpoint(kind: str) -> Path:
     torch.manual_seed(0)
     scheduler = {**files.DDPM, "num_train_timesteps": STEPS}
     if kind == "lerobot":
-        changes = {"noise_scheduler_type": "DDPM", "num_train_timesteps": STEPS, "num_inference_steps": None}
+        changes: dict[str, Any] = {
+            "noise_scheduler_type": "DDPM",
+            "num_train_timesteps": STEPS,
+            "num_inference_steps": None,
+        }
         inputs = {k: v for k, v in lerobot_folders.CAMERAS.items() if "wrist" not in k}
         return lerobot_folders.made_up(base() / kind, input_features=inputs, crop_shape=[40, 36], **changes)[0]
     folder = base() / kind
@@ -108,6 +114,7 @@ def test_the_native_engine_gives_the_same_chunks(kind: str, recwarn: pytest.Warn
 @pytest.mark.parametrize("kind", ["low-dim", "hybrid", "lerobot"])
 def test_a_rewritten_network_computes_the_same(kind: str) -> None:
     network = policy(kind).network
+    assert isinstance(network, ConditionalUnet1D)
     rewritten = LoweredUnet1D(network)
     x, step = torch.randn(3, 8, 2), torch.arange(3)
     inputs, element = {}, torch.tensor([0, 1, 1])

@@ -71,7 +71,8 @@ def flatten(value: Any) -> Facts:
             node = node.load()
         if isinstance(node, Tensor):
             numbers = node.contiguous().flatten().view(torch.uint8).numpy().tobytes()
-            facts[(*path, WEIGHTS)] = str(node.dtype), tuple(node.shape), hashlib.sha256(numbers).hexdigest()
+            place = *path, WEIGHTS
+            facts[place] = str(node.dtype), tuple(node.shape), hashlib.sha256(numbers).hexdigest()
         elif isinstance(node, Mapping):
             facts[path] = "map", tuple(map(str, node))
             stack += [((*path, str(key)), inner) for key, inner in node.items()]
