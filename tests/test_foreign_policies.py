@@ -15,7 +15,7 @@ import torch.multiprocessing as mp
 import parapolicy
 from parapolicy.engine.lowered.unet1d import LoweredUnet1D
 from parapolicy.launch import start_workers
-from parapolicy.networks import ConditionalUnet1D
+from parapolicy.networks.unet1d import ConditionalUnet1D
 from parapolicy.noise import mix_seeds
 from parapolicy.planner import made_up_observations
 from parapolicy.policy import Policy
@@ -44,13 +44,10 @@ def checkpoint(kind: str) -> Path:
     torch.manual_seed(0)
     scheduler = {**files.DDPM, "num_train_timesteps": STEPS}
     if kind == "lerobot":
-        changes: dict[str, Any] = {
-            "noise_scheduler_type": "DDPM",
-            "num_train_timesteps": STEPS,
-            "num_inference_steps": None,
-        }
+        changes: dict[str, Any] = {"noise_scheduler_type": "DDPM", "num_train_timesteps": STEPS}
+        changes |= {"num_inference_steps": None, "crop_shape": [40, 36]}
         inputs = {k: v for k, v in lerobot_folders.CAMERAS.items() if "wrist" not in k}
-        return lerobot_folders.made_up(base() / kind, input_features=inputs, crop_shape=[40, 36], **changes)[0]
+        return lerobot_folders.made_up(base() / kind, input_features=inputs, **changes)[0]
     folder = base() / kind
     folder.mkdir()
     if kind == "hybrid":
