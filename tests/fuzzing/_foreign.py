@@ -19,6 +19,7 @@ from torch import Tensor
 
 import parapolicy
 from parapolicy.checkpoint.inert import TensorRef
+from parapolicy.checkpoint.stanford_schedule import DEFAULTS, OWN_DEFAULTS
 from parapolicy.errors import CheckpointError
 from parapolicy.planner import made_up_observations
 
@@ -46,6 +47,8 @@ EXPLAINED: dict[str, set[str]] = {
     | {"input_normalization_modes", "output_normalization_modes", "state_file", WEIGHTS},
     "weights": {WEIGHTS},
 }
+# What real-stanford's pinned diffusers takes for a setting that its config lacks.
+SAID_ELSEWHERE = {repr(value) for known in (DEFAULTS, *OWN_DEFAULTS.values()) for value in known.values()}
 # Settings that never differ without a difference in the policy.
 NOTICED = {"n_obs_steps", "observation_horizon", "horizon", "prediction_horizon", "n_action_steps", "action_horizon"}
 NOTICED |= {"prediction_type", "beta_schedule", "clip_sample", "num_train_timesteps", "num_inference_steps"}
@@ -135,7 +138,7 @@ def judge(
         assert not passed, f"{passed} differ in the file, and nothing in the policy"
         return "equal"
     names = changed_names(before, after)
-    leaves = {repr(fact[1]) for fact in after.values()}
+    leaves = {repr(fact[1]) for fact in after.values()} | SAID_ELSEWHERE
     for part in different - {"provenance"}:
         assert names & EXPLAINED.get(part, set()), f"{part} differs, where the file differs in {sorted(names)[:20]}"
         if part not in DERIVED:
