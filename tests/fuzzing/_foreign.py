@@ -15,6 +15,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from numpy.random import Generator
 from torch import Tensor
 
 import parapolicy
@@ -47,12 +48,36 @@ EXPLAINED: dict[str, set[str]] = {
     | {"input_normalization_modes", "output_normalization_modes", "state_file", WEIGHTS},
     "weights": {WEIGHTS},
 }
-# What real-stanford's pinned diffusers takes for a setting that its config lacks.
-SAID_ELSEWHERE = {repr(value) for known in (DEFAULTS, *OWN_DEFAULTS.values()) for value in known.values()}
+# What real-stanford's pinned diffusers takes for a setting that its config lacks, and LeRobot's schedulers by name.
+SAID_ELSEWHERE = {"'DDPMScheduler'", "'DDIMScheduler'"} | {
+    repr(value) for known in (DEFAULTS, *OWN_DEFAULTS.values()) for value in known.values()
+}
 # Settings that never differ without a difference in the policy.
 NOTICED = {"n_obs_steps", "observation_horizon", "horizon", "prediction_horizon", "n_action_steps", "action_horizon"}
 NOTICED |= {"prediction_type", "beta_schedule", "clip_sample", "num_train_timesteps", "num_inference_steps"}
 NOTICED |= {"num_inference_timesteps", "n_groups", "n_head", "oa_step_convention", "noise_scheduler_type"}
+# Other values that some of these settings may have.
+OTHERS: dict[str, list[Any]] = {
+    "n_obs_steps": [1, 3],
+    "observation_horizon": [1, 3],
+    "horizon": [16, 12],
+    "prediction_horizon": [16, 12],
+    "n_action_steps": [3, 5],
+    "action_horizon": [3, 5],
+    "num_inference_steps": [3, 4],
+    "num_inference_timesteps": [3, 4],
+    "num_train_timesteps": [50],
+    "prediction_type": ["sample"],
+    "beta_schedule": ["linear", "scaled_linear"],
+    "clip_sample": [False],
+    "n_groups": [2, 4],
+    "n_head": [1, 4],
+    "oa_step_convention": [False],
+    "noise_scheduler_type": ["DDPM"],
+    "eps": [0.5],
+    "normalization_mapping": [{"STATE": "MEAN_STD", "ACTION": "MEAN_STD"}],
+    "norm_map": [{"STATE": "QUANTILES", "ACTION": "QUANTILE10"}],
+}
 # Parts whose values are derived from several settings, or stand in a file's tensors.
 DERIVED = {"provenance", "inference", "first_action", "horizon", "action_parts", "normalizer", "weights", "network"}
 
@@ -99,6 +124,19 @@ def changed_names(before: Facts, after: Facts) -> set[str]:
     """Every key on the way to something that differs."""
     paths = [path for path in before.keys() | after.keys() if repr(before.get(path)) != repr(after.get(path))]
     return {str(part) for path in paths for part in path}
+
+
+def set_other(rng: Generator, config: Any) -> Any:
+    """Give a setting in a configuration another value that it may have, in place."""
+    nodes, found = [config], []
+    for node in nodes:
+        inner = node.values() if isinstance(node, dict) else node if isinstance(node, list) else ()
+        nodes += inner
+        found += [(node, key) for key in node if key in OTHERS] if isinstance(node, dict) else []
+    if found:
+        node, key = found[rng.integers(len(found))]
+        node[key] = OTHERS[key][rng.integers(len(OTHERS[key]))]
+    return config
 
 
 def load(path: Path) -> parapolicy.Policy | None:

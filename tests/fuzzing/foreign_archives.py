@@ -165,7 +165,8 @@ def _values(rng: Generator, path: Path, kind: str) -> None:
     """The configuration edited."""
     made = payload(kind)
     names = ROBOMIMIC_PARTS if kind == "robomimic" else ("cfg",)
-    edited = edit(rng, copy.deepcopy({name: made[name] for name in names}))
+    change = edit if rng.integers(2) else _foreign.set_other
+    edited = change(rng, copy.deepcopy({name: made[name] for name in names}))
     config = {"config": edited.pop("config")} if "config" in edited else {}  # JSON text, where a key can stand twice
     write(path, {**{k: v for k, v in made.items() if k not in names}, **_plain(edited), **config})
 

@@ -108,7 +108,8 @@ def _files(rng: Generator, folder: Path) -> None:
 def _settings(rng: Generator, folder: Path) -> None:
     """A JSON file edited."""
     path = _choose(rng, folder, ".json")
-    path.write_text(json.dumps(edit(rng, json.loads(path.read_text()))))
+    change = edit if rng.integers(2) else _foreign.set_other
+    path.write_text(json.dumps(change(rng, json.loads(path.read_text()))))
 
 
 def _tensors(rng: Generator, folder: Path) -> None:
