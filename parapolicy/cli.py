@@ -35,7 +35,7 @@ def inspect(arguments: Sequence[str]) -> None:
     from parapolicy import load_policy
     from parapolicy.describe import describe, present
 
-    facts = describe(load_policy(parsed.checkpoint, device="cpu"))
+    facts = describe(load_policy(parsed.checkpoint, device="cpu", ema=parsed.ema))
     print(json.dumps(facts, indent=2) if parsed.json else present(parsed.checkpoint, facts))
 
 
@@ -53,7 +53,7 @@ def check(arguments: Sequence[str]) -> None:
     from parapolicy.bench.compare import compare_samplers, present
     from parapolicy.planner import made_up_observations
 
-    policy = load_policy(parsed.checkpoint, device=parsed.device, engine=parsed.engine)
+    policy = load_policy(parsed.checkpoint, device=parsed.device, engine=parsed.engine, ema=parsed.ema)
     count, done = (parsed.chunks + 1) * len(list_samplers()), 0
 
     def progress(chunks: int) -> None:
@@ -80,7 +80,7 @@ def convert(arguments: Sequence[str]) -> None:
 
     from parapolicy import load_policy, save_policy
 
-    policy = load_policy(parsed.checkpoint, device="cpu")
+    policy = load_policy(parsed.checkpoint, device="cpu", ema=parsed.ema)
     if parsed.control_hz is not None:
         if policy.spec.control_hz not in (None, parsed.control_hz):
             raise ValueError(f"control_hz is {parsed.control_hz:g}, and the file says {policy.spec.control_hz:g}")
@@ -104,6 +104,9 @@ def calibrate(arguments: Sequence[str]) -> None:
     parsed = parser.parse_args(arguments)
     if parsed.chunks < 2 or parsed.draws < 2:
         raise ValueError(f"chunks is {parsed.chunks} and draws is {parsed.draws}, expected at least 2 of each")
+
+    if parsed.folder.is_file():
+        raise ValueError(f"{parsed.folder} is a file, expected a folder, to write into; parapolicy convert makes one")
 
     from parapolicy import load_policy
     from parapolicy.calibrate import FILE, write_calibration

@@ -13,7 +13,7 @@ STILL = 1e-3, 1e5  # scales outside of this belong to numbers that never move, s
 def describe(policy: Policy) -> dict[str, Any]:
     """The facts of a policy as JSON has them."""
     spec, schedule = policy.spec, policy.schedule
-    network = {k: v for k, v in spec.network.items() if k not in ("name", "encoder")}
+    network = {k: v for k, v in spec.network.items() if k not in ("name", "encoder") and v is not None}
     encoder = spec.network.get("encoder")
     parts = {"network": 0, "encoder": 0}
     for name, parameter in policy.network.named_parameters():
@@ -64,7 +64,8 @@ def present(path: str, facts: dict[str, Any]) -> str:
     for feature in facts["observation"]:
         shape = "x".join(map(str, feature["shape"])) or "1"
         steps = f", {feature['steps']} steps" if "steps" in feature else ""
-        lines.append(f"    {feature['key']}: {feature['kind']} {shape} {feature['dtype']}{steps}{_span(feature)}")
+        span = "" if feature["kind"] == "image" else _span(feature)
+        lines.append(f"    {feature['key']}: {feature['kind']} {shape} {feature['dtype']}{steps}{span}")
     horizon, length = action["shape"]
     lines += [
         f"  action       {length} numbers{_span(action)}",
@@ -77,8 +78,11 @@ def present(path: str, facts: dict[str, Any]) -> str:
 
 
 def _range(policy: Policy, key: str) -> dict[str, Any]:
-    """What -1 and 1 stand for, in units."""
-    shape = policy.normalizer.maps[key].scale.shape
+    """What -1 and 1 stand for, in units; nothing where numbers are taken as they are."""
+    scale, offset, centre = policy.normalizer.maps[key]
+    if bool((scale == 1).all()) and not offset.any() and (centre is None or not centre.any()):
+        return {}
+    shape = scale.shape
     low, high = (
         policy.normalizer.unnormalize(key, torch.full(shape, value, device=policy.device)) for value in (-1.0, 1.0)
     )
@@ -102,14 +106,14 @@ def _millions(count: int) -> str:
 
 
 def _settings(values: dict[str, Any]) -> str:
-    return ", ".join(f"{key}={value}" for key, value in values.items())
+    return ", ".join(f"{key}={value}" for key, value in values.items() if value is not None)
 
 
 def _span(values: dict[str, Any]) -> str:
     """Ranges of a few numbers; of many, the widest."""
     low, high = values.get("low", []), values.get("high", [])
     if not low:
-        return ""
+        return ", not normalised"
     if len(low) <= 4:
         return ", mapped from " + ", ".join(f"[{a:.4g}, {b:.4g}]" for a, b in zip(low, high, strict=True))
     widths = [abs(b - a) if math.isfinite(b - a) else 0.0 for a, b in zip(low, high, strict=True)]

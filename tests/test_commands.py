@@ -7,13 +7,16 @@ from typing import Any
 
 import numpy as np
 import pytest
+import torch
 
 import parapolicy
 from parapolicy.calibrate import FILE
 from parapolicy.cli import main
+from parapolicy.normalizer import Affine, Normalizer
 from parapolicy.planner import made_up_observations
 from tests.conftest import SHIPPED
 from tests.helpers import small_policy
+from tests.lerobot_folders import made_up
 
 
 def respecified(folder: Path, **changes: Any) -> parapolicy.Policy:
@@ -51,6 +54,35 @@ def test_inspect_prints_the_same_as_json(capsys: pytest.CaptureFixture[str]) -> 
     )
 
 
+def test_inspect_says_what_is_not_normalised(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    policy = parapolicy.load_policy(folder, device="cpu")
+    position, action = Affine(torch.ones(2), torch.zeros(2)), Affine(torch.ones(2), torch.zeros(2), torch.zeros(2))
+    maps = {**policy.normalizer.maps, "position": position, "action": action}
+    parapolicy.save_policy(dataclasses.replace(policy, normalizer=Normalizer(maps)), folder)
+    main(["inspect", str(folder)])
+    shown = capsys.readouterr().out
+    assert "position: state 2 float32, not normalised" in shown
+    assert "points: state 3x2 float32, mapped from" in shown
+    assert "action       2 numbers, not normalised" in shown
+    main(["inspect", str(folder), "--json"])
+    facts = json.loads(capsys.readouterr().out)
+    assert [("low" in feature, "high" in feature) for feature in facts["observation"]] == [(False, False), (True, True)]
+    assert "low" not in facts["action"]
+
+
+def test_inspect_leaves_out_settings_without_a_value(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    camera = {"backbone": "resnet18", "norm": "group", "crop": None, "keypoints": 2}
+    network = {"name": "unet1d", "diffusion_step_embed_dim": 8, "down_dims": [8, 16], "n_groups": 4}
+    network |= {"final_groups": None, "encoder": {"cameras": {"camera": camera}, "shared": True}}
+    observation = {"position": (2,), "camera": parapolicy.Feature((40, 40, 3), "image")}
+    parapolicy.save_policy(small_policy(observation=observation, network=network), tmp_path / "policy")
+    main(["inspect", str(tmp_path / "policy")])
+    shown = capsys.readouterr().out
+    assert "None" not in shown
+    assert "camera: image 40x40x3 uint8\n" in shown
+    assert "    camera: backbone=resnet18, norm=group, keypoints=2\n" in shown
+
+
 def test_inspect_warns_of_what_the_file_does_not_say(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
     provenance = {"warnings": ["the camera was upside down"]}
     parapolicy.save_policy(respecified(folder, control_hz=None, provenance=provenance), folder)
@@ -77,6 +109,36 @@ def test_convert_keeps_answers_to_the_bit(folder: Path, tmp_path: Path) -> None:
     assert before.spec == after.spec
     for observation in made_up_observations(before, 2):
         np.testing.assert_array_equal(before.predict(observation).trajectory, after.predict(observation).trajectory)
+
+
+def test_averaged_weights_are_taken_where_they_are_asked_for(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path, *_ = made_up(tmp_path / "pretrained_model")
+    made_up(tmp_path / "pretrained_model_ema")
+    for name, flags in (("plain", []), ("ema", ["--ema"])):
+        main(["convert", str(path), str(tmp_path / name), *flags])
+        converted, policy = (
+            parapolicy.load_policy(folder, device="cpu", ema=ema).network.state_dict()
+            for folder, ema in ((tmp_path / name, False), (path, bool(flags)))
+        )
+        assert all(torch.equal(value, policy[key]) for key, value in converted.items())
+    asked, load = [], parapolicy.load_policy
+
+    def note(*arguments: Any, **options: Any) -> parapolicy.Policy:
+        asked.append(options["ema"])
+        return load(*arguments, **options)
+
+    monkeypatch.setattr(parapolicy, "load_policy", note)
+    main(["inspect", str(path), "--ema"])
+    main(["check", str(path), "--ema", "--chunks", "1", "--device", "cpu"])
+    assert asked == [True, True]
+
+
+def test_a_calibration_is_written_into_a_folder(tmp_path: Path) -> None:
+    (tmp_path / "x.ckpt").write_bytes(b"")
+    with pytest.raises(SystemExit, match="is a file, expected a folder"):
+        main(["calibrate", str(tmp_path / "x.ckpt")])
 
 
 def test_convert_adds_a_control_rate_and_contradicts_none(folder: Path, tmp_path: Path) -> None:

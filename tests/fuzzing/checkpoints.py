@@ -205,6 +205,8 @@ def edit(rng: Generator, config: Any) -> Any:
     """One to three edits of a JSON text, in place: keys renamed, left out, doubled, reordered; values changed."""
     for _ in range(int(rng.integers(1, 4))):
         nodes = [node for node in _nodes(config) if node]
+        if not nodes:
+            break
         node = nodes[rng.integers(len(nodes))]
         if isinstance(node, list):
             i = int(rng.integers(len(node)))
@@ -243,7 +245,7 @@ def edit_tensors(rng: Generator, tensors: dict[str, torch.Tensor]) -> dict[str, 
         case 3:
             shapes = [value.flatten(), value[None], value[:0], value.movedim(0, -1).contiguous(), value.flatten()[:1]]
             return {**tensors, name: shapes[rng.integers(len(shapes))]}
-        case 4:
+        case 4 if value.numel():
             odd = [torch.nan, torch.inf, 0.0, 1e-39, 3e38, -1.0][rng.integers(6)]
             value.flatten()[rng.integers(value.numel())] = odd
             return {**tensors, name: value}
