@@ -56,7 +56,7 @@ class PushT(gymnasium.Env):
     render_mode = "rgb_array"
 
     def __init__(self, spec: PolicySpec, max_episode_steps: int = 300, render_size: int = 256) -> None:
-        for key, (shape, _) in spec.observation.items():
+        for key, (shape, *_) in spec.observation.items():
             if OBSERVATIONS.get(key) != shape:
                 raise ValueError(f"the policy observes {key!r} with shape {shape}; Push-T gives {dict(OBSERVATIONS)}")
         if spec.action_dim != 2:

@@ -103,7 +103,7 @@ class Robomimic(gymnasium.Env):
         self._render_size = render_size
         self._keys = list(spec.observation)
         given = {key: value.shape for key, value in self._read(self._restart()).items()}
-        for key, (shape, _) in spec.observation.items():
+        for key, (shape, *_) in spec.observation.items():
             if given.get(key) != shape:
                 raise ValueError(f"the policy observes {key!r} with shape {shape}; {task} gives {given}")
         self.action_space = spaces.Box(-np.inf, np.inf, (spec.action_dim,), np.float32)

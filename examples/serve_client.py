@@ -20,11 +20,11 @@ def play(port: int, seconds: float, client: int, latencies: list[float], errors:
         policy = WebsocketClientPolicy("127.0.0.1", port)
         metadata = policy.get_server_metadata()
         rng = np.random.default_rng(client)
-        steps = metadata["n_obs_steps"]  # one step alone would stand for all of them
+        steps = metadata["obs_steps"]  # one step alone would stand for all of them
         end = time.monotonic() + seconds
         while time.monotonic() < end:
             observation = {
-                key: rng.uniform(150, 350, (steps, *shape)).astype(np.float32)
+                key: rng.uniform(150, 350, (steps[key], *shape)).astype(np.float32)
                 for key, shape in metadata["observation"].items()
             }
             begin = time.perf_counter()

@@ -20,6 +20,7 @@ def describe(policy: Policy) -> dict[str, Any]:
         parts["encoder" if "encoder.cameras." in name else "network"] += parameter.numel()
     observation = [
         {"key": key, "kind": f.kind, "shape": list(f.shape), "dtype": "uint8" if f.kind == "image" else "float32"}
+        | ({} if f.steps is None else {"steps": f.steps})
         | ({} if f.kind == "image" else _range(policy, key))
         for key, f in spec.observation.items()
     ]
@@ -62,8 +63,9 @@ def present(path: str, facts: dict[str, Any]) -> str:
     lines.append(f"  observation  {facts['n_obs_steps']} steps, oldest first; in this order:")
     for feature in facts["observation"]:
         shape = "x".join(map(str, feature["shape"])) or "1"
+        steps = f", {feature['steps']} steps" if "steps" in feature else ""
         span = "" if feature["kind"] == "image" else _span(feature)
-        lines.append(f"    {feature['key']}: {feature['kind']} {shape} {feature['dtype']}{span}")
+        lines.append(f"    {feature['key']}: {feature['kind']} {shape} {feature['dtype']}{steps}{span}")
     horizon, length = action["shape"]
     lines += [
         f"  action       {length} numbers{_span(action)}",

@@ -14,7 +14,10 @@ from parapolicy.spec import Feature, PolicySpec
 
 
 class ObservationHistory:
-    """The last ``n_obs_steps`` observations of one episode; before the first step it repeats the first."""
+    """The last observations of one episode, of each key as many steps as the policy sees of it.
+
+    Before the first step it repeats the first.
+    """
 
     def __init__(self, spec: PolicySpec) -> None:
         self.spec = spec
@@ -56,7 +59,10 @@ class ObservationHistory:
         """
         if not self._steps:
             raise ObservationError("the observation history is empty; push an observation first")
-        return {key: np.stack([step[key] for step in self._steps]) for key in self.spec.observation}
+        steps = list(self._steps)
+        return {
+            key: np.stack([step[key] for step in steps[-self.spec.obs_steps(key) :]]) for key in self.spec.observation
+        }
 
 
 def normalize_observation(
@@ -74,7 +80,7 @@ def normalize_observation(
     batch = 1
     for key, feature in spec.observation.items():
         value = _as_array(key, feature, observation[key])
-        expected = (spec.n_obs_steps, *_step_shape(feature, value))
+        expected = (spec.obs_steps(key), *_step_shape(feature, value))
         has_batch = value.ndim == len(expected) + 1
         if value.shape[has_batch:] != expected or value.size == 0:
             raise ObservationError(

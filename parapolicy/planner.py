@@ -134,7 +134,7 @@ def made_up_observations(policy: Policy, count: int) -> list[dict[str, np.ndarra
 
 
 def _made_up(policy: Policy, key: str, feature: Feature, generator: torch.Generator) -> np.ndarray:
-    shape = policy.spec.n_obs_steps, *feature.shape
+    shape = policy.spec.obs_steps(key), *feature.shape
     if feature.kind == "image":
         return torch.randint(256, shape, generator=generator, dtype=torch.uint8).numpy()
     normal = 0.3 * torch.randn(shape, generator=generator).to(policy.device)

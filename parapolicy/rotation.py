@@ -16,8 +16,7 @@ def to_rotation_6d(actions: np.ndarray) -> np.ndarray:
         ValueError: the last axis is no multiple of 7.
     """
     arms = _by_arm(actions, POSE_DIM)
-    matrices = Rotation.from_rotvec(arms[..., 3:6].reshape(-1, 3)).as_matrix()
-    rows = matrices[:, :2].reshape(*arms.shape[:-1], 6)
+    rows = rows_of(vectors_to_matrices(arms[..., 3:6]))
     return np.concatenate([arms[..., :3], rows, arms[..., 6:]], axis=-1).reshape(*actions.shape[:-1], -1)
 
 
@@ -28,12 +27,35 @@ def to_axis_angle(actions: np.ndarray) -> np.ndarray:
         ValueError: the last axis is no multiple of 10, or the two rows have no direction of their own.
     """
     arms = _by_arm(actions, POSE_6D_DIM)
-    first, second = arms[..., 3:6], arms[..., 6:9]
-    first = _unit(first)
-    second = _unit(second - np.sum(first * second, axis=-1, keepdims=True) * first)
-    matrices = np.stack([first, second, np.cross(first, second)], axis=-2)
-    vectors = Rotation.from_matrix(matrices.reshape(-1, 3, 3)).as_rotvec().reshape(first.shape)
+    vectors = matrices_to_vectors(rows_to_matrices(arms[..., 3:9]))
     return np.concatenate([arms[..., :3], vectors, arms[..., 9:]], axis=-1).reshape(*actions.shape[:-1], -1)
+
+
+def vectors_to_matrices(vectors: np.ndarray) -> np.ndarray:
+    """Axis-angle, rad (…, 3) -> rotation matrices (…, 3, 3)."""
+    return np.asarray(Rotation.from_rotvec(vectors.reshape(-1, 3)).as_matrix()).reshape(*vectors.shape, 3)
+
+
+def matrices_to_vectors(matrices: np.ndarray) -> np.ndarray:
+    """Rotation matrices (…, 3, 3) -> axis-angle, rad (…, 3)."""
+    return np.asarray(Rotation.from_matrix(matrices.reshape(-1, 3, 3)).as_rotvec()).reshape(matrices.shape[:-1])
+
+
+def rows_of(matrices: np.ndarray) -> np.ndarray:
+    """Rotation matrices (…, 3, 3) -> their first two rows (…, 6)."""
+    return matrices[..., :2, :].reshape(*matrices.shape[:-2], 6)
+
+
+def rows_to_matrices(rows: np.ndarray) -> np.ndarray:
+    """The first two rows (…, 6) -> rotation matrices (…, 3, 3); rows are made orthonormal, the first one first.
+
+    Raises:
+        ValueError: the two rows have no direction of their own.
+    """
+    first = _unit(rows[..., :3])
+    second = rows[..., 3:]
+    second = _unit(second - np.sum(first * second, axis=-1, keepdims=True) * first)
+    return np.stack([first, second, np.cross(first, second)], axis=-2)
 
 
 def _by_arm(actions: np.ndarray, width: int) -> np.ndarray:

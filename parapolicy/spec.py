@@ -23,10 +23,12 @@ class Feature(NamedTuple):
     Attributes:
         shape: of one control step's value; (H, W, C) for an image.
         kind: ``state``, numbers in the environment's units, or ``image``, uint8 as cameras give them.
+        steps: control steps of history of this key; None: ``n_obs_steps`` of the policy, which is the most.
     """
 
     shape: tuple[int, ...]
     kind: str = "state"
+    steps: int | None = None
 
     @property
     def tensor_shape(self) -> tuple[int, ...]:
@@ -46,7 +48,7 @@ class PolicySpec:
     Attributes:
         observation: key -> :class:`Feature`; a plain shape stands for a state. Their order is the order in the
             condition vector.
-        n_obs_steps: control steps of observation history (To).
+        n_obs_steps: control steps of observation history (To), of the keys that do not have a number of their own.
         horizon: actions predicted per chunk (H).
         n_action_steps: actions of a chunk that are executed.
         action_dim: length of one action (Da).
@@ -103,7 +105,7 @@ class PolicySpec:
             )
         if not isinstance(self.observation, Mapping) or not self.observation or "action" in self.observation:
             raise ValueError(f"observation is {self.observation!r}, expected keys and shapes, none named 'action'")
-        features = {key: _feature(key, value) for key, value in self.observation.items()}
+        features = {key: _feature(key, value, self.n_obs_steps) for key, value in self.observation.items()}
         object.__setattr__(self, "observation", features)
         object.__setattr__(self, "action_parts", check_parts(self.action_parts, self.action_dim))
         for name in ("network", "scheduler", "provenance", "inference"):
@@ -132,7 +134,17 @@ class PolicySpec:
     @property
     def condition_dim(self) -> int:
         """Length C of the vector of all observed numbers of all steps."""
-        return self.n_obs_steps * sum(math.prod(feature.shape) for feature in self.observation.values())
+        return sum(self.obs_steps(key) * math.prod(feature.shape) for key, feature in self.observation.items())
+
+    def obs_steps(self, key: str) -> int:
+        """Control steps of history of one key."""
+        steps = self.observation[key].steps
+        return self.n_obs_steps if steps is None else steps
+
+    @property
+    def obs_shapes(self) -> dict[str, tuple[int, ...]]:
+        """Shape (To, …) of what the network sees of each key; images come as (To, C, H, W)."""
+        return {key: (self.obs_steps(key), *feature.tensor_shape) for key, feature in self.observation.items()}
 
     @property
     def normalizer_shapes(self) -> dict[str, tuple[int, ...]]:
@@ -145,7 +157,10 @@ class PolicySpec:
 
         What is rarely used and has its default is left out, as older files do.
         """
-        features = [{"key": k, "shape": list(f.shape), "kind": f.kind} for k, f in self.observation.items()]
+        features = [
+            {"key": k, "shape": list(f.shape), "kind": f.kind} | ({} if f.steps is None else {"steps": f.steps})
+            for k, f in self.observation.items()
+        ]
         rare: dict[str, Any] = {"first_action": None, "observed_dim": 0, "inference": {}, "action_parts": ()}
         values = {k: v for k, v in dataclasses.asdict(self).items() if k not in rare or v != rare[k]}
         return {**values, "observation": features}
@@ -170,16 +185,16 @@ class PolicySpec:
 def _features_by_key(entries: Sequence[Any]) -> dict[str, Feature]:
     features: dict[str, Feature] = {}
     for entry in entries:
-        known = isinstance(entry, Mapping) and set(entry) == {"key", "shape", "kind"} and isinstance(entry["key"], str)
-        if not known or entry["key"] in features:
+        known = isinstance(entry, Mapping) and set(entry) - {"steps"} == {"key", "shape", "kind"}
+        if not known or not isinstance(entry["key"], str) or entry["key"] in features:
             raise ValueError(f"observation entry is {entry!r}, expected one key, shape and kind for each key")
-        features[entry["key"]] = Feature(entry["shape"], entry["kind"])
+        features[entry["key"]] = Feature(entry["shape"], entry["kind"], entry.get("steps"))
     return features
 
 
-def _feature(key: str, value: Any) -> Feature:
+def _feature(key: str, value: Any, n_obs_steps: int) -> Feature:
     """A checked feature from one, or from the plain shape of a state."""
-    shape, kind = value if isinstance(value, Feature) else (value, "state")
+    shape, kind, steps = value if isinstance(value, Feature) else Feature(value)
     if not isinstance(key, str) or not 1 <= len(key) <= MAX_KEY:
         raise ValueError(f"an observation key is {key!r}, expected text of 1 to {MAX_KEY} characters")
     if kind not in KINDS:
@@ -188,7 +203,9 @@ def _feature(key: str, value: Any) -> Feature:
         raise ValueError(f"observation {key!r} has shape {shape!r}, expected at most {MAX_DEPTH} positive sizes")
     if kind == "image" and len(shape) != 3:
         raise ValueError(f"the image {key!r} has shape {shape!r}, expected (height, width, channels)")
-    return Feature(tuple(shape), kind)
+    if steps is not None and not (_is_count(steps) and steps <= n_obs_steps):
+        raise ValueError(f"observation {key!r} has {steps!r} steps, expected 1 to {n_obs_steps}, n_obs_steps")
+    return Feature(tuple(shape), kind, None if steps == n_obs_steps else steps)
 
 
 def _is_count(value: Any) -> bool:

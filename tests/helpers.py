@@ -63,8 +63,8 @@ def small_policy(sampler: str = "sequential", **changes: Any) -> Policy:
 
 def some_observation(spec: PolicySpec, batch: int | None = None, seed: int = 0) -> dict[str, np.ndarray]:
     rng = np.random.default_rng(seed)
-    lead = (spec.n_obs_steps,) if batch is None else (batch, spec.n_obs_steps)
-    shapes = {key: (*lead, *feature.shape) for key, feature in spec.observation.items()}
+    lead = () if batch is None else (batch,)
+    shapes = {key: (*lead, spec.obs_steps(key), *feature.shape) for key, feature in spec.observation.items()}
     return {key: rng.uniform(0, 100, shape).astype(np.float32) for key, shape in shapes.items()}
 
 

@@ -52,7 +52,7 @@ def test_hybrid_image_policies(tmp_path: Path, kind: str, norm: str, policy: dic
     loaded = read_checkpoint(path)
     assert_same(loaded.network, built)
     assert list(loaded.spec.observation) == ["agent_pos", "image"]  # the order of shape_meta
-    assert loaded.spec.observation["image"] == ((40, 80, 3), "image")
+    assert loaded.spec.observation["image"] == parapolicy.Feature((40, 80, 3), "image")
     assert loaded.normalizer.maps["image"].scale.shape == (3, 1, 1)
     assert loaded.spec.executed == slice(1, 5)
 

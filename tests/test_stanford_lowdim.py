@@ -30,7 +30,7 @@ def lowdim(path: Path, network: dict[str, Any], config: dict[str, Any], **spec: 
 def test_a_made_up_file_acts_as_its_network(tmp_path: Path) -> None:
     loaded, built = lowdim(tmp_path, files.UNET, files.lowdim_config())
     assert_same(loaded.network, built)
-    assert loaded.spec.observation == {"obs": ((3,), "state")}
+    assert loaded.spec.observation == {"obs": parapolicy.Feature((3,))}
     assert loaded.spec.control_hz is None
     assert loaded.spec.provenance["weights"] == "ema_model"
     assert torch.equal(loaded.normalizer.normalize("obs", torch.ones(3)), torch.full((3,), 0.75))
@@ -320,9 +320,9 @@ def test_other_payloads_are_refused(tmp_path: Path, payload: Any) -> None:
         read_checkpoint(tmp_path / "x.ckpt")
 
 
-def test_umi_is_refused_by_name(tmp_path: Path) -> None:
+def test_other_policies_are_refused_by_name(tmp_path: Path) -> None:
     config = files.lowdim_config()
-    config["policy"]["_target_"] = "diffusion_policy.policy.diffusion_unet_timm_policy.DiffusionUnetTimmPolicy"
+    config["policy"]["_target_"] = "diffusion_policy.policy.x.DiffusionTransformerTimmPolicy"
     path = files.save(tmp_path / "umi.ckpt", config, {"x": torch.zeros(1)})
-    with pytest.raises(CheckpointError, match="not supported yet: its policy is 'DiffusionUnetTimmPolicy'"):
+    with pytest.raises(CheckpointError, match="its policy is 'DiffusionTransformerTimmPolicy', expected one of"):
         read_checkpoint(path)

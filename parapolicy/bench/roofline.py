@@ -36,8 +36,7 @@ def weight_bytes(network: Network) -> int:
 def row_flops(network: Network, spec: PolicySpec) -> int:
     """Matrix FLOPs of one row of a call, with what it needs of timestep and observation."""
     device = next(network.parameters()).device
-    shapes = {key: (1, spec.n_obs_steps, *feature.tensor_shape) for key, feature in spec.observation.items()}
-    observation = {key: torch.zeros(shape, device=device) for key, shape in shapes.items()}
+    observation = {key: torch.zeros(1, *shape, device=device) for key, shape in spec.obs_shapes.items()}
     x, timestep = torch.zeros(1, *spec.sample_shape, device=device), torch.zeros(1, dtype=torch.int64, device=device)
     with FlopCounterMode(display=False) as counter:
         network.predict(x, timestep, observation)

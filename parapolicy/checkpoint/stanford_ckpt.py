@@ -12,6 +12,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from parapolicy.checkpoint import stanford_umi
 from parapolicy.checkpoint.archive import Archive
 from parapolicy.checkpoint.hydra_config import Config
 from parapolicy.checkpoint.inert import TensorRef
@@ -48,6 +49,8 @@ class _Family(NamedTuple):
     find_encoder: Any
     keys: frozenset[str]
 
+
+UMI = "DiffusionUnetTimmPolicy"
 
 _IMAGE_KEYS = {"shape_meta", "obs_as_global_cond", "diffusion_step_embed_dim", "down_dims", "kernel_size", "n_groups"}
 _IMAGE_KEYS |= {"cond_predict_scale"}
@@ -93,8 +96,7 @@ def read(path: Path) -> tuple[PolicySpec, Network, Normalizer]:
     with Archive(path) as archive:
         saved, weights = _open(archive)
         policy_class = saved.config.text("policy._target_").rpartition(".")[2]
-        family = _find_family(saved, policy_class)
-        spec, found, encoder = _describe(saved, family, {"policy": policy_class, "weights": weights})
+        spec, found, encoder = _describe(saved, policy_class, {"policy": policy_class, "weights": weights})
         try:
             with torch.device("meta"):
                 network = build_network(spec)
@@ -138,9 +140,8 @@ def _open(archive: Archive) -> tuple[Saved, str]:
 def _find_family(saved: Saved, policy_class: str) -> _Family:
     family = FAMILIES.get(policy_class)
     if family is None:
-        supported = "not supported yet: " if policy_class == "DiffusionUnetTimmPolicy" else ""
         raise saved.archive.error(
-            f"{supported}its policy is {policy_class!r:.80}, expected one of the diffusion policies {sorted(FAMILIES)}"
+            f"its policy is {policy_class!r:.80}, expected one of the diffusion policies {sorted([*FAMILIES, UMI])}"
         )
     model = saved.config.known("policy.model._target_")
     if model is not None and str(model).rpartition(".")[2] not in MODEL_CLASSES:
@@ -149,6 +150,22 @@ def _find_family(saved: Saved, policy_class: str) -> _Family:
 
 
 def _describe(
+    saved: Saved, policy_class: str, provenance: dict[str, Any]
+) -> tuple[PolicySpec, FoundNetwork, FoundEncoder | None]:
+    task = saved.config.known("task.name")
+    if isinstance(task, str):
+        provenance["task"] = task[:100]
+    try:
+        if policy_class == UMI:
+            return stanford_umi.describe(saved, provenance)
+        return _describe_family(saved, _find_family(saved, policy_class), provenance)
+    except CheckpointError:
+        raise
+    except (ValueError, TypeError) as error:
+        raise saved.archive.error(f"its config describes no policy: {error}") from error
+
+
+def _describe_family(
     saved: Saved, family: _Family, provenance: dict[str, Any]
 ) -> tuple[PolicySpec, FoundNetwork, FoundEncoder | None]:
     config, archive = saved.config, saved.archive
@@ -181,26 +198,20 @@ def _describe(
     latency = config.known("n_latency_steps")
     if type(latency) is int and latency:  # the published runners drop that many of the executed actions
         provenance["n_latency_steps"] = latency
-    task = config.known("task.name")
-    if isinstance(task, str):
-        provenance["task"] = task[:100]
-    try:
-        spec = PolicySpec(
-            observation=observation,
-            n_obs_steps=n_obs_steps,
-            horizon=horizon,
-            n_action_steps=n_action_steps,
-            action_dim=action_dim,
-            network=found.settings,
-            scheduler=scheduler,
-            control_hz=None,
-            provenance={"format": "real-stanford/diffusion_policy", **provenance},
-            first_action=None if first == n_obs_steps - 1 else first,
-            observed_dim=found.width - action_dim if inpaints else 0,
-            inference=inference,
-        )
-    except (ValueError, TypeError) as error:
-        raise archive.error(f"its config describes no policy: {error}") from error
+    spec = PolicySpec(
+        observation=observation,
+        n_obs_steps=n_obs_steps,
+        horizon=horizon,
+        n_action_steps=n_action_steps,
+        action_dim=action_dim,
+        network=found.settings,
+        scheduler=scheduler,
+        control_hz=None,
+        provenance={"format": "real-stanford/diffusion_policy", **provenance},
+        first_action=None if first == n_obs_steps - 1 else first,
+        observed_dim=found.width - action_dim if inpaints else 0,
+        inference=inference,
+    )
     return spec, found, encoder
 
 

@@ -14,8 +14,8 @@ from parapolicy.spec import Feature
 
 # Blocks in each of the four layers, and whether they are bottlenecks.
 RESNETS = {((2, 2, 2, 2), False): "resnet18", ((3, 4, 6, 3), False): "resnet34", ((3, 4, 6, 3), True): "resnet50"}
-# robomimic keeps the layers of a ResNet in a sequence.
-_SEQUENCE = {"0": "conv1", "1": "bn1", "4": "layer1", "5": "layer2", "6": "layer3", "7": "layer4"}
+# robomimic and UMI keep the layers of a ResNet in a sequence.
+RESNET_SEQUENCE = {"0": "conv1", "1": "bn1", "4": "layer1", "5": "layer2", "6": "layer3", "7": "layer4"}
 
 
 class FoundEncoder(NamedTuple):
@@ -36,13 +36,11 @@ class FoundEncoder(NamedTuple):
 
 def read_shapes(saved: Saved, at: str) -> dict[str, Feature]:
     """What a policy observes, from ``shape_meta`` at a path of the configuration, in its order."""
-    entries = saved.config.get(f"{at}.obs")
-    if not isinstance(entries, dict) or not entries:
-        raise saved.archive.error(f"{at}.obs is {entries!r:.80} in its config, expected the observed keys")
     features = {}
-    for key, entry in entries.items():
-        shape = entry.get("shape") if isinstance(entry, dict) else None
-        kind = entry.get("type", "low_dim") if isinstance(entry, dict) else None
+    for key in saved.config.keys(f"{at}.obs"):
+        # Other entries of a key may be expressions, which play no part.
+        shape = saved.config.get(f"{at}.obs.{key}.shape", None)
+        kind = saved.config.get(f"{at}.obs.{key}.type", "low_dim")
         if not isinstance(shape, list) or not all(type(n) is int and 0 < n < 2**20 for n in shape):
             raise saved.archive.error(f"{at}.obs.{key!s:.60} has no shape in its config; expected positive sizes")
         if kind == "rgb" and len(shape) == 3:
@@ -73,7 +71,7 @@ def find_robomimic_encoder(saved: Saved) -> FoundEncoder:
         found = saved.take(f"obs_encoder.obs_nets.{key}.")
         _drop_copies(archive, key, found)
         backbone = {
-            f"{_SEQUENCE.get(part, part)}.{rest}": found.pop(f"backbone.nets.{part}.{rest}")
+            f"{RESNET_SEQUENCE.get(part, part)}.{rest}": found.pop(f"backbone.nets.{part}.{rest}")
             for part, rest in _split(found, "backbone.nets.")
         }
         renamed = {"pool.conv.weight": "pool.nets.weight", "pool.conv.bias": "pool.nets.bias"}
@@ -85,10 +83,10 @@ def find_robomimic_encoder(saved: Saved) -> FoundEncoder:
         heads = {ours: found.pop(name) for ours, name in renamed.items()}
         places[key] = found.pop("pool.pos_x"), found.pop("pool.pos_y")
         saved.tensors.update({f"obs_encoder.obs_nets.{key}.{name}": ref for name, ref in found.items()})
-        norm = _norm(backbone)
+        norm = norm_of(backbone)
         saved.agree("policy.obs_encoder_group_norm", norm == "group")
         cameras[key] = {
-            "backbone": _name(archive, key, backbone),
+            "backbone": resnet_of(archive, key, backbone),
             "norm": norm,
             "resize": None,
             "crop": crop,
@@ -97,7 +95,7 @@ def find_robomimic_encoder(saved: Saved) -> FoundEncoder:
             "features": heads["linear.weight"].shape[0] if heads["linear.weight"].shape else 0,
             "relu": True,
         }
-        tensors |= _placed(i, {f"backbone.{name}": ref for name, ref in backbone.items()} | heads)
+        tensors |= placed(i, {f"backbone.{name}": ref for name, ref in backbone.items()} | heads)
     return FoundEncoder(observation, {"cameras": cameras, "shared": False}, tensors, places)
 
 
@@ -126,13 +124,13 @@ def find_image_encoder(saved: Saved) -> FoundEncoder:
         if i == 0 or not shared:
             _check_rgb_model(saved, f"{at}.rgb_model", key)
             backbone = saved.take(f"obs_encoder.key_model_map.{'rgb' if shared else key}.")
-            tensors |= _placed(i, {f"backbone.{name}": ref for name, ref in _without_counts(backbone).items()})
+            tensors |= placed(i, {f"backbone.{name}": ref for name, ref in without_counts(backbone).items()})
         if not shared:  # a shared one keeps its BatchNorm in the published code
-            saved.agree(f"{at}.use_group_norm", _norm(backbone) == "group")
+            saved.agree(f"{at}.use_group_norm", norm_of(backbone) == "group")
         size, resize = list(observation[key].shape[:2]), _for_camera(saved, f"{at}.resize_shape", key)
         cameras[key] = {
-            "backbone": _name(archive, key, backbone),
-            "norm": _norm(backbone),
+            "backbone": resnet_of(archive, key, backbone),
+            "norm": norm_of(backbone),
             "resize": None if resize == size else resize,
             "crop": _for_camera(saved, f"{at}.crop_shape", key) if crops else None,
             "imagenet": config.flag(f"{at}.imagenet_norm", False),
@@ -201,28 +199,29 @@ def _split(tensors: Mapping[str, TensorRef], prefix: str) -> list[tuple[str, str
     return [(first, rest) for first, _, rest in parts]
 
 
-def _without_counts(tensors: Mapping[str, TensorRef]) -> dict[str, TensorRef]:
+def without_counts(tensors: Mapping[str, TensorRef]) -> dict[str, TensorRef]:
     """Without how many batches BatchNorm saw, which plays no part."""
     return {name: ref for name, ref in tensors.items() if not name.endswith(".num_batches_tracked")}
 
 
-def _norm(backbone: Mapping[str, TensorRef]) -> str:
+def norm_of(backbone: Mapping[str, TensorRef]) -> str:
     return "batch" if "bn1.running_mean" in backbone else "group"
 
 
-def _name(archive: Archive, key: str, backbone: Mapping[str, TensorRef]) -> str:
-    """Which ResNet has these tensors."""
+def resnet_of(archive: Archive, key: str, backbone: Mapping[str, TensorRef], levels: int = 4) -> str:
+    """Which ResNet has these tensors, of its first ``levels`` layers."""
     counts = []
-    for level in range(1, 5):
+    for level in range(1, levels + 1):
         count = 0
         while f"layer{level}.{count}.conv1.weight" in backbone:
             count += 1
         counts.append(count)
-    name = RESNETS.get((tuple(counts), "layer1.0.conv3.weight" in backbone))  # type: ignore[arg-type]
-    if name is None:
+    bottleneck = "layer1.0.conv3.weight" in backbone
+    names = [name for (blocks, kind), name in RESNETS.items() if [*blocks[:levels]] == counts and kind == bottleneck]
+    if not names:
         raise archive.error(f"the backbone of {key!r:.60} has {counts} blocks, expected ResNet18, 34 or 50")
-    return name
+    return names[0]
 
 
-def _placed(camera: int, tensors: Mapping[str, TensorRef]) -> dict[str, TensorRef]:
+def placed(camera: int, tensors: Mapping[str, TensorRef]) -> dict[str, TensorRef]:
     return {f"cameras.{camera}.{name}": ref for name, ref in tensors.items()}

@@ -81,14 +81,14 @@ def find_unet(saved: Saved, at: str, horizon: int, n_obs_steps: int) -> FoundNet
     levels = 0
     while f"down_modules.{levels}.0.blocks.0.block.0.weight" in tensors:
         levels += 1
-    dims = [_size(saved, tensors, f"down_modules.{i}.0.blocks.0.block.0.weight", 0, 3) for i in range(max(levels, 1))]
+    dims = [size_of(saved, tensors, f"down_modules.{i}.0.blocks.0.block.0.weight", 0, 3) for i in range(max(levels, 1))]
     first = "down_modules.0.0.blocks.0.block.0.weight"
-    film = _size(saved, tensors, "down_modules.0.0.cond_encoder.1.weight", 0, 2)
+    film = size_of(saved, tensors, "down_modules.0.0.cond_encoder.1.weight", 0, 2)
     settings: dict[str, Any] = {
         "name": "unet1d",
-        "diffusion_step_embed_dim": _size(saved, tensors, "diffusion_step_encoder.3.weight", 0, 2),
+        "diffusion_step_embed_dim": size_of(saved, tensors, "diffusion_step_encoder.3.weight", 0, 2),
         "down_dims": dims,
-        "kernel_size": _size(saved, tensors, first, 2, 3),
+        "kernel_size": size_of(saved, tensors, first, 2, 3),
         "n_groups": saved.config.count(f"{at}.n_groups", 8),
         "cond_predict_scale": film == 2 * dims[0],
     }
@@ -104,7 +104,7 @@ def find_unet(saved: Saved, at: str, horizon: int, n_obs_steps: int) -> FoundNet
             f"policy.obs_as_local_cond is {condition == 'local'} in its config, but its tensors "
             f"{'have a' if has_local else 'have no'} local_cond_encoder; copy the checkpoint again"
         )
-    return FoundNetwork(settings, _size(saved, tensors, first, 1, 3), tensors)
+    return FoundNetwork(settings, size_of(saved, tensors, first, 1, 3), tensors)
 
 
 def _unet_condition(saved: Saved, at: str) -> str:
@@ -133,7 +133,7 @@ def find_transformer(saved: Saved, at: str, horizon: int, n_obs_steps: int) -> F
         "name": "transformer1d",
         "n_layer": _count_layers(tensors, "decoder.layers") if has_decoder else mixing,
         "n_head": saved.config.count(f"{at}.n_head", 12 if lowdim else 4),
-        "n_emb": _size(saved, tensors, "input_emb.weight", 0, 2),
+        "n_emb": size_of(saved, tensors, "input_emb.weight", 0, 2),
         "n_cond_layers": mixing if has_decoder else 0,  # an encoder-only network does not look at it
         "causal_attn": "mask" in tensors,
         "time_as_condition": has_decoder,
@@ -146,7 +146,7 @@ def find_transformer(saved: Saved, at: str, horizon: int, n_obs_steps: int) -> F
     if has_decoder:
         lengths["cond_pos_emb"] = 1 + n_obs_steps * crosses
     for name, length in lengths.items():
-        there = _size(saved, tensors, name, 1, 3)
+        there = size_of(saved, tensors, name, 1, 3)
         # Without masks, the published network takes the first positions of a longer table; its masks would not fit.
         if there < length or (there > length and settings["causal_attn"]):
             raise saved.archive.error(
@@ -154,7 +154,7 @@ def find_transformer(saved: Saved, at: str, horizon: int, n_obs_steps: int) -> F
                 f"{length}, which the published code cannot run either; copy the checkpoint again"
             )
     masks: dict[str, TensorRef] = {name: tensors.pop(name) for name in ("mask", "memory_mask") if name in tensors}
-    return FoundNetwork(settings, _size(saved, tensors, "input_emb.weight", 1, 2), tensors, lengths, masks)
+    return FoundNetwork(settings, size_of(saved, tensors, "input_emb.weight", 1, 2), tensors, lengths, masks)
 
 
 def check_masks(saved: Saved, found: FoundNetwork, network: Any) -> None:
@@ -175,7 +175,7 @@ def _count_layers(tensors: Mapping[str, TensorRef], prefix: str) -> int:
     return max(numbers) + 1 if numbers else 0
 
 
-def _size(saved: Saved, tensors: Mapping[str, TensorRef], name: str, axis: int, rank: int) -> int:
+def size_of(saved: Saved, tensors: Mapping[str, TensorRef], name: str, axis: int, rank: int) -> int:
     """One axis of a tensor of known rank."""
     if name not in tensors:
         raise saved.archive.error(f"it lacks the tensor {name!r} of its network; save the checkpoint again")

@@ -5,8 +5,9 @@ from typing import Any
 from parapolicy.checkpoint.stanford_networks import Saved
 
 # Arguments of every policy class there, and what hydra adds.
-POLICY_KEYS = frozenset(("noise_scheduler", "horizon", "n_action_steps", "n_obs_steps", "num_inference_steps"))
+POLICY_KEYS = frozenset(("noise_scheduler", "num_inference_steps"))
 POLICY_KEYS |= {"_target_", "_convert_", "_recursive_", "_partial_"}
+STEP_KEYS = frozenset(("horizon", "n_action_steps", "n_obs_steps"))
 # What diffusers 0.11.1, which the published code is pinned to, takes where a configuration says nothing.
 DEFAULTS: dict[str, Any] = {
     "num_train_timesteps": 1000,
@@ -23,12 +24,14 @@ OWN_DEFAULTS: dict[str, dict[str, Any]] = {
 FORMER = {*DEFAULTS, "trained_betas"}  # settings that diffusers 0.11.1 has
 
 
-def read_schedule(saved: Saved, keys: frozenset[str]) -> tuple[dict[str, Any], dict[str, Any]]:
+def read_schedule(saved: Saved, keys: frozenset[str], former: bool = True) -> tuple[dict[str, Any], dict[str, Any]]:
     """The scheduler's config, and arguments of :func:`parapolicy.schedule.make_schedule`.
 
     Args:
         saved: the checkpoint.
         keys: arguments of the policy's class beside :data:`POLICY_KEYS`. All others reach the scheduler's step.
+        former: whether diffusers 0.11.1 ran, unless the settings show that a newer one did; False: 0.18.2, to which UMI
+            is pinned, and whose policy has no :data:`STEP_KEYS`.
 
     Raises:
         CheckpointError: another scheduler than DDPM and DDIM, or a setting that changes the answers in a way that is
@@ -42,7 +45,7 @@ def read_schedule(saved: Saved, keys: frozenset[str]) -> tuple[dict[str, Any], d
     given = config.get("policy.noise_scheduler")
     settings = {key: value for key, value in given.items() if not key.startswith("_")}
     scheduler = {"_class_name": name, **DEFAULTS, **OWN_DEFAULTS[name], **settings}
-    if name == "DDIMScheduler" and scheduler["prediction_type"] == "sample":
+    if former and name == "DDIMScheduler" and scheduler["prediction_type"] == "sample":
         raise error(
             "its scheduler is DDIM with prediction_type 'sample', which diffusers 0.11.1 takes for 'epsilon' in a part "
             "of its step: what it does there is no sampler. Take DDPM"
@@ -53,9 +56,9 @@ def read_schedule(saved: Saved, keys: frozenset[str]) -> tuple[dict[str, Any], d
     if steps > count:
         raise error(f"policy.num_inference_steps is {steps}, expected at most {count}, num_train_timesteps")
     # A setting that 0.11.1 does not have shows that a newer one ran, whose DDPM spaces its steps otherwise.
-    newer = settings.keys() - FORMER - OWN_DEFAULTS[name].keys()
+    newer = not former or settings.keys() - FORMER - OWN_DEFAULTS[name].keys()
     inference: dict[str, Any] = {"steps": steps, "spacing": "diffusers" if newer else "diffusers-0.11"}
-    for key in sorted(set(config.keys("policy")) - POLICY_KEYS - keys):
+    for key in sorted(set(config.keys("policy")) - POLICY_KEYS - (STEP_KEYS if former else set()) - keys):
         value = config.get(f"policy.{key}")
         if key == "eta" and name == "DDIMScheduler":
             inference["eta"] = value

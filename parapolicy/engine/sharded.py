@@ -154,7 +154,6 @@ def _answer(part: Part, groups: Groups) -> None:
     spec, device = part.spec, part.device
     evaluate: Evaluate | None = None
     header = torch.empty(4, dtype=torch.int64)
-    shapes = {key: (spec.n_obs_steps, *feature.tensor_shape) for key, feature in spec.observation.items()}
     with contextlib.suppress(RuntimeError):  # rank 0 is gone: it has said why
         while True:
             dist.broadcast(header, 0, groups.control)
@@ -164,7 +163,7 @@ def _answer(part: Part, groups: Groups) -> None:
             if command == BIND:
                 timesteps = torch.empty(count, dtype=torch.float32 if floating else torch.int64, device=device)
                 dist.broadcast(timesteps, 0, groups.data)
-                observation = {key: torch.empty(batch, *shape, device=device) for key, shape in shapes.items()}
+                observation = {key: torch.empty(batch, *shape, device=device) for key, shape in spec.obs_shapes.items()}
                 for value in observation.values():
                     dist.broadcast(value, 0, groups.data)
                 evaluate = part.engine.bind(part.network, timesteps, observation)
@@ -251,8 +250,7 @@ def _digests(part: Part) -> Tensor:
 def _warm_up(part: Part) -> None:
     """Have the engine compile, where it does, before anybody waits for an answer."""
     spec, device = part.spec, part.device
-    shapes = {key: (spec.n_obs_steps, *feature.tensor_shape) for key, feature in spec.observation.items()}
-    observation = {key: torch.zeros(1, *shape, device=device) for key, shape in shapes.items()}
+    observation = {key: torch.zeros(1, *shape, device=device) for key, shape in spec.obs_shapes.items()}
     evaluate = part.engine.bind(part.network, part.schedule.timesteps, observation)
     rows = torch.zeros(4, dtype=torch.int64, device=device)
     # Not the same tensor twice, for which dynamo would compile a graph of its own.

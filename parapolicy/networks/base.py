@@ -68,6 +68,11 @@ def flatten_observation(observation: Mapping[str, Tensor]) -> Tensor:
     return torch.cat(parts, dim=2).flatten(1)
 
 
+def flatten_keys(observation: Mapping[str, Tensor]) -> Tensor:
+    """{key: (B, To, …)} -> (B, C): the keys one after the other in the mapping's order, the steps inside of each."""
+    return torch.cat([value.flatten(1) for value in observation.values()], dim=1)
+
+
 def overwrite_observed(x: Tensor, observed: Tensor) -> Tensor:
     """x (N, H, Da + Do) with the last Do columns of its first To steps replaced by the observation (N, To, Do)."""
     steps, actions = observed.shape[1], x.shape[2] - observed.shape[2]

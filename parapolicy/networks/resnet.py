@@ -5,10 +5,13 @@ from collections.abc import Callable
 import torch
 from torch import Tensor, nn
 
+from parapolicy.networks.checks import check_count
+
 Norm = Callable[[int], nn.Module]
 # Whether blocks are bottlenecks, and their number at each of the four resolutions.
 SIZES = {"resnet18": (False, (2, 2, 2, 2)), "resnet34": (False, (3, 4, 6, 3)), "resnet50": (True, (3, 4, 6, 3))}
-STRIDE = 32  # of the feature map, in pixels
+LEVELS = 4
+STRIDE = 32  # of the last feature map, in pixels
 
 
 class FrozenBatchNorm(nn.Module):
@@ -77,29 +80,42 @@ def _shortcut(in_channels: int, channels: int, stride: int, norm: Norm) -> nn.Mo
 
 
 class ResNet(nn.Module):
-    """(N, C, h, w) -> the last feature map (N, ``channels``, h / 32, w / 32), each rounded up."""
+    """(N, C, h, w) -> the last feature map (N, ``channels``, h / ``stride``, w / ``stride``), each rounded up.
 
-    def __init__(self, name: str, in_channels: int, norm: str) -> None:
+    Args:
+        name: one of ``SIZES``.
+        in_channels: of the pictures.
+        norm: one of ``NORMS``.
+        levels: resolutions; with 3 the last of the four is left out, and the stride is 16.
+
+    Raises:
+        ValueError: an unknown name, norm or number of levels.
+    """
+
+    def __init__(self, name: str, in_channels: int, norm: str, levels: int = LEVELS) -> None:
         super().__init__()
         if name not in SIZES or norm not in NORMS:
             raise ValueError(f"backbone is {name!r} with norm {norm!r}, expected one of {[*SIZES]} and of {[*NORMS]}")
+        if check_count("levels", levels, LEVELS) < LEVELS - 1:
+            raise ValueError(f"levels is {levels}, expected {LEVELS - 1} or {LEVELS}")
+        self.stride = STRIDE >> (LEVELS - levels)
         bottleneck, counts = SIZES[name]
         block = Bottleneck if bottleneck else BasicBlock
         self.conv1 = nn.Conv2d(in_channels, 64, 7, 2, 3, bias=False)
         self.bn1 = NORMS[norm](64)
         width = 64
-        for level, count in enumerate(counts):
+        for level, count in enumerate(counts[:levels]):
             blocks = []
             for i in range(count):
                 channels = 64 * 2**level
                 blocks.append(block(width, channels, 2 if level and not i else 1, NORMS[norm]))
                 width = channels * block.expansion
             self.add_module(f"layer{level + 1}", nn.Sequential(*blocks))
-        self.channels = width
+        self.channels, self.levels = width, levels
 
     def forward(self, x: Tensor) -> Tensor:
         x = self.bn1(self.conv1(x)).relu()
         x = nn.functional.max_pool2d(x, 3, 2, 1)
-        for level in range(4):
+        for level in range(self.levels):
             x = self.get_submodule(f"layer{level + 1}")(x)
         return x

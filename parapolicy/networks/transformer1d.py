@@ -160,7 +160,7 @@ class TransformerForDiffusion(Network):
         cls, spec: PolicySpec, encoder: Mapping[str, Any] | None = None, **arguments: Any
     ) -> "TransformerForDiffusion":
         """As :meth:`parapolicy.networks.Network.build`; ``encoder``: see :mod:`parapolicy.networks.vision`."""
-        built = build_encoder(spec, encoder)
+        built = build_encoder(spec, encoder, by_step=True)
         cond_dim = (spec.condition_dim if built is None else built.features) // spec.n_obs_steps
         check_condition(spec, cond_dim, arguments.get("condition"))
         return cls(spec.sample_shape[1], spec.horizon, spec.n_obs_steps, cond_dim, encoder=built, **arguments)

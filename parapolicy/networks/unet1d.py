@@ -202,7 +202,7 @@ class ConditionalUnet1D(Network):
     @classmethod
     def build(cls, spec: PolicySpec, encoder: Mapping[str, Any] | None = None, **arguments: Any) -> "ConditionalUnet1D":
         """As :meth:`parapolicy.networks.Network.build`; ``encoder``: see :mod:`parapolicy.networks.vision`."""
-        built = build_encoder(spec, encoder)
+        built = build_encoder(spec, encoder, by_step=arguments.get("condition", "global") != "global")
         condition_dim = spec.condition_dim if built is None else built.features
         check_condition(spec, condition_dim // spec.n_obs_steps, arguments.get("condition"))
         network = cls(spec.sample_shape[1], condition_dim, encoder=built, n_obs_steps=spec.n_obs_steps, **arguments)

@@ -1,7 +1,8 @@
 """From pictures and states to the condition vector: the encoders of published visuomotor policies.
 
 They differ in what they do to a picture before and after a residual network, which is all settings here:
-Diffusion Policy's two (Chi et al., RSS 2023), robomimic's (Mandlekar et al., CoRL 2021) and LeRobot's.
+Diffusion Policy's two (Chi et al., RSS 2023), robomimic's (Mandlekar et al., CoRL 2021) and LeRobot's. Backbones of
+timm are in :mod:`parapolicy.networks.timm_encoder`.
 """
 
 import math
@@ -12,13 +13,15 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from parapolicy.networks.base import flatten_observation
+from parapolicy.networks.base import flatten_keys, flatten_observation
+from parapolicy.networks.checks import check_count, check_flag, check_size
 from parapolicy.networks.resnet import STRIDE, ResNet
+from parapolicy.networks.timm_encoder import TimmEncoder
 from parapolicy.spec import Feature, PolicySpec
 
 IMAGENET = ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))  # mean and standard deviation of its colours
 CROP_OFFSETS: dict[str, Callable[[float], int]] = {"round": round, "floor": math.floor}
-MAX_SIDE, MAX_FEATURES = 4096, 2**16  # beyond what anyone trains; a larger number is a damaged config
+LAYOUTS = ("step", "key")
 
 
 class SpatialSoftmax(nn.Module):
@@ -77,15 +80,14 @@ class CameraEncoder(nn.Module):
     ) -> None:
         super().__init__()
         for name, flag in {"imagenet": imagenet, "relu": relu, "antialias": antialias}.items():
-            if not isinstance(flag, bool):
-                raise ValueError(f"{name} is {flag!r}, expected true or false")
+            check_flag(name, flag)
         if crop_offset not in CROP_OFFSETS:
             raise ValueError(f"crop_offset is {crop_offset!r}, expected one of {[*CROP_OFFSETS]}")
         self.crop_offset = CROP_OFFSETS[crop_offset]
         height, width, channels = image.shape
         if imagenet and channels != 3:
             raise ValueError(f"imagenet is on for pictures of {channels} channels, expected 3")
-        self.resize, self.crop = _size("resize", resize), _size("crop", crop)
+        self.resize, self.crop = check_size("resize", resize), check_size("crop", crop)
         height, width = self.resize or (height, width)
         if self.crop and (self.crop[0] > height or self.crop[1] > width):
             raise ValueError(f"crop is {list(self.crop)}, expected at most the picture's ({height}, {width})")
@@ -97,10 +99,10 @@ class CameraEncoder(nn.Module):
         self.features = self.backbone.channels
         if keypoints is not None:
             rows, columns = -(-height // STRIDE), -(-width // STRIDE)
-            self.pool = SpatialSoftmax(self.features, _count("keypoints", keypoints), rows, columns)
+            self.pool = SpatialSoftmax(self.features, check_count("keypoints", keypoints), rows, columns)
             self.features = 2 * keypoints
         if features is not None:
-            self.linear = nn.Linear(self.features, _count("features", features))
+            self.linear = nn.Linear(self.features, check_count("features", features))
             self.features = features
 
     def forward(self, pictures: Tensor) -> Tensor:
@@ -121,38 +123,52 @@ class CameraEncoder(nn.Module):
         return x.relu() if self.relu else x
 
 
+# What a camera's setting "encoder" names.
+CAMERAS: dict[str, type[CameraEncoder] | type[TimmEncoder]] = {"resnet": CameraEncoder, "timm": TimmEncoder}
+
+
 class ObservationEncoder(nn.Module):
     """All observations of all steps -> the condition vector; states go into it as they are.
 
     Args:
         spec: what the policy observes; the order of its keys is that of the features.
-        cameras: the settings of each image's :class:`CameraEncoder`.
+        cameras: the settings of each image's encoder: ``encoder``, one of ``CAMERAS``, and its arguments.
         shared: one encoder for all cameras, whose settings are then all equal.
+        layout: ``step``: all keys of a step, and the steps one after the other. ``key``: all steps of a key, and the
+            keys one after the other, each of which may then have steps of its own number.
 
     Raises:
-        ValueError: settings that do not fit the images.
+        ValueError: settings that do not fit the images, or steps that do not fit the layout.
     """
 
-    def __init__(self, spec: PolicySpec, cameras: Mapping[str, Any], shared: bool = False) -> None:
+    def __init__(
+        self, spec: PolicySpec, cameras: Mapping[str, Any], shared: bool = False, layout: str = "step"
+    ) -> None:
         super().__init__()
+        if layout not in LAYOUTS:
+            raise ValueError(f"layout is {layout!r}, expected one of {LAYOUTS}")
+        if layout == "step":
+            _check_equal_steps(spec)
+        self.layout = layout
         images = {key: feature for key, feature in spec.observation.items() if feature.kind == "image"}
         if not isinstance(cameras, Mapping) or set(cameras) != set(images) or not images:
             raise ValueError(f"the encoder has cameras {list(cameras)}, expected the images, {list(images)}")
-        if not isinstance(shared, bool):
-            raise ValueError(f"shared is {shared!r}, expected true or false")
+        check_flag("shared", shared)
         first = next(iter(images))
-        if shared and any((images[key], cameras[key]) != (images[first], cameras[first]) for key in images):
+        if shared and any((images[key].shape, cameras[key]) != (images[first].shape, cameras[first]) for key in images):
             raise ValueError(f"one encoder is shared by the images {list(images)}, which differ in shape or settings")
         built = [first] if shared else list(images)
-        self.cameras = nn.ModuleList(CameraEncoder(images[key], **cameras[key]) for key in built)
+        self.cameras = nn.ModuleList(_build_camera(images[key], cameras[key]) for key in built)
         self.place = {key: 0 if shared else i for i, key in enumerate(images)}
-        numbers = {key: feature.shape for key, feature in spec.observation.items() if feature.kind == "state"}
-        per_step = sum(torch.Size(shape).numel() for shape in numbers.values())
-        self.features = spec.n_obs_steps * (per_step + sum(self._camera(key).features for key in images))
+        lengths = {
+            key: self._camera(key).features if key in images else torch.Size(feature.shape).numel()
+            for key, feature in spec.observation.items()
+        }
+        self.features = sum(spec.obs_steps(key) * length for key, length in lengths.items())
 
-    def _camera(self, key: str) -> CameraEncoder:
+    def _camera(self, key: str) -> CameraEncoder | TimmEncoder:
         camera = self.cameras[self.place[key]]
-        assert isinstance(camera, CameraEncoder)
+        assert isinstance(camera, CameraEncoder | TimmEncoder)
         return camera
 
     def forward(self, observation: Mapping[str, Tensor]) -> Tensor:
@@ -162,11 +178,18 @@ class ObservationEncoder(nn.Module):
             if key in self.place:
                 value = self._camera(key)(value.flatten(0, 1)).unflatten(0, value.shape[:2])
             encoded[key] = value
-        return flatten_observation(encoded)
+        return flatten_keys(encoded) if self.layout == "key" else flatten_observation(encoded)
 
 
-def build_encoder(spec: PolicySpec, settings: Mapping[str, Any] | None) -> ObservationEncoder | None:
+def build_encoder(
+    spec: PolicySpec, settings: Mapping[str, Any] | None, by_step: bool = False
+) -> ObservationEncoder | None:
     """The encoder of a policy that observes images; None where it observes states alone.
+
+    Args:
+        spec: of the policy.
+        settings: arguments of :class:`ObservationEncoder`.
+        by_step: whether the network takes the condition apart into observed steps.
 
     Raises:
         ValueError: images without settings, settings without images, or settings that do not fit.
@@ -174,6 +197,10 @@ def build_encoder(spec: PolicySpec, settings: Mapping[str, Any] | None) -> Obser
     images = [key for key, feature in spec.observation.items() if feature.kind == "image"]
     if settings is None and images:
         raise ValueError(f"the network has no encoder, and {images} are images; expected {{'cameras': …}}")
+    if settings is None:
+        _check_equal_steps(spec)
+    if by_step and settings is not None and settings.get("layout", "step") != "step":
+        raise ValueError("the network takes observed steps, but the encoder's layout is by key; expected 'step'")
     return None if settings is None else ObservationEncoder(spec, **settings)
 
 
@@ -183,16 +210,13 @@ def encode(encoder: ObservationEncoder | None, observation: Mapping[str, Tensor]
     return condition
 
 
-def _size(name: str, value: Any) -> tuple[int, int] | None:
-    if value is None:
-        return None
-    if not isinstance(value, list | tuple) or len(value) != 2:
-        raise ValueError(f"{name} is {value!r}, expected [height, width] or null")
-    height, width = (_count(f"{name}[{i}]", size, MAX_SIDE) for i, size in enumerate(value))
-    return height, width
+def _build_camera(image: Feature, settings: Any) -> CameraEncoder | TimmEncoder:
+    if not isinstance(settings, Mapping) or (name := settings.get("encoder", "resnet")) not in CAMERAS:
+        raise ValueError(f"a camera has the settings {settings!r:.200}, expected an encoder of {[*CAMERAS]}")
+    return CAMERAS[name](image, **{key: value for key, value in settings.items() if key != "encoder"})
 
 
-def _count(name: str, value: Any, most: int = MAX_FEATURES) -> int:
-    if not isinstance(value, int) or isinstance(value, bool) or not 1 <= value <= most:
-        raise ValueError(f"{name} is {value!r}, expected a whole number from 1 to {most}")
-    return value
+def _check_equal_steps(spec: PolicySpec) -> None:
+    steps = {key: feature.steps for key, feature in spec.observation.items() if feature.steps is not None}
+    if steps:
+        raise ValueError(f"{steps} are steps of single keys, which only an encoder with layout 'key' takes")

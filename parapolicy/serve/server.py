@@ -108,13 +108,14 @@ class PolicyServer:
             "policy": "parapolicy",
             "observation": {key: list(feature.shape) for key, feature in spec.observation.items()},
             "n_obs_steps": spec.n_obs_steps,
+            "obs_steps": {key: spec.obs_steps(key) for key in spec.observation},
             "n_action_steps": spec.n_action_steps,
-            "action_horizon": spec.horizon - spec.n_obs_steps + 1,
+            "action_horizon": spec.horizon - spec.executed.start,
             "action_dim": spec.action_dim,
             "control_hz": spec.control_hz,
             "history": (
-                f"send the last {spec.n_obs_steps} control steps stacked, or one step at every control step with "
-                "executed=1; one step alone stands for the whole history"
+                f"send the last {spec.n_obs_steps} control steps stacked (of each key its obs_steps), or one step at "
+                "every control step with executed=1; one step alone stands for the whole history"
             ),
             "warm_start": self.config.warm_start,
             "episode_pause_s": self.pause_s,

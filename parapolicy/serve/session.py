@@ -21,7 +21,7 @@ OPTIONS = ("reset", "seed", "executed")
 class Session:
     """A connection's episode.
 
-    A message is a map of the policy's observation keys. Each is for the last ``n_obs_steps`` control steps, stacked
+    A message is a map of the policy's observation keys. Each is for its last ``obs_steps`` control steps, stacked
     (To, ...), oldest first, or for the present one (...). One step alone joins the steps of the messages before only
     where ``executed`` is 1; otherwise it stands for the whole history, because the steps between are not known.
 
@@ -96,12 +96,12 @@ class Session:
 
     def _steps(self, observation: dict[str, Any]) -> list[dict[str, Any]]:
         """The control steps of a message; all are checked before the first is used."""
-        count = self.spec.n_obs_steps
+        counts = {key: self.spec.obs_steps(key) for key in self.spec.observation}
         stacked = {
             key
             for key, feature in self.spec.observation.items()
             if key in observation
-            and _shape(observation[key]) in ((count, *feature.shape), (count, *feature.tensor_shape))
+            and _shape(observation[key]) in ((counts[key], *feature.shape), (counts[key], *feature.tensor_shape))
         }
         steps = [observation]
         if stacked:  # a key of another shape is left as it came, for the history to name
@@ -110,9 +110,13 @@ class Session:
                 if shape in (feature.shape, feature.tensor_shape):
                     raise ObservationError(
                         f"observation {key!r} has shape {shape}, for one step, but {sorted(stacked)} are stacked for "
-                        f"{count}; expected all of one kind"
+                        f"{max(counts.values())}; expected all of one kind"
                     )
-            steps = [{k: v[i] if k in stacked else v for k, v in observation.items()} for i in range(count)]
+            steps = [
+                # Before a shorter history begins, its oldest step stands in; it is not looked at.
+                {k: v[max(0, counts[k] + i)] if k in stacked else v for k, v in observation.items()}
+                for i in range(-max(counts[key] for key in stacked), 0)
+            ]
         check = ObservationHistory(self.spec)
         for step in steps:
             check.push(step)

@@ -38,9 +38,11 @@ class Limits:
 
     @classmethod
     def of(cls, spec: PolicySpec) -> "Limits":
-        """Room for a policy's observations, ``n_obs_steps`` of each, even as nested lists of float64, and some more, so
+        """Room for a policy's observations, all steps of each, even as nested lists of float64, and some more, so
         that a message that is wrong by a little gets an error that names what is wrong."""
-        shapes = [(spec.n_obs_steps, *shape) for f in spec.observation.values() for shape in (f.shape, f.tensor_shape)]
+        shapes = [
+            (spec.obs_steps(key), *shape) for key, f in spec.observation.items() for shape in (f.shape, f.tensor_shape)
+        ]
         values = sum(sum(accumulate(shape, mul, initial=1)) for shape in shapes)
         texts = sum(len(key.encode()) for key in spec.observation)
         return cls(

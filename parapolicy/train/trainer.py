@@ -212,7 +212,10 @@ class _Loss:
         batch = torch.randint(len(self.windows), (self.config.batch_size,), generator=generator)
         steps = self.windows[batch].to(self.device)  # (B, H)
         action = self.actions[steps]
-        observation = {key: value[steps[:, : self.spec.n_obs_steps]] for key, value in self.observation.items()}
+        now = self.spec.n_obs_steps
+        observation = {
+            key: value[steps[:, now - self.spec.obs_steps(key) : now]] for key, value in self.observation.items()
+        }
         noise = torch.randn(action.shape, generator=generator).to(self.device)
         count = self.scheduler.config.num_train_timesteps
         timestep = torch.randint(count, (len(action),), generator=generator).to(self.device)

@@ -94,7 +94,9 @@ def assert_equal(first: parapolicy.Policy, second: parapolicy.Policy) -> None:
         assert all(torch.equal(value, theirs[name]) for name, value in ours.items()), "other weights"
     chunks = []
     for policy in (first, second):
-        observation = {key: np.zeros((policy.spec.n_obs_steps, *f.shape)) for key, f in policy.spec.observation.items()}
+        observation = {
+            key: np.zeros((policy.spec.obs_steps(key), *f.shape)) for key, f in policy.spec.observation.items()
+        }
         try:
             chunks.append(policy.predict(observation).trajectory)
         except FloatingPointError:  # said aloud
