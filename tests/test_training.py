@@ -402,11 +402,11 @@ def test_a_policy_of_another_range_is_not_gone_on_from(buffer: Path, tmp_path: P
 
 
 def test_without_a_compiler_training_goes_on(buffer: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(torch._inductor.config.cpp, "cxx", ("/nonexistent",))
     monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", str(tmp_path / "cache"))
     torch.compiler.reset()
     data, compiled = read_zarr(buffer, SOURCES), dataclasses.replace(CONFIG, steps=2, compile=True)
-    with pytest.warns(UserWarning, match="runs uncompiled") as caught:
+    no_compiler = torch._inductor.config.patch({"cpp.cxx": ("/nonexistent",)})  # monkeypatch would leave none behind
+    with pytest.warns(UserWarning, match="runs uncompiled") as caught, no_compiler:
         train(small_spec(), data, compiled, tmp_path / "compiled", torch.device("cpu"))
     assert len([w for w in caught if "runs uncompiled" in str(w.message)]) == 1
     train(small_spec(), data, dataclasses.replace(CONFIG, steps=2), tmp_path / "plain", torch.device("cpu"))
