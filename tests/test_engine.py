@@ -17,7 +17,7 @@ import torch
 
 import parapolicy
 from parapolicy.compiling import Compiling
-from parapolicy.engine import ENGINES, Compiled, CudaGraph, Eager, make_engine
+from parapolicy.engine import ENGINES, Compiled, CudaGraph, Eager, Fused, make_engine
 from parapolicy.engine.lowered.unet1d import LoweredUnet1D
 from parapolicy.networks.unet1d import ConditionalUnet1D
 from parapolicy.samplers import secant
@@ -216,12 +216,17 @@ def test_engines_are_chosen_by_name() -> None:
         parapolicy.load_policy(SHIPPED, engine="tensorrt", device="cpu")
 
 
-@pytest.mark.parametrize("bfloat16", [False, True])
-def test_auto_compiles(bfloat16: bool, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(torch.cpu, "_is_avx512_bf16_supported", lambda: bfloat16)
-    engine = make_engine("auto", torch.device("cpu"))
+def test_auto_goes_by_the_device(monkeypatch: pytest.MonkeyPatch) -> None:
+    cpu = torch.device("cpu")
+    monkeypatch.setattr(torch.cpu, "_is_avx512_bf16_supported", lambda: True)
+    engine = make_engine("auto", cpu)
     assert type(engine) is Compiled
-    assert engine.dtype == (torch.bfloat16 if bfloat16 else torch.float32)
+    assert engine.dtype == torch.bfloat16
+    engine = make_engine("auto", torch.device("cuda"))
+    assert type(engine) is Compiled
+    assert engine.dtype == torch.float32
+    monkeypatch.setattr(torch.cpu, "_is_avx512_bf16_supported", lambda: False)
+    assert type(make_engine("auto", cpu)) is Fused
     with pytest.raises(ValueError, match="engine is 'fast', expected one of"):
         make_engine("fast", torch.device("cpu"))
 

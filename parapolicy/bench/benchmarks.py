@@ -88,6 +88,9 @@ def bench_chunks(policy: Policy, engines: Mapping[str, Engine], machine: Mapping
         ways = {
             "sequential": base.with_sampler("sequential"),
             "DDIM-10": base.with_schedule("ddim", 10).with_sampler("sequential"),
+            "DDIM-16": base.with_schedule("ddim", 16).with_sampler("sequential"),
+            "collocation (15 nodes)": base.with_sampler("collocation", nodes=15),
+            "collocation (19 nodes)": base.with_sampler("collocation", nodes=19),
             "paradigms": base.with_sampler("paradigms"),
             "semi_implicit": base.with_sampler("semi_implicit"),
             "speculative": base.with_sampler("speculative"),
@@ -111,7 +114,7 @@ def bench_chunks(policy: Policy, engines: Mapping[str, Engine], machine: Mapping
             evaluations = statistics.fmean(float(chunk.stats.evaluations) for chunk in kept)
             row |= {"rounds": rounds, "evaluations": evaluations}
             row["floor"] = 1e3 * roofline.floor(rounds, evaluations, flops, weights, machine)
-            if label.startswith(("secant (", "auto", "semi", "paradigms")):
+            if label.startswith(("secant (", "collocation", "auto", "semi", "paradigms")):
                 exact = made["sequential, " + label.rpartition(", ")[2]][1:]
                 pairs = zip(kept, exact, strict=True)
                 errors = [normalized_error(policy, a.trajectory, b.trajectory) for a, b in pairs]

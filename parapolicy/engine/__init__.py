@@ -15,7 +15,7 @@ ENGINES = ("auto", "eager", "compiled", "compiled_bfloat16", "fused", "cuda_grap
 def make_engine(name: str, device: torch.device) -> Engine:
     """This process's engine by name; :func:`parapolicy.load_policy` joins those of several processes.
 
-    ``auto`` is ``compiled_bfloat16`` on a CPU with instructions for it, and else ``compiled``.
+    ``auto`` is ``compiled_bfloat16`` on a CPU with instructions for it, ``fused`` on other CPUs, and else ``compiled``.
 
     Raises:
         ValueError: an unknown name, ``sharded``, which is of several processes, ``cuda_graph`` without CUDA, or
@@ -25,8 +25,10 @@ def make_engine(name: str, device: torch.device) -> Engine:
         raise ValueError(f"engine is {name!r}, expected one of {list(ENGINES)}")
     if name == "sharded":
         raise ValueError("engine 'sharded' joins several processes: load_policy(…, engine='sharded') under torchrun")
+    if name == "auto" and device.type == "cpu" and not torch.cpu._is_avx512_bf16_supported():
+        return Fused(told=True)
     if name == "auto":
-        name = "compiled_bfloat16" if device.type == "cpu" and torch.cpu._is_avx512_bf16_supported() else "compiled"
+        name = "compiled_bfloat16" if device.type == "cpu" else "compiled"
     if name == "eager":
         return Eager()
     if name == "fused":

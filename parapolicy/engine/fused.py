@@ -20,11 +20,15 @@ class Fused(Engine):
     It computes in float32: up to eight rows on one core, and more on as many as torch has threads. A row's result is
     the same to the bit whatever the number of rows and threads. For other networks, and without a C++ compiler,
     :class:`parapolicy.engine.Compiled` takes its place, with one warning.
+
+    Args:
+        told: leave the warning out, for a caller who did not ask for this engine.
     """
 
     name = "fused"
 
-    def __init__(self) -> None:
+    def __init__(self, told: bool = False) -> None:
+        self.told = told
         self._fused: tuple[Network, FusedUnet1D] | None = None  # of the newest network
         self._steps: tuple[Tensor, Embedding] | None = None  # of the newest schedule
         self._fallback: Compiled | None = None
@@ -52,9 +56,10 @@ class Fused(Engine):
                     raise ValueError(f"a {type(network).__name__} has no native form")
                 self._fused, self._steps = (network, FusedUnet1D(network)), None
             except (ValueError, OSError) as error:
-                warnings.warn(
-                    f"engine 'fused' does not work here, so 'compiled' takes its place: {error}", stacklevel=3
-                )
+                if not self.told:
+                    warnings.warn(
+                        f"engine 'fused' does not work here, so 'compiled' takes its place: {error}", stacklevel=3
+                    )
                 self._fallback = Compiled()
                 return None
         return self._fused[1]
