@@ -185,7 +185,7 @@ def test_damage_is_named(old_folder: Path, damage: str) -> None:
 
 
 def test_every_flipped_byte_is_refused_or_changes_nothing(tmp_path: Path) -> None:
-    """Each byte of config.json, and of the weights 300 of the header and of the body; the bit by turns."""
+    """Each byte of config.json, and of the weights 150 of the header and of the body; the bit by turns."""
     network = {"name": "unet1d", "diffusion_step_embed_dim": 4, "down_dims": [4], "n_groups": 1}
     parapolicy.save_policy(small_policy(network=network), tmp_path)
     expected = fuzzing.load(tmp_path)
@@ -194,7 +194,7 @@ def test_every_flipped_byte_is_refused_or_changes_nothing(tmp_path: Path) -> Non
     for name in ("config.json", "model.safetensors"):
         written = (tmp_path / name).read_bytes()
         header = 8 + int.from_bytes(written[:8], "little")
-        places = [*range(0, header, header // 300), *range(header, len(written), len(written) // 300)]
+        places = [*range(0, header, header // 150), *range(header, len(written), len(written) // 150)]
         for k, position in enumerate(range(len(written)) if name == "config.json" else places):
             (tmp_path / name).write_bytes(fuzzing.flip(written, position, 1 << k % 8))
             policy = fuzzing.load(tmp_path)
@@ -204,7 +204,7 @@ def test_every_flipped_byte_is_refused_or_changes_nothing(tmp_path: Path) -> Non
         (tmp_path / name).write_bytes(written)
     assert set(tried) <= {"config.json refused", "config.json equal", "model.safetensors refused"}
     assert tried["config.json refused"] > 500
-    assert tried["model.safetensors refused"] > 400
+    assert tried["model.safetensors refused"] > 200
 
 
 @pytest.mark.parametrize("case", fuzzing.CASES)

@@ -138,8 +138,10 @@ def test_another_runs_state_is_not_taken_over(buffer: Path, tmp_path: Path, monk
         train(small_spec(), data, dataclasses.replace(CONFIG, seed=1), tmp_path, cpu)
 
 
-@pytest.mark.parametrize("prediction", ["epsilon", "sample", "v_prediction"])
-@pytest.mark.parametrize("precision", ["float32", "bfloat16"])
+@pytest.mark.parametrize(
+    ("prediction", "precision"),
+    [("epsilon", "float32"), ("sample", "float32"), ("v_prediction", "float32"), ("epsilon", "bfloat16")],
+)
 def test_training_learns(buffer: Path, tmp_path: Path, prediction: str, precision: str) -> None:
     spec = small_spec(scheduler={**small_spec().scheduler, "prediction_type": prediction})
     config = dataclasses.replace(CONFIG, steps=150, batch_size=32, precision=precision, learning_rate=3e-3)
