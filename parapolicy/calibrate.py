@@ -20,6 +20,7 @@ from torch import Tensor
 
 from parapolicy.digest import digest
 from parapolicy.files import cache_folder, replacing
+from parapolicy.observation import stack_observations
 from parapolicy.planner import made_up_observations
 from parapolicy.policy import Policy
 from parapolicy.samplers.collocation import log_snr
@@ -46,46 +47,56 @@ def with_calibration(policy: Policy, folder: str | os.PathLike[str] | None = Non
         measure: False: only that beside the weights.
     """
     beside = None if folder is None else Path(folder) / FILE
-    if beside is not None and beside.is_file() and (found := _read(beside, policy)) is not None:
-        return _replaced(policy, found)
+    if not measure and (beside is None or not beside.is_file()):
+        return policy  # spared the digest, which reads all weights
+    of = _key(policy)
+    if beside is not None and (found := _read(beside, policy, of)) is not None:
+        return attach(policy, found)
     if not measure:
         return policy
     try:
-        remembered = cache_folder() / f"calibration-{_key(policy)[:16]}.safetensors"
+        remembered = cache_folder() / f"calibration-{of[:16]}.safetensors"
     except RuntimeError:  # a user without a home
-        return _replaced(policy, calibrate(policy))
-    if (found := _read(remembered, policy)) is not None:
-        return _replaced(policy, found)
+        return attach(policy, calibrate(policy))
+    if (found := _read(remembered, policy, of)) is not None:
+        return attach(policy, found)
     calibration = calibrate(policy)
     with contextlib.suppress(OSError):  # what cannot be remembered costs the time of measuring again
         remembered.parent.mkdir(parents=True, exist_ok=True)
-        write_calibration(remembered, policy, calibration)
-    return _replaced(policy, calibration)
+        _write(remembered, of, calibration, {})
+    return attach(policy, calibration)
 
 
-def write_calibration(
-    path: Path, policy: Policy, calibration: Calibration, measured: Mapping[str, Any] | None = None
-) -> None:
+def attach(policy: Policy, calibration: Calibration) -> Policy:
+    """The policy whose schedule has this calibration."""
+    return dataclasses.replace(policy, schedule=dataclasses.replace(policy.schedule, calibration=calibration))
+
+
+def write_calibration(path: Path, policy: Policy, calibration: Calibration, measured: Mapping[str, Any]) -> None:
     """Write a calibration's file, whole or not at all.
 
     Args:
         policy: that it is of; weights and schedule are compared at loading.
         measured: what was found on other chunks than those it was made from; kept for people to read.
     """
-    about = {"of": _key(policy), "nodes": json.dumps(dict(calibration.nodes)), "measured": json.dumps(measured or {})}
+    _write(path, _key(policy), calibration, measured)
+
+
+def _write(path: Path, of: str, calibration: Calibration, measured: Mapping[str, Any]) -> None:
+    about = {"of": of, "nodes": json.dumps(dict(calibration.nodes)), "measured": json.dumps(measured)}
     tensors = {"modes": calibration.modes, "response": calibration.response}
     with replacing(path, uuid.uuid4().hex) as partial:
         save_file({name: value.cpu().contiguous() for name, value in tensors.items()}, partial, about)
 
 
-def _read(path: Path, policy: Policy) -> Calibration | None:
+def _read(path: Path, policy: Policy, of: str) -> Calibration | None:
     """A file's calibration; None where it is damaged, or of other weights or another schedule."""
     try:
         if path.stat().st_size > MOST_BYTES:
             return None
         with safe_open(path, "pt") as file:
             about = file.metadata() or {}
-            if about.get("of") != _key(policy):
+            if about.get("of") != of:
                 return None
             nodes = {int(count): tuple(steps) for count, steps in json.loads(about["nodes"]).items()}
             found = Calibration(file.get_tensor("modes").clone(), file.get_tensor("response").clone(), nodes)
@@ -93,10 +104,6 @@ def _read(path: Path, policy: Policy) -> Calibration | None:
         return None
     expected = len(policy.schedule), int(np.prod(policy.spec.sample_shape))
     return found.to(policy.device) if tuple(found.response.shape) == expected else None
-
-
-def _replaced(policy: Policy, calibration: Calibration) -> Policy:
-    return dataclasses.replace(policy, schedule=dataclasses.replace(policy.schedule, calibration=calibration))
 
 
 def _key(policy: Policy) -> str:
@@ -121,7 +128,7 @@ def calibrate(
     sequential, states, estimates = policy.with_sampler("sequential"), [], []
     for begin in range(0, chunks, BATCH):
         numbers = range(begin, min(begin + BATCH, chunks))
-        batch = {key: np.stack([np.asarray(given[i % len(given)][key]) for i in numbers]) for key in given[0]}
+        batch = stack_observations([given[i % len(given)] for i in numbers])
         chunk = sequential.predict(batch, seed=[seed + i for i in numbers])
         noise, u = chunk.warm_state.noise.flatten(2), chunk.warm_state.estimates.flatten(2)
         estimates.append(u)

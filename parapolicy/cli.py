@@ -114,8 +114,9 @@ def calibrate(arguments: Sequence[str]) -> None:
     from parapolicy.planner import made_up_observations
 
     policy = load_policy(parsed.folder, device="cpu")
-    observations = made_up_observations(policy, 2 * parsed.chunks)
-    if parsed.observations is not None:
+    if parsed.observations is None:
+        observations = made_up_observations(policy, 2 * parsed.chunks)
+    else:
         observations = [one for path in parsed.observations for one in read_observations(path)]
     calibration, rows = measure_calibration(policy, observations, parsed.chunks, parsed.draws)
     write_calibration(parsed.folder / FILE, policy, calibration, {"rows": rows, "made_up": parsed.observations is None})

@@ -97,7 +97,9 @@ def _warnings(policy: Policy) -> list[str]:
         scale = affine.scale.flatten().abs()
         still = ((scale < STILL[0]) | (scale > STILL[1])).nonzero().flatten().tolist()
         if still and key in policy.spec.observation and policy.spec.observation[key].kind == "state":
-            found.append(f"numbers {still[:8]} of {key!r} hardly moved in training; what the policy does when they do")
+            found.append(
+                f"numbers {still[:8]} of {key!r} hardly moved in training: the policy has not learned what they mean"
+            )
     return found
 
 

@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 
 from parapolicy.noise import mix_seeds
-from parapolicy.observation import ObservationHistory
+from parapolicy.observation import ObservationHistory, stack_observations
 from parapolicy.policy import Chunk, ChunkStats, Policy
 from parapolicy.spec import PolicySpec
 from parapolicy.warm import WarmState
@@ -95,8 +95,7 @@ def group_requests(requests: Sequence[Request]) -> list[list[int]]:
 
 def predict_together(policy: Policy, requests: Sequence[Request], deadline: float | None = None) -> list[Chunk]:
     """The chunks of one group of requests, in one batch; see :meth:`parapolicy.Policy.predict`."""
-    keys = policy.spec.observation
-    observation = {key: np.stack([request.observation[key] for request in requests]) for key in keys}
+    observation = stack_observations([request.observation for request in requests])
     states = [request.warm for request in requests if request.warm is not None]
     chunk = policy.predict(
         observation,

@@ -64,7 +64,7 @@ def load_policy(
         from parapolicy.engine.sharded import join  # torch.distributed takes its time to load
 
         policy = dataclasses.replace(policy, engine=join(policy))
-    calibrated = sampler == "collocation" or parameters.get("fidelity") == "distribution"
+    calibrated = chosen.uses_calibration or parameters.get("fidelity") == "distribution"
     policy = with_calibration(policy, folder, measure=calibrated)
     return make_plan(policy, **parameters).apply(policy) if sampler == "auto" else policy
 

@@ -1,7 +1,7 @@
 """From what the robot sees to what the network takes: checking, history, normalising."""
 
 from collections import deque
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -63,6 +63,11 @@ class ObservationHistory:
         return {
             key: np.stack([step[key] for step in steps[-self.spec.obs_steps(key) :]]) for key in self.spec.observation
         }
+
+
+def stack_observations(observations: Sequence[Mapping[str, Any]]) -> dict[str, np.ndarray]:
+    """Observations {key: (…)} of the same keys and shapes as one batch, {key: (B, …)}."""
+    return {key: np.stack([observation[key] for observation in observations]) for key in observations[0]}
 
 
 def normalize_observation(

@@ -1,6 +1,11 @@
 """Small policies, denoisers, observations and configurations that tests share."""
 
+import atexit
+import functools
+import shutil
+import tempfile
 from collections.abc import Callable, Iterator, Mapping
+from concurrent.futures import Executor, Future
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -105,6 +110,36 @@ def run_sampler(
 def flat_noise(schedule: Schedule, batch: int = 1, seed: int = 0, shape: tuple[int, ...] | None = None) -> Tensor:
     """Noise as samplers take it, (T + 1, B, S)."""
     return draw_noise(schedule, batch, seed, shape).flatten(2)
+
+
+@functools.cache
+def process_folder() -> Path:
+    """A folder of this process, which goes when it ends."""
+    folder = Path(tempfile.mkdtemp(prefix="parapolicy-tests-"))
+    atexit.register(shutil.rmtree, folder, ignore_errors=True)
+    return folder
+
+
+class Later(Executor):
+    """Runs what is submitted when the test says so."""
+
+    def __init__(self) -> None:
+        self.waiting: list[tuple[Future[Any], Callable[[], Any]]] = []
+
+    def submit(self, function: Callable[..., Any], /, *arguments: Any, **options: Any) -> Future[Any]:
+        future: Future[Any] = Future()
+        self.waiting.append((future, lambda: function(*arguments, **options)))
+        return future
+
+    def run(self) -> None:
+        waiting, self.waiting = self.waiting, []
+        for future, call in waiting:
+            if not future.set_running_or_notify_cancel():
+                continue
+            try:
+                future.set_result(call())
+            except Exception as error:
+                future.set_exception(error)
 
 
 @contextmanager

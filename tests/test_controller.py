@@ -18,7 +18,7 @@ from parapolicy.control import Histogram, Pacer
 from parapolicy.noise import mix_seeds
 from parapolicy.policy import Chunk, Policy
 from tests.conftest import PATIENCE, ROOT
-from tests.helpers import small_policy, some_observation
+from tests.helpers import Later, small_policy, some_observation
 
 EXECUTED = 4  # n_action_steps of the small policy; its horizon is 8, of which 7 actions are from now on
 
@@ -42,28 +42,6 @@ class Timed:
             raise failure
         self.now += self.seconds
         return self.policy.predict(observation, **options)
-
-
-class Later(Executor):
-    """Runs what is submitted when the test says so."""
-
-    def __init__(self) -> None:
-        self.waiting: list[tuple[Future, Callable[[], Any]]] = []
-
-    def submit(self, function: Callable, /, *arguments: Any, **options: Any) -> Future:
-        future: Future = Future()
-        self.waiting.append((future, lambda: function(*arguments, **options)))
-        return future
-
-    def run(self) -> None:
-        for future, call in self.waiting:
-            if not future.set_running_or_notify_cancel():
-                continue
-            try:
-                future.set_result(call())
-            except Exception as error:
-                future.set_exception(error)
-        self.waiting.clear()
 
 
 @pytest.fixture

@@ -1,9 +1,7 @@
 """Policies of other programs, small and made up: every sampler, engine and way of an observation takes them."""
 
-import atexit
 import functools
 import shutil
-import tempfile
 from pathlib import Path
 from typing import Any
 
@@ -24,18 +22,12 @@ from parapolicy.serve.wire import Limits, pack, unpack
 from parapolicy.spec import Feature
 from tests import lerobot_folders
 from tests import stanford_files as files
+from tests.helpers import process_folder
 from tests.test_stanford_images import hybrid_file
 
 KINDS = ("low-dim", "transformer", "hybrid", "lerobot")
 EXACT = ("secant", "semi_implicit", "anderson", "paradigms", "parareal")
 STEPS = 12  # of the schedules here
-
-
-@functools.cache
-def base() -> Path:
-    folder = Path(tempfile.mkdtemp(prefix="parapolicy-tests-"))
-    atexit.register(shutil.rmtree, folder, ignore_errors=True)
-    return folder
 
 
 @functools.cache
@@ -47,8 +39,8 @@ def checkpoint(kind: str) -> Path:
         changes: dict[str, Any] = {"noise_scheduler_type": "DDPM", "num_train_timesteps": STEPS}
         changes |= {"num_inference_steps": None, "crop_shape": [40, 36]}
         inputs = {k: v for k, v in lerobot_folders.CAMERAS.items() if "wrist" not in k}
-        return lerobot_folders.made_up(base() / kind, input_features=inputs, **changes)[0]
-    folder = base() / kind
+        return lerobot_folders.made_up(process_folder() / kind, input_features=inputs, **changes)[0]
+    folder = process_folder() / kind
     folder.mkdir()
     if kind == "hybrid":
         return hybrid_file(folder, "Unet", "group", noise_scheduler=scheduler)[0]

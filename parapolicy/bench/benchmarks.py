@@ -19,7 +19,7 @@ from parapolicy.evaluate.measure.chunk_error import normalized_error
 from parapolicy.evaluate.measure.upstream import upstream_chunk
 from parapolicy.launch import start_workers
 from parapolicy.loading import load_policy
-from parapolicy.observation import normalize_observation
+from parapolicy.observation import normalize_observation, stack_observations
 from parapolicy.planner import made_up_observations, make_plan
 from parapolicy.policy import Chunk, Policy
 from parapolicy.schedule import make_schedule
@@ -127,8 +127,7 @@ def bench_robots(policy: Policy, engines: Mapping[str, Engine], repeats: int) ->
     """Median seconds of one ``predict`` for several robots, with the default sampler."""
     rows = []
     for robots in ROBOTS:
-        observations = made_up_observations(policy, robots)
-        batch = {key: np.stack([observation[key] for observation in observations]) for key in observations[0]}
+        batch = stack_observations(made_up_observations(policy, robots))
         policies = {name: dataclasses.replace(policy, engine=engine) for name, engine in engines.items()}
         calls = {name: partial(way.predict, batch) for name, way in policies.items()}
         seconds = alternate(calls, repeats, policy.device)

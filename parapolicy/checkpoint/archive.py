@@ -202,6 +202,18 @@ class Archive:
             raise self.error(f"its byte order is {bytes(order)!r}, expected b'little'; save it on a usual machine")
 
 
+def holds(path: Path, *names: bytes) -> bool:
+    """Whether a path is a file of torch.save whose pickle has all of the names."""
+    if not path.is_file():
+        return False
+    try:
+        with Archive(path) as archive:
+            pickled = archive.pickle()
+            return all(name in pickled for name in names)
+    except CheckpointError:
+        return False
+
+
 def _foreign(head: bytes) -> str:
     """What a file is that is no zip file."""
     if head.startswith(b"version https://git-lfs"):

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from parapolicy.checkpoint.archive import Archive
+from parapolicy.checkpoint.archive import Archive, holds
 from parapolicy.checkpoint.folder_files import MAX_JSON, cut, parse_json, some
 from parapolicy.checkpoint.inert import Instance, TensorRef, UnsafeValue, read_array
 from parapolicy.checkpoint.pickles import unpickle
@@ -33,14 +33,7 @@ PLACES = {"conv1": 0, "bn1": 1, "layer1": 4, "layer2": 5, "layer3": 6, "layer4":
 
 def recognises(path: Path) -> bool:
     """Whether a file of ``torch.save`` has robomimic's keys."""
-    try:
-        if not path.is_file():
-            return False
-        with Archive(path) as archive:
-            pickled = archive.pickle()
-            return b"algo_name" in pickled and b"shape_metadata" in pickled
-    except CheckpointError:
-        return False
+    return holds(path, b"algo_name", b"shape_metadata")
 
 
 def read(path: Path) -> tuple[PolicySpec, Network, Normalizer]:

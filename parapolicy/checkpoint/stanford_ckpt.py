@@ -13,7 +13,8 @@ import torch
 from torch import Tensor
 
 from parapolicy.checkpoint import stanford_umi
-from parapolicy.checkpoint.archive import Archive
+from parapolicy.checkpoint.archive import Archive, holds
+from parapolicy.checkpoint.folder_files import some
 from parapolicy.checkpoint.hydra_config import Config
 from parapolicy.checkpoint.inert import TensorRef
 from parapolicy.checkpoint.pickles import unpickle
@@ -76,14 +77,7 @@ FAMILIES = {
 
 def recognises(path: Path) -> bool:
     """Whether a file is one of torch.save and names the state dicts of a workspace."""
-    if not path.is_file():
-        return False
-    try:
-        with Archive(path) as archive:
-            pickled = archive.pickle()
-            return b"state_dicts" in pickled and b"cfg" in pickled
-    except CheckpointError:
-        return False
+    return holds(path, b"state_dicts", b"cfg")
 
 
 def read(path: Path) -> tuple[PolicySpec, Network, Normalizer]:
@@ -272,7 +266,7 @@ def _fill(archive: Archive, network: Network, found: FoundNetwork, encoder: Foun
     missing, unknown = sorted(expected.keys() - refs.keys()), sorted(refs.keys() - expected.keys())
     if missing or unknown:
         raise archive.error(
-            f"its tensors do not match its config: missing {_some(missing)}, unexpected {_some(unknown)}; save it again"
+            f"its tensors do not match its config: missing {some(missing)}, unexpected {some(unknown)}; save it again"
         )
     for name, ref in refs.items():
         shape, given = tuple(expected[name].shape), ref.shape
@@ -294,7 +288,3 @@ def _fill(archive: Archive, network: Network, found: FoundNetwork, encoder: Foun
             value = value[:, : found.lengths[name]].contiguous()
         tensors[name] = value.reshape(expected[name].shape)
     network.load_state_dict(tensors, assign=True)
-
-
-def _some(names: list[str]) -> str:
-    return f"{names[:3]} and {len(names) - 3} more" if len(names) > 3 else str(names)

@@ -77,10 +77,12 @@ class Sampler(ABC):
     Attributes:
         is_reference: it computes the schedule step by step: what the others are measured against.
         reuses_noise: it stays exact where the noise of the chunk before is used again.
+        uses_calibration: it samples better on a schedule with a calibration.
     """
 
     is_reference: ClassVar[bool] = False
     reuses_noise: ClassVar[bool] = True
+    uses_calibration: ClassVar[bool] = False
 
     @property
     def asked_error(self) -> float | None:

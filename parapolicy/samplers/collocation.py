@@ -42,6 +42,8 @@ class Collocation(Sampler):
             noise there.
     """
 
+    uses_calibration: ClassVar[bool] = True
+
     nodes: int | tuple[int, ...] = 19
     window: int = 3
     settle: float = 0.15

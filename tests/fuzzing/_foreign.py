@@ -8,7 +8,6 @@ place of a weight or two tensors of one shape in each other's place, is left out
 
 import hashlib
 import json
-import time
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
@@ -23,8 +22,9 @@ from parapolicy.checkpoint.inert import TensorRef
 from parapolicy.checkpoint.stanford_schedule import DEFAULTS, OWN_DEFAULTS
 from parapolicy.errors import CheckpointError
 from parapolicy.planner import made_up_observations
+from tests.fuzzing import checkpoints
 
-SECONDS, CHARACTERS, NODES, DEPTH = 2.0, 1000, 100_000, 400
+CHARACTERS, NODES, DEPTH = 1000, 100_000, 400
 WEIGHTS = "weights"  # stands for all tensors of a file
 Facts = dict[tuple[Any, ...], Any]  # a file, flat: path of keys -> a type and a value, or the keys of a map
 
@@ -140,19 +140,8 @@ def set_other(rng: Generator, config: Any) -> Any:
 
 
 def load(path: Path) -> parapolicy.Policy | None:
-    """The policy, or None where it is refused as it should be.
-
-    Raises:
-        AssertionError: it is refused in another way, or too slowly.
-    """
-    begin, policy, message = time.process_time(), None, ""
-    try:
-        policy = parapolicy.load_policy(path, sampler="sequential", device="cpu")
-    except CheckpointError as error:
-        message = str(error).replace(str(path), "")
-    assert len(message) < CHARACTERS, f"a message of {len(message)} characters"
-    assert time.process_time() - begin < SECONDS, f"took {time.process_time() - begin:.1f} s"
-    return policy
+    """As :func:`tests.fuzzing.checkpoints.load`."""
+    return checkpoints.load(path, CHARACTERS)
 
 
 def judge(

@@ -69,18 +69,18 @@ def flip(data: bytes, position: int, mask: int) -> bytes:
     return data[:position] + bytes([data[position] ^ mask]) + data[position + 1 :]
 
 
-def load(folder: Path) -> parapolicy.Policy | None:
+def load(path: Path, characters: int = CHARACTERS) -> parapolicy.Policy | None:
     """The policy, or None where it is refused as it should be.
 
     Raises:
-        AssertionError: it is refused in another way, or too slowly.
+        AssertionError: it is refused in another way, too slowly, or in more ``characters`` than these.
     """
     begin, policy, message = time.process_time(), None, ""
     try:
-        policy = parapolicy.load_policy(folder, sampler="sequential", device="cpu")
+        policy = parapolicy.load_policy(path, sampler="sequential", device="cpu")
     except parapolicy.CheckpointError as error:
-        message = str(error).replace(str(folder), "")
-    assert len(message) < CHARACTERS, f"a message of {len(message)} characters"
+        message = str(error).replace(str(path), "")
+    assert len(message) < characters, f"a message of {len(message)} characters"
     assert time.process_time() - begin < SECONDS, f"took {time.process_time() - begin:.1f} s"
     return policy
 

@@ -9,7 +9,7 @@ add up; and no two chunks are computed at once.
 import threading
 from collections import Counter
 from collections.abc import Callable, Mapping
-from concurrent.futures import Executor, Future
+from concurrent.futures import Future
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +20,7 @@ from parapolicy import Controller, ObservationError
 from parapolicy.policy import Chunk, ChunkStats
 from parapolicy.warm import WarmState
 from tests.fuzzing import Case
-from tests.helpers import small_spec
+from tests.helpers import Later, small_spec
 
 SPEC = small_spec()
 HORIZON, WIDTH = SPEC.sample_shape
@@ -112,34 +112,22 @@ class Policy:
             self._busy.release()
 
 
-class Later(Executor):
-    """Runs what is submitted when the schedule says so.
+class Closable(Later):
+    """An executor that can be shut down.
 
     Attributes:
         lost: computations that were refused or cancelled.
     """
 
     def __init__(self) -> None:
-        self.waiting: list[tuple[Future[Any], Callable[[], Any]]] = []
+        super().__init__()
         self.lost, self._gone = 0, False
 
     def submit(self, function: Callable[..., Any], /, *arguments: Any, **options: Any) -> Future[Any]:
         if self._gone:
             self.lost += 1
             raise RuntimeError("cannot schedule new futures after shutdown")
-        future: Future[Any] = Future()
-        self.waiting.append((future, lambda: function(*arguments, **options)))
-        return future
-
-    def run(self) -> None:
-        waiting, self.waiting = self.waiting, []
-        for future, call in waiting:
-            if not future.set_running_or_notify_cancel():
-                continue
-            try:
-                future.set_result(call())
-            except Exception as error:
-                future.set_exception(error)
+        return super().submit(function, *arguments, **options)
 
     def shutdown(self, wait: bool = True, *, cancel_futures: bool = False) -> None:
         self._gone = True
@@ -153,7 +141,7 @@ class Loop:
 
     def __init__(self, rng: np.random.Generator, faults: set[str]) -> None:
         self.rng, self.faults, self.clock = rng, faults, Clock()
-        self.policy, self.later, self.rows = Policy(self.clock), Later(), list[Any]()
+        self.policy, self.later, self.rows = Policy(self.clock), Closable(), list[Any]()
         self.own_thread = "thread" in faults
         self.blend_steps = int(rng.choice([0, 0, 3]))
         self.controller = Controller(

@@ -4,14 +4,12 @@ A flipped bit of a number in a safetensors file gives another number, and nothin
 files' texts are damaged, which are config.json, processor files and headers of tensors, and whole files and tensors.
 """
 
-import atexit
 import copy
 import functools
 import json
 import os
 import shutil
 import struct
-import tempfile
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -23,6 +21,7 @@ from safetensors.torch import load, load_file, save_file
 import parapolicy
 from tests.fuzzing import _foreign
 from tests.fuzzing.checkpoints import edit, edit_tensors, flip
+from tests.helpers import process_folder
 from tests.lerobot_folders import CAMERAS, made_up
 from tests.test_lerobot_folder import to_former
 
@@ -31,18 +30,11 @@ KINDS = ("processors", "buffers")
 
 
 @functools.cache
-def base() -> Path:
-    folder = Path(tempfile.mkdtemp(prefix="parapolicy-fuzzing-"))
-    atexit.register(shutil.rmtree, folder, ignore_errors=True)
-    return folder
-
-
-@functools.cache
 def sound(kind: str) -> tuple[Path, parapolicy.Policy, _foreign.Facts]:
     """A whole folder, its policy and what it says: one of :data:`KINDS`, or ``cameras``."""
     torch.manual_seed(0)
     changes: dict[str, Any] = {"input_features": CAMERAS, "crop_shape": [36, 36]} if kind == "cameras" else {}
-    folder, values, _ = made_up(base() / kind, **changes)
+    folder, values, _ = made_up(process_folder() / kind, **changes)
     if kind == "buffers":
         modes = {"observation.state": "MIN_MAX", "action": "MIN_MAX"}
         to_former(folder, values, modes)

@@ -6,7 +6,6 @@ Each case damages a small run at random and returns ``refused`` or ``equal``; an
 import functools
 import json
 import shutil
-import tempfile
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -21,7 +20,7 @@ from parapolicy.evaluate.report.gather import chunk_table, episode_table, gather
 from parapolicy.evaluate.run.evaluation import evaluate
 from parapolicy.evaluate.run.records import write_latencies
 from parapolicy.train.state import STATE, TrainingFolder
-from tests.helpers import configured, small_policy
+from tests.helpers import configured, process_folder, small_policy
 
 SEEDS = (3, 4, 5)
 LINES = 4  # of episodes.jsonl that an interrupted run has
@@ -44,7 +43,7 @@ class Drift(gymnasium.Env):
 @functools.cache
 def base() -> Path:
     """Undamaged runs: ``finished`` and ``half`` of an evaluation, ``training`` of one step, and the policy."""
-    place = Path(tempfile.mkdtemp(prefix="parapolicy-fuzzing-"))
+    place = process_folder()
     torch.manual_seed(0)
     parapolicy.save_policy(small_policy(observation={"state": (5,)}), place / "policy")
     run(place / "finished", place / "policy")

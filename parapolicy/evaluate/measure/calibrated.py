@@ -1,6 +1,5 @@
 """How near collocation comes to the whole schedule, on chunks that its calibration has not seen."""
 
-import dataclasses
 import zipfile
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -8,12 +7,12 @@ from typing import Any
 
 import numpy as np
 
-from parapolicy.calibrate import calibrate
+from parapolicy.calibrate import attach, calibrate
 from parapolicy.evaluate.measure.chunk_error import normalized_error
-from parapolicy.evaluate.measure.fidelity import paired_energy_distance
+from parapolicy.evaluate.measure.fidelity import draw_chunks, paired_energy_distance
 from parapolicy.noise import mix_seeds
+from parapolicy.observation import stack_observations
 from parapolicy.policy import Policy
-from parapolicy.samplers import Sampler, make_sampler
 from parapolicy.schedule import Calibration
 
 COUNTS = (12, 15, 19, 24, 32)  # numbers of nodes that are measured
@@ -44,25 +43,25 @@ def measure_calibration(
         raise ValueError(f"there are {len(observations)} observations, expected at least 2: half are held out")
     calibration = calibrate(policy, observations[:half], chunks)
     held_out = observations[half:]
-    calibrated = dataclasses.replace(policy, schedule=dataclasses.replace(policy.schedule, calibration=calibration))
+    calibrated = attach(policy, calibration)
     candidates: dict[str, Policy] = {}
     for count in (count for count in COUNTS if count <= len(policy.schedule)):
-        candidates[f"{count} nodes"] = _with(calibrated, make_sampler("collocation", nodes=count))
+        candidates[f"{count} nodes"] = calibrated.with_sampler("collocation", nodes=count)
     for steps in (steps for steps in RIVALS if policy.schedule.solver == "ddpm" and steps < len(policy.schedule)):
         candidates[f"DDIM-{steps}"] = policy.with_schedule("ddim", steps).with_sampler("sequential")
     sequential = policy.with_sampler("sequential")
 
-    batch = _stack([held_out[i % len(held_out)] for i in range(chunks)])
-    reference = sequential.predict(batch, seed=[mix_seeds(HELD_OUT, i) for i in range(chunks)])
+    batch = stack_observations([held_out[i % len(held_out)] for i in range(chunks)])
+    seeds = [mix_seeds(HELD_OUT, i) for i in range(chunks)]
+    reference = sequential.predict(batch, seed=seeds)
     energies: dict[str, list[float]] = {label: [] for label in candidates}
     for i, observation in enumerate(held_out[:: max(1, len(held_out) // SITUATIONS)][:SITUATIONS]):
-        repeated = _stack([observation] * draws)
-        target = _draw(sequential, repeated, HELD_OUT + i)
+        noise = [mix_seeds(HELD_OUT + i, k) for k in range(draws)]
+        target = draw_chunks(sequential, observation, draws, noise)
         for label, candidate in candidates.items():
-            energies[label].append(paired_energy_distance(_draw(candidate, repeated, HELD_OUT + i), target))
+            energies[label].append(paired_energy_distance(draw_chunks(candidate, observation, draws, noise), target))
     rows = []
     for label, candidate in candidates.items():
-        seeds = [mix_seeds(HELD_OUT, i) for i in range(chunks)]
         chunk = candidate.predict(batch, seed=seeds)
         errors = normalized_error(policy, chunk.trajectory, reference.trajectory)
         energy = np.array(energies[label])
@@ -113,19 +112,3 @@ def read_observations(path: Path) -> list[dict[str, np.ndarray]]:
             f"{path} has arrays of the lengths {sorted(lengths)}, expected one length and at least one key"
         )
     return [{key: value[i] for key, value in arrays.items()} for i in range(lengths.pop())]
-
-
-def _with(policy: Policy, sampler: Sampler) -> Policy:
-    return dataclasses.replace(policy, sampler=sampler)
-
-
-def _stack(observations: Sequence[Mapping[str, np.ndarray]]) -> dict[str, np.ndarray]:
-    return {key: np.stack([observation[key] for observation in observations]) for key in observations[0]}
-
-
-def _draw(policy: Policy, batch: Mapping[str, np.ndarray], seed: int) -> np.ndarray:
-    """Normalised chunks (n, H Da), row i of every policy with the same noise, as far as schedules share it."""
-    count = len(next(iter(batch.values())))
-    chunk = policy.predict(batch, seed=[mix_seeds(seed, i) for i in range(count)])
-    scale = policy.normalizer.maps["action"].scale.cpu().numpy()
-    return (chunk.trajectory * scale).reshape(count, -1)

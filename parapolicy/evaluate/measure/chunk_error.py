@@ -7,6 +7,7 @@ from typing import Any
 import numpy as np
 
 from parapolicy.noise import mix_seeds
+from parapolicy.observation import stack_observations
 from parapolicy.policy import Chunk, Policy
 from parapolicy.warm import WarmState
 
@@ -83,7 +84,7 @@ def measure_errors(
         states: dict[str, list[WarmState | None]] = {label: [None] * len(episodes) for label in policies}
         for j in range(max(len(episode) for episode in episodes)):
             active = [i for i, episode in enumerate(episodes) if len(episode) > j]
-            batch = {key: np.stack([episodes[i][j][key] for i in active]) for key in episodes[active[0]][j]}
+            batch = stack_observations([episodes[i][j] for i in active])
             seeds = [mix_seeds(noise_seed, repeat, i, j) for i in active]
             references = SequentialChunks(batch)
             for label, policy in policies.items():

@@ -32,6 +32,15 @@ def paired_energy_distance(a: np.ndarray, b: np.ndarray) -> float:
     return float(2 * across - pdist(a).mean() - pdist(b).mean())
 
 
+def draw_chunks(
+    policy: Policy, observation: Mapping[str, np.ndarray], draws: int, seed: int | Sequence[int]
+) -> np.ndarray:
+    """Chunks at one observation {key: (To, …)}, normalised and flat, (draws, H Da); ``seed`` is that of ``predict``."""
+    batch = {key: np.repeat(value[None], draws, axis=0) for key, value in observation.items()}
+    trajectory = torch.from_numpy(policy.predict(batch, seed=seed).trajectory).to(policy.device)
+    return policy.normalizer.normalize("action", trajectory).cpu().numpy().reshape(draws, -1)
+
+
 def measure_fidelity(
     policies: Mapping[str, Policy],
     reference: Policy,
@@ -56,16 +65,11 @@ def measure_fidelity(
     sets = {"resampling": reference, **policies}
     distances: dict[str, list[float]] = {label: [] for label in sets}
     for i, observation in enumerate(observations):
-
-        def draw(policy: Policy, which: int, i: int = i, observation: Mapping[str, np.ndarray] = observation) -> Any:
-            batch = {key: np.repeat(value[None], draws, axis=0) for key, value in observation.items()}
-            chunk = policy.predict(batch, seed=mix_seeds(i, which))
-            trajectory = torch.from_numpy(chunk.trajectory).to(policy.device)
-            return policy.normalizer.normalize("action", trajectory).cpu().numpy().reshape(draws, -1)
-
-        target = draw(reference, 0)
+        target = draw_chunks(reference, observation, draws, mix_seeds(i, 0))
         progress(1)
         for which, (label, policy) in enumerate(sets.items(), start=1):
-            distances[label].append(energy_distance(draw(policy, which), target))
+            distances[label].append(
+                energy_distance(draw_chunks(policy, observation, draws, mix_seeds(i, which)), target)
+            )
             progress(1)
     return distances

@@ -14,6 +14,7 @@ from tqdm import tqdm
 
 from parapolicy.evaluate.run.rollout import EpisodeRecord
 from parapolicy.files import seal, unseal, write_whole
+from parapolicy.observation import stack_observations
 
 MAX_NAME = 100  # characters of a folder's
 LISTS = ("rewards", "rounds", "evaluations", "seams", "motion")  # fields of an EpisodeRecord in episodes.jsonl
@@ -83,9 +84,8 @@ class RunFolder:
         if observations and episode.observations:
             path = self._observations(episode.seed)
             path.parent.mkdir(exist_ok=True)
-            stacked = {key: np.stack([step[key] for step in episode.observations]) for key in episode.observations[0]}
             with path.open("wb") as file:
-                np.savez_compressed(file, **stacked)  # type: ignore[arg-type]  # its own flag could be a key, not here
+                np.savez_compressed(file, **stack_observations(episode.observations))  # type: ignore[arg-type]  # its own flag could be a key, not here
             row = {**row, "observations_sha256": hashlib.sha256(path.read_bytes()).hexdigest()}
         lists = {name: getattr(episode, name) for name in LISTS}
         self.append("episodes.jsonl", {"sampler": label, **row, **lists})
