@@ -9,6 +9,9 @@
 #include <cstring>
 #include <vector>
 
+#include "fused.h"
+
+namespace parapolicy {
 namespace {
 
 #if defined(__AVX512F__)
@@ -21,16 +24,6 @@ constexpr int LANES = 4;
 constexpr int TILE = 2 * LANES;  // output channels of one register tile
 constexpr int BLOCK = 6;         // rows of one: with two vectors each, 12 of the 16 registers of AVX2
 typedef float Vector __attribute__((vector_size(4 * LANES)));
-
-// Widths and strides are in channels; ``at`` says where in a row's activations a buffer begins.
-struct Layer {
-    int64_t transposed, taps, stride, padding;
-    int64_t source, source_channel, source_stride, source_length, inputs;
-    int64_t target, target_channel, target_stride, target_length, outputs, padded;  // padded: to whole tiles
-    int64_t weight, bias;                                                           // where in weights and values
-    int64_t groups, norm, film, film_scale;                                         // 0 groups: no norm; film -1: none
-    int64_t residual, residual_channel, residual_stride;                            // residual -1: none
-};
 
 inline Vector load(const float* p) {
     Vector v;
@@ -184,35 +177,42 @@ void finish(const Call& call, const Layer& l, const float* sums, std::vector<flo
 
 }  // namespace
 
-extern "C" int64_t parapolicy_tile() { return TILE; }
-
-// x (rows, length, channels) -> y likewise. ``memory``: floats of activations per row; the input's are at 0.
-// Returns -1, or the first row whose step or element is not below ``steps`` or ``elements``; then y is left alone.
-extern "C" int64_t parapolicy_unet1d(
-    const Layer* layers, int64_t count, const float* weights, const float* values, int64_t memory, const float* x,
-    const float* by_step, const int64_t* step, int64_t steps, const float* by_element, const int64_t* element,
-    int64_t elements, int64_t film, int64_t rows, int64_t length, int64_t channels, float* y) {
+int64_t compute(const Network& network, const Films& films, const float* x, const int64_t* step,
+                const int64_t* element, int64_t rows, float* y, int64_t threads) {
     for (int64_t r = 0; r < rows; r++)
-        if (step[r] < 0 || step[r] >= steps || element[r] < 0 || element[r] >= elements) return r;
+        if (step[r] < 0 || step[r] >= films.steps || element[r] < 0 || element[r] >= films.elements) return r;
     static thread_local std::vector<float> activations, sums, scratch;
-    activations.resize(std::max<size_t>(activations.size(), memory * rows));
+    activations.resize(std::max<size_t>(activations.size(), network.memory * rows));
+    const Layer* layers = network.layers;
     size_t widest = 0;
-    for (int64_t i = 0; i < count; i++)
+    for (int64_t i = 0; i < network.count; i++)
         widest = std::max<size_t>(widest, layers[i].target_length * rows * layers[i].padded);
     sums.resize(std::max(sums.size(), widest));
-    const Call call{weights, values, by_step, by_element, step, element, film, rows, activations.data()};
+    const Call call{static_cast<const float*>(network.weights), network.values, films.by_step, films.by_element, step,
+                    element, network.film, rows, activations.data()};
+    const int64_t length = network.length, channels = network.channels;
     for (int64_t p = 0; p < length; p++)
         for (int64_t r = 0; r < rows; r++)
             std::memcpy(call.activations + (p * rows + r) * channels, x + (r * length + p) * channels, channels * sizeof(float));
-    for (int64_t i = 0; i < count; i++) {
+    for (int64_t i = 0; i < network.count; i++) {
         convolve(call, layers[i], sums.data());
         finish(call, layers[i], sums.data(), scratch);
     }
-    const Layer& last = layers[count - 1];
+    const Layer& last = layers[network.count - 1];
     for (int64_t p = 0; p < length; p++)
         for (int64_t r = 0; r < rows; r++)
             std::memcpy(y + (r * length + p) * channels,
                         call.activations + last.target * rows + (p * rows + r) * last.target_stride,
                         channels * sizeof(float));
     return -1;
+}
+
+}  // namespace parapolicy
+
+extern "C" int64_t parapolicy_tile() { return parapolicy::TILE; }
+
+extern "C" int64_t parapolicy_compute(const parapolicy::Network* network, const parapolicy::Films* films, const float* x,
+                                      const int64_t* step, const int64_t* element, int64_t rows, float* y,
+                                      int64_t threads) {
+    return parapolicy::compute(*network, *films, x, step, element, rows, y, threads);
 }

@@ -13,7 +13,9 @@ from typing import Any
 
 from parapolicy.files import cache_folder, replacing
 
-SOURCE = Path(__file__).with_name("fused.cpp")
+FOLDER = Path(__file__).parent
+SOURCES = ("fused.cpp",)
+HEADERS = ("fused.h",)
 # No -ffast-math: sums keep their order, and what is not finite stays so.
 FLAGS = ("-O3", "-march=native", "-ffp-contract=fast", "-fopenmp-simd", "-std=c++17", "-shared", "-fPIC")
 PATIENCE = 300  # seconds of compiling
@@ -31,7 +33,8 @@ def load_library(flags: tuple[str, ...] = FLAGS) -> ctypes.CDLL:
     compiler = os.environ.get("CXX") or shutil.which("g++") or shutil.which("c++") or shutil.which("clang++")
     if compiler is None:
         raise OSError("there is no C++ compiler; install g++, or set CXX")
-    key = hashlib.sha256("\n".join([SOURCE.read_text(), *flags, _version(compiler), _processor()]).encode())
+    sources = [(FOLDER / name).read_text() for name in (*SOURCES, *HEADERS)]
+    key = hashlib.sha256("\n".join([*sources, *flags, _version(compiler), _processor()]).encode())
     name = f"fused-{key.hexdigest()[:16]}.so"
     try:
         path = cache_folder() / name
@@ -48,7 +51,7 @@ def load_library(flags: tuple[str, ...] = FLAGS) -> ctypes.CDLL:
 
 
 def _compile(compiler: str, flags: tuple[str, ...], path: Path) -> None:
-    command = [compiler, *flags, str(SOURCE), "-o", str(path)]
+    command = [compiler, *flags, *(str(FOLDER / source) for source in SOURCES), "-o", str(path)]
     try:
         done = subprocess.run(command, capture_output=True, text=True, timeout=PATIENCE)
     except subprocess.TimeoutExpired as error:
@@ -73,14 +76,40 @@ def _processor() -> str:
     return "\n".join(line for line in lines if line.startswith(("model name", "flags", "Features", "CPU part")))
 
 
+class Network(ctypes.Structure):
+    """A packed network, as the structure of that name in ``fused.h``, which says what the fields are."""
+
+    _fields_ = (
+        ("layers", ctypes.c_void_p),
+        ("count", ctypes.c_int64),
+        ("weights", ctypes.c_void_p),
+        ("values", ctypes.c_void_p),
+        ("memory", ctypes.c_int64),
+        ("length", ctypes.c_int64),
+        ("channels", ctypes.c_int64),
+        ("film", ctypes.c_int64),
+        ("precision", ctypes.c_int64),
+    )
+
+
+class Films(ctypes.Structure):
+    """FiLM values by step and by batch element, as the structure of that name in ``fused.h``."""
+
+    _fields_ = (
+        ("by_step", ctypes.c_void_p),
+        ("steps", ctypes.c_int64),
+        ("by_element", ctypes.c_void_p),
+        ("elements", ctypes.c_int64),
+    )
+
+
 def _declared(library: ctypes.CDLL) -> ctypes.CDLL:
     integer, pointer = ctypes.c_int64, ctypes.c_void_p
     library.parapolicy_tile.restype = integer
-    function: Any = library.parapolicy_unet1d
+    function: Any = library.parapolicy_compute
     function.argtypes = [
-        *(pointer, integer, pointer, pointer, integer, pointer),
-        *(pointer, pointer, integer, pointer, pointer, integer),
-        *(integer, integer, integer, integer, pointer),
+        *(ctypes.POINTER(Network), ctypes.POINTER(Films)),
+        *(pointer, pointer, pointer, integer, pointer, integer),
     ]
     function.restype = integer
     return library

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from parapolicy.engine.lowered.unet1d import FilmTables
-from parapolicy.engine.native_library import load_library
+from parapolicy.engine.native_library import Films, Network, load_library
 from parapolicy.networks import Embedding
 from parapolicy.networks.base import overwrite_observed
 from parapolicy.networks.unet1d import ConditionalUnet1D
@@ -102,6 +102,17 @@ class Plan:
         self._convolution(last, self._convolution(conv, x, norm=norm))
         self.layers = torch.tensor([dataclasses.astuple(layer) for layer in self._layers])
         self.weights, self.values = torch.cat(self._weights), torch.cat(self._values)
+        self.network = Network(
+            layers=self.layers.data_ptr(),
+            count=len(self.layers),
+            weights=self.weights.data_ptr(),
+            values=self.values.data_ptr(),
+            memory=self.memory,
+            length=length,
+            channels=channels,
+            film=max(place.stop for place in films.values()),
+            precision=0,
+        )
 
     @staticmethod
     def _front(skips: list[Place]) -> Place:
@@ -247,16 +258,12 @@ class FusedUnet1D(FilmTables):
         if step.shape != (rows,) or element.shape != (rows,):
             raise ValueError(f"step and element have shapes {step.shape} and {element.shape}, expected ({rows},)")
         plan, y = self._plan(length, channels), torch.empty_like(x)
-        layers = plan.layers.data_ptr(), len(plan.layers), plan.weights.data_ptr(), plan.values.data_ptr(), plan.memory
-        films = None if inpaints else condition.data_ptr()
+        films = Films(steps.data_ptr(), len(steps), None if inpaints else condition.data_ptr(), len(condition))
 
         def compute(rows: slice) -> None:
-            some, steps_of, elements_of = x[rows], step[rows], element[rows]
-            by_step = steps.data_ptr(), steps_of.data_ptr(), len(steps)
-            by_element = films, elements_of.data_ptr(), len(condition)
-            sizes = steps.shape[1], len(some), length, channels
-            arguments = *layers, some.data_ptr(), *by_step, *by_element, *sizes, y[rows].data_ptr()
-            wrong = self._library.parapolicy_unet1d(*arguments)
+            some, steps_of, elements_of, results = x[rows], step[rows], element[rows], y[rows]
+            pointers = some.data_ptr(), steps_of.data_ptr(), elements_of.data_ptr()
+            wrong = self._library.parapolicy_compute(plan.network, films, *pointers, len(some), results.data_ptr(), 1)
             if wrong >= 0:
                 raise IndexError(
                     f"row {rows.start + wrong} has step {int(steps_of[wrong])} and element {int(elements_of[wrong])}, "
