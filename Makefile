@@ -35,7 +35,8 @@ test: setup client
 	$(BIN)/mypy
 	OMP_NUM_THREADS=1 PARAPOLICY_DEMONSTRATIONS=$(DEMONSTRATIONS) $(BIN)/python -m pytest -n auto --maxprocesses 4 --dist loadfile $(ARGS)
 
-# Sweeps on a Ray cluster of this machine: a minute on an idle machine, and more processes than the other tests.
+# Sweeps on a Ray cluster of this machine, and torchrun: two minutes on an idle machine, and more processes than the
+# other tests.
 test-distributed: setup
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m distributed $(ARGS)
 

@@ -127,6 +127,7 @@ def test_a_worker_that_never_listens_is_an_error_within_the_timeout(shipped: par
         dist.destroy_process_group()
 
 
+@pytest.mark.distributed
 def test_torchrun_starts_it(tmp_path: Path, shipped: parapolicy.Policy) -> None:
     script = tmp_path / "script.py"
     script.write_text(
