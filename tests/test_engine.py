@@ -205,9 +205,9 @@ def test_an_engine_with_one_memory_computes_one_chunk_at_a_time() -> None:
 
 def test_engines_are_chosen_by_name() -> None:
     cpu = torch.device("cpu")
-    for name in ("eager", "compiled", "compiled_bfloat16"):
+    for name in ("eager", "compiled", "compiled_bfloat16", "fused", "fused_bfloat16"):
         assert name in ENGINES
-        make_engine(name, cpu)
+        assert make_engine(name, cpu).name == name
     with pytest.raises(ValueError, match="torchrun"):
         make_engine("sharded", cpu)
     with pytest.raises(ValueError, match="needs one process per device: torchrun"):
@@ -218,15 +218,16 @@ def test_engines_are_chosen_by_name() -> None:
 
 def test_auto_goes_by_the_device(monkeypatch: pytest.MonkeyPatch) -> None:
     cpu = torch.device("cpu")
-    monkeypatch.setattr(torch.cpu, "_is_avx512_bf16_supported", lambda: True)
-    engine = make_engine("auto", cpu)
-    assert type(engine) is Compiled
-    assert engine.dtype == torch.bfloat16
+    for supported, dtype in ((True, torch.bfloat16), (False, torch.float32)):
+        monkeypatch.setattr(torch.cpu, "_is_avx512_bf16_supported", lambda supported=supported: supported)
+        engine = make_engine("auto", cpu)
+        assert type(engine) is Fused
+        assert engine.dtype == dtype
     engine = make_engine("auto", torch.device("cuda"))
     assert type(engine) is Compiled
     assert engine.dtype == torch.float32
-    monkeypatch.setattr(torch.cpu, "_is_avx512_bf16_supported", lambda: False)
-    assert type(make_engine("auto", cpu)) is Fused
+    with pytest.raises(ValueError, match="engine 'fused_bfloat16' is for CPUs"):
+        make_engine("fused_bfloat16", torch.device("cuda"))
     with pytest.raises(ValueError, match="engine is 'fast', expected one of"):
         make_engine("fast", torch.device("cpu"))
 

@@ -1,178 +1,196 @@
-// The conditional 1-D UNet of a Diffusion Policy in one call: an interpreter of layers, for few rows on one core.
+// The conditional 1-D UNet of a Diffusion Policy in one call: an interpreter of layers, for few rows on few cores.
 //
-// Activations are (position, row, channel). A tap of a convolution is then a matrix product of consecutive rows, for any
-// number of rows, and positions outside of the horizon are not multiplied at all. A row's sums are formed in the same
-// order whatever the number of rows, so that its result is the same to the bit.
-#include <algorithm>
-#include <cmath>
-#include <cstdint>
-#include <cstring>
-#include <vector>
-
+// A layer is shared out as parts: some channels, with all of their groups, of some rows. A part is convolved into sums
+// that stay in a core's cache, then normalised and written. A row's sums are formed in the same order whatever the parts
+// are, so that its result is the same to the bit.
 #include "fused.h"
+
+#include <cmath>
+#include <memory>
+#include <new>
+
+#include "convolution.h"
+#include "work_sharing.h"
 
 namespace parapolicy {
 namespace {
 
-#if defined(__AVX512F__)
-constexpr int LANES = 16;
-#elif defined(__AVX__)
-constexpr int LANES = 8;
-#else
-constexpr int LANES = 4;
-#endif
-constexpr int TILE = 2 * LANES;  // output channels of one register tile
-constexpr int BLOCK = 6;         // rows of one: with two vectors each, 12 of the 16 registers of AVX2
-typedef float Vector __attribute__((vector_size(4 * LANES)));
+constexpr int64_t MOST_ROWS = 48;  // of a part: its sums stay in a core's cache
 
-inline Vector load(const float* p) {
-    Vector v;
-    std::memcpy(&v, p, sizeof v);
-    return v;
-}
-inline void store(float* p, Vector v) { std::memcpy(p, &v, sizeof v); }
-
-// sums[m][0 … TILE) += inputs[m][0 … count) W, with W (count, TILE).
-template <int M>
-void multiply(const float* const* inputs, float* const* sums, const float* weight, int64_t count) {
-    Vector sum[M][2];
-    for (int m = 0; m < M; m++) sum[m][0] = load(sums[m]), sum[m][1] = load(sums[m] + LANES);
-    for (int64_t k = 0; k < count; k++, weight += TILE) {
-        const Vector low = load(weight), high = load(weight + LANES);
-        __builtin_prefetch(weight + 16 * TILE);
-#pragma GCC unroll 8
-        for (int m = 0; m < M; m++) {
-            const Vector x = inputs[m][k] - Vector{};
-            sum[m][0] += x * low;
-            sum[m][1] += x * high;
+// Memory of a thread's calls, which stays: the system clears what it hands out.
+class Memory {
+   public:
+    float* get(int64_t count) {
+        if (count > count_) {
+            free();
+            at_ = static_cast<float*>(::operator new(count * sizeof(float), std::align_val_t(64)));
+            std::memset(at_, 0, count * sizeof(float));  // here, so that what nobody wrote is no number that is none
+            count_ = count;
         }
+        return at_;
     }
-    for (int m = 0; m < M; m++) store(sums[m], sum[m][0]), store(sums[m] + LANES, sum[m][1]);
-}
+    ~Memory() { free(); }
 
-typedef void (*Multiply)(const float* const*, float* const*, const float*, int64_t);
-constexpr Multiply BY_ROWS[] = {multiply<1>, multiply<2>, multiply<3>, multiply<4>, multiply<5>, multiply<6>};
-
-struct Call {
-    const float *weights, *values;
-    const float *by_step, *by_element;  // FiLM values, (T, F) and (B, F); by_element may be null
-    const int64_t *step, *element;
-    int64_t film, rows;
-    float* activations;
+   private:
+    void free() {
+        if (at_) ::operator delete(at_, std::align_val_t(64));
+        at_ = nullptr, count_ = 0;
+    }
+    float* at_ = nullptr;
+    int64_t count_ = 0;
 };
 
-// The convolution without its norm: sums (target_length, rows, padded).
-void convolve(const Call& call, const Layer& l, float* sums) {
-    const int64_t rows = call.rows;
-    for (int64_t i = 0; i < l.target_length * rows; i++)
-        std::memcpy(sums + i * l.padded, call.values + l.bias, l.padded * sizeof(float));
-    const float* source = call.activations + l.source * rows + l.source_channel;
-    for (int64_t c = 0; c < l.padded; c += TILE)
-        for (int64_t tap = 0; tap < l.taps; tap++) {
-            // Output ``first`` + j ``step`` sees input ``from`` + j ``each`` through this tap.
-            int64_t first = 0, step = 1, from = tap - l.padding, each = l.stride;
-            if (l.transposed) {
-                first = (tap + l.padding) % l.stride, step = l.stride, each = 1;
-                from = (first + l.padding - tap) / l.stride;
-            }
-            while (from < 0) from += each, first += step;
-            if (from >= l.source_length || first >= l.target_length) continue;
-            const int64_t count = std::min((l.source_length - 1 - from) / each, (l.target_length - 1 - first) / step) + 1;
-            const float* weight = call.weights + l.weight + (c * l.taps + tap * TILE) * l.inputs;
-            const int64_t total = count * rows, blocks = (total + BLOCK - 1) / BLOCK;
-            for (int64_t b = 0, done = 0; b < blocks; b++) {
-                const int64_t size = (total - done + blocks - b - 1) / (blocks - b);
-                const float* in[BLOCK];
-                float* out[BLOCK];
-                for (int64_t m = 0; m < size; m++) {
-                    const int64_t j = (done + m) / rows, r = (done + m) % rows;
-                    in[m] = source + ((from + each * j) * rows + r) * l.source_stride;
-                    out[m] = sums + ((first + step * j) * rows + r) * l.padded + c;
-                }
-                BY_ROWS[size - 1](in, out, weight, l.inputs);
-                done += size;
-            }
-        }
-}
+struct Call {
+    const Network& network;
+    const Films& films;
+    const int64_t *step, *element;
+    int64_t rows;
+    float* exact;       // activations
+    uint16_t* rounded;  // the same in bfloat16, as products read them
+    float* scratch;     // of every thread, one after the other
+    int64_t scratch_size;
+};
 
-inline float exponential(float x) {  // |x| < 88, to 2e-7; by arithmetic alone, so that loops over it vectorise
-    const float shifted = x * 1.44269504f + 12582912.f, n = shifted - 12582912.f;  // 1.5 2^23 rounds to an integer
-    const float f = x - n * 0.693359375f + n * 2.12194440e-4f;
-    float y = 1.9875691e-4f;
-    y = y * f + 1.3981999e-3f, y = y * f + 8.3334519e-3f, y = y * f + 4.1665795e-2f;
-    y = y * f + 1.6666665e-1f, y = y * f + 5.0000001e-1f;
-    y = y * (f * f) + f + 1.f;
-    int32_t bits, power;
-    std::memcpy(&bits, &y, 4), std::memcpy(&power, &shifted, 4);
-    bits += power << 23;
-    std::memcpy(&y, &bits, 4);
-    return y;
-}
-
-inline float mish(float x) {  // x tanh(log(1 + e^x)), with one exponential
-    const float e = exponential(std::min(std::max(x, -80.f), 20.f)), n = e * (e + 2.f);
-    return x * (n / (n + 2.f));
-}
-
-// Norm, Mish, FiLM and residual of what convolve gave, into the target.
-void finish(const Call& call, const Layer& l, const float* sums, std::vector<float>& scratch) {
-    const int64_t rows = call.rows, length = l.target_length, n = l.outputs, pitch = rows * l.padded;
-    scratch.resize(2 * n);
-    float *scale = scratch.data(), *shift = scale + n;
-    for (int64_t r = 0; r < rows; r++) {
-        const float* row = sums + r * l.padded;
-        if (l.groups > 0) {
-            const int64_t size = n / l.groups;
-            const float* norm = call.values + l.norm;  // weights, biases, epsilon
-            const float share = 1.f / (length * size);
-            for (int64_t g = 0; g < n; g += size) {
-                float total = 0.f, squares = 0.f;
-                for (int64_t p = 0; p < length; p++)
+// values[c] = f of its group's sum, for every channel c of whole groups.
+template <class Function>
+void by_groups(float* values, int64_t channels, int64_t group, const Function& f) {
+    for (int64_t g = 0; g < channels; g += group) {
+        float total = 0.f;
 #pragma omp simd reduction(+ : total)
-                    for (int64_t c = 0; c < size; c++) total += row[p * pitch + g + c];
-                const float mean = total * share;
-                for (int64_t p = 0; p < length; p++)
-#pragma omp simd reduction(+ : squares)
-                    for (int64_t c = 0; c < size; c++) {
-                        const float d = row[p * pitch + g + c] - mean;
-                        squares += d * d;
-                    }
-                const float inverse = 1.f / std::sqrt(squares * share + norm[2 * n]);
-                for (int64_t c = g; c < g + size; c++) {
-                    scale[c] = norm[c] * inverse;
-                    shift[c] = norm[n + c] - mean * scale[c];
+        for (int64_t c = g; c < g + group; c++) total += values[c];
+        const float value = f(total);
+        for (int64_t c = g; c < g + group; c++) values[c] = value;
+    }
+}
+
+// GroupNorm of one row's sums as y = scale x + shift by channel. ``pitch``: from a position to the next.
+void normalise(const Layer& l, const float* values, const Part& part, const float* sums, int64_t pitch, float* scale,
+               float* shift) {
+    // What follows the outputs is filled up with zeros, and belongs to no group.
+    const int64_t channels = std::min(part.channels, l.outputs - part.channel);
+    const float share = 1.f / (l.target_length * l.group);
+    const float *weight = values + l.norm + part.channel, *bias = weight + l.outputs;
+    const float epsilon = values[l.norm + 2 * l.outputs];
+    for (int64_t c = 0; c < part.channels; c += LANES) {
+        Vector total{};
+        for (int64_t p = 0; p < l.target_length; p++) total += load(sums + p * pitch + c);
+        store(shift + c, total);
+    }
+    by_groups(shift, channels, l.group, [&](float total) { return total * share; });
+    for (int64_t c = 0; c < part.channels; c += LANES) {
+        const Vector mean = load(shift + c);
+        Vector squares{};
+        for (int64_t p = 0; p < l.target_length; p++) {
+            const Vector d = load(sums + p * pitch + c) - mean;
+            squares += d * d;
+        }
+        store(scale + c, squares);
+    }
+    by_groups(scale, channels, l.group, [&](float total) { return 1.f / std::sqrt(total * share + epsilon); });
+    for (int64_t c = 0; c < part.channels; c += LANES) {
+        const Vector a = load(weight + c, channels - c) * load(scale + c);
+        store(scale + c, a);
+        store(shift + c, load(bias + c, channels - c) - load(shift + c) * a);
+    }
+}
+
+// Norm, Mish, FiLM and residual of what convolve gave, into the target. ``scratch``: two floats per channel.
+void finish(const Call& call, const Layer& l, const Part& part, const float* sums, float* scratch) {
+    const int64_t rows = call.rows, length = l.target_length, pitch = part.rows * part.channels;
+    const int64_t target_pitch = rows * l.target_stride, residual_pitch = rows * l.residual_stride;
+    const bool norm = l.group > 0, film = l.film >= 0, residual = l.residual >= 0, exact = l.exact, rounded = l.rounded;
+    float *scale = scratch, *shift = scratch + part.channels;
+    for (int64_t i = 0; i < part.rows; i++) {
+        const int64_t r = part.row + i;
+        const float* row = sums + i * part.channels;
+        if (norm) normalise(l, call.network.values, part, row, pitch, scale, shift);
+        const float *by_step = nullptr, *by_element = nullptr;
+        if (film) {
+            const int64_t at = l.film + part.channel;
+            by_step = call.films.by_step + call.step[r] * call.network.film + at;
+            if (call.films.by_element) by_element = call.films.by_element + call.element[r] * call.network.film + at;
+        }
+        for (int64_t c = 0; c < part.channels; c += LANES) {
+            const int64_t here = l.outputs - part.channel - c;
+            const Vector a = load(scale + c), b = load(shift + c);
+            Vector gain = splat(1.f), offset{};
+            if (film) {
+                offset = load(by_step + c, here);
+                if (by_element) offset += load(by_element + c, here);
+                if (l.film_scale) {
+                    gain = offset, offset = load(by_step + l.outputs + c, here);
+                    if (by_element) offset += load(by_element + l.outputs + c, here);
                 }
             }
-        }
-        const float* by_step = l.film < 0 ? nullptr : call.by_step + call.step[r] * call.film + l.film;
-        const float* by_element =
-            by_step && call.by_element ? call.by_element + call.element[r] * call.film + l.film : nullptr;
-        for (int64_t p = 0; p < length; p++) {
-            const int64_t i = p * rows + r;
-            const float* in = row + p * pitch;
-            float* out = call.activations + l.target * rows + l.target_channel + i * l.target_stride;
-            if (l.groups > 0)
-#pragma omp simd
-                for (int64_t c = 0; c < n; c++) out[c] = mish(in[c] * scale[c] + shift[c]);
-            else
-                std::memcpy(out, in, n * sizeof(float));
-            if (by_step && l.film_scale)
-#pragma omp simd
-                for (int64_t c = 0; c < n; c++) {
-                    const float a = by_element ? by_step[c] + by_element[c] : by_step[c];
-                    const float b = by_element ? by_step[n + c] + by_element[n + c] : by_step[n + c];
-                    out[c] = a * out[c] + b;
-                }
-            else if (by_step)
-#pragma omp simd
-                for (int64_t c = 0; c < n; c++) out[c] += by_element ? by_step[c] + by_element[c] : by_step[c];
-            if (l.residual >= 0) {
-                const float* past = call.activations + l.residual * rows + l.residual_channel + i * l.residual_stride;
-#pragma omp simd
-                for (int64_t c = 0; c < n; c++) out[c] += past[c];
+            const int64_t channel = part.channel + c;
+            const int64_t target = l.target * rows + l.target_channel + r * l.target_stride + channel;
+            const float* past = call.exact + l.residual * rows + l.residual_channel + r * l.residual_stride + channel;
+            float* to = call.exact + target;
+            uint16_t* to_rounded = call.rounded + target;
+            for (int64_t p = 0; p < length; p++) {
+                Vector y = load(row + p * pitch + c);
+                if (norm) y = mish(y * a + b);
+                if (film) y = y * gain + offset;
+                if (residual) y += load(past + p * residual_pitch);
+                if (exact) store(to + p * target_pitch, y);
+                if (rounded) store_rounded(to_rounded + p * target_pitch, y);
             }
         }
     }
+}
+
+// A layer's parts, units of channels by ranges of rows.
+struct Shares {
+    int64_t units, ranges;
+    Shares(const Layer& l, int64_t rows, int64_t threads) : units(l.padded / l.unit) {
+        const int64_t wanted = threads > 1 ? std::min((4 * threads + units - 1) / units, rows / 4) : 1;
+        ranges = std::max((rows + MOST_ROWS - 1) / MOST_ROWS, std::max<int64_t>(wanted, 1));
+        ranges = std::min(ranges, std::max<int64_t>(MOST_PARTS / units, 1));
+    }
+    Part part(const Layer& l, int64_t rows, int64_t i) const {
+        // Ranges of the same channels follow each other, so that they find their weights in the cache.
+        const int64_t unit = i / ranges, range = i % ranges, row = range * rows / ranges;
+        return {unit * l.unit, l.unit, row, (range + 1) * rows / ranges - row};
+    }
+};
+
+int64_t scratch_floats(const Layer& l, int64_t rows) {
+    return (l.target_length * rows + 2) * l.unit + 64;
+}
+
+void compute_part(const Call& call, const Layer& l, const Part& part, int64_t thread) {
+    float* sums = call.scratch + thread * call.scratch_size;
+    const int32_t* weights = static_cast<const int32_t*>(call.network.weights);
+    if (call.network.precision == BFLOAT16)
+        convolve<Bfloat16>(l, reinterpret_cast<const int32_t*>(call.rounded), call.rows, weights, call.network.values,
+                           part, sums);
+    else
+        convolve<Float32>(l, reinterpret_cast<const int32_t*>(call.exact), call.rows, weights, call.network.values, part,
+                          sums);
+    finish(call, l, part, sums, sums + l.target_length * part.rows * part.channels);
+}
+
+void copy_input(const Call& call, const float* x) {
+    const Network& n = call.network;
+    const int64_t width = n.layers[0].source_stride;  // the channels, filled up with zeros
+    for (int64_t p = 0; p < n.length; p++)
+        for (int64_t r = 0; r < call.rows; r++)
+            for (int64_t c = 0; c < width; c++) {
+                const float value = c < n.channels ? x[(r * n.length + p) * n.channels + c] : 0.f;
+                const int64_t to = (p * call.rows + r) * width + c;
+                call.exact[to] = value;
+                if (n.precision == BFLOAT16) call.rounded[to] = round_to_bfloat16(value);
+            }
+}
+
+void copy_output(const Call& call, float* y) {
+    const Network& n = call.network;
+    const Layer& last = n.layers[n.count - 1];
+    const float* result = call.exact + last.target * call.rows;
+    for (int64_t p = 0; p < n.length; p++)
+        for (int64_t r = 0; r < call.rows; r++)
+            std::memcpy(y + (r * n.length + p) * n.channels, result + (p * call.rows + r) * last.target_stride,
+                        n.channels * sizeof(float));
 }
 
 }  // namespace
@@ -181,38 +199,52 @@ int64_t compute(const Network& network, const Films& films, const float* x, cons
                 const int64_t* element, int64_t rows, float* y, int64_t threads) {
     for (int64_t r = 0; r < rows; r++)
         if (step[r] < 0 || step[r] >= films.steps || element[r] < 0 || element[r] >= films.elements) return r;
-    static thread_local std::vector<float> activations, sums, scratch;
-    activations.resize(std::max<size_t>(activations.size(), network.memory * rows));
-    const Layer* layers = network.layers;
-    size_t widest = 0;
-    for (int64_t i = 0; i < network.count; i++)
-        widest = std::max<size_t>(widest, layers[i].target_length * rows * layers[i].padded);
-    sums.resize(std::max(sums.size(), widest));
-    const Call call{static_cast<const float*>(network.weights), network.values, films.by_step, films.by_element, step,
-                    element, network.film, rows, activations.data()};
-    const int64_t length = network.length, channels = network.channels;
-    for (int64_t p = 0; p < length; p++)
-        for (int64_t r = 0; r < rows; r++)
-            std::memcpy(call.activations + (p * rows + r) * channels, x + (r * length + p) * channels, channels * sizeof(float));
+    if (rows == 0) return -1;
+    static thread_local Memory exact, rounded, scratch;
+    threads = std::min(std::max<int64_t>(threads, 1), MOST_THREADS);
+    int64_t size = 0;
     for (int64_t i = 0; i < network.count; i++) {
-        convolve(call, layers[i], sums.data());
-        finish(call, layers[i], sums.data(), scratch);
+        const Layer& l = network.layers[i];
+        const int64_t ranges = Shares(l, rows, threads).ranges;
+        size = std::max(size, scratch_floats(l, (rows + ranges - 1) / ranges));
     }
-    const Layer& last = layers[network.count - 1];
-    for (int64_t p = 0; p < length; p++)
-        for (int64_t r = 0; r < rows; r++)
-            std::memcpy(y + (r * length + p) * channels,
-                        call.activations + last.target * rows + (p * rows + r) * last.target_stride,
-                        channels * sizeof(float));
+    size = (size + 1023) / 1024 * 1024;
+    const bool halves = network.precision == BFLOAT16;
+    const Call call{network, films, step, element, rows, exact.get(network.memory * rows),
+                    halves ? reinterpret_cast<uint16_t*>(rounded.get(network.memory * rows / 2 + 1)) : nullptr,
+                    scratch.get(size * threads), size};
+    copy_input(call, x);
+    WorkSharing sharing(threads);
+    for (int64_t i = 0; i < network.count; i++) {
+        const Layer& l = network.layers[i];
+        const Shares shares(l, rows, threads);
+        const auto work = [&](int64_t part, int64_t thread) {
+            compute_part(call, l, shares.part(l, rows, part), thread);
+        };
+        sharing.run(shares.units * shares.ranges, work);
+    }
+    copy_output(call, y);
     return -1;
 }
 
 }  // namespace parapolicy
 
-extern "C" int64_t parapolicy_tile() { return parapolicy::TILE; }
+// Whether products of bfloat16 have an instruction here.
+extern "C" int64_t parapolicy_multiplies_bfloat16() {
+#ifdef __AVX512BF16__
+    return 1;
+#else
+    return 0;
+#endif
+}
 
+// As compute; -2 where there is not enough memory.
 extern "C" int64_t parapolicy_compute(const parapolicy::Network* network, const parapolicy::Films* films, const float* x,
                                       const int64_t* step, const int64_t* element, int64_t rows, float* y,
                                       int64_t threads) {
-    return parapolicy::compute(*network, *films, x, step, element, rows, y, threads);
+    try {
+        return parapolicy::compute(*network, *films, x, step, element, rows, y, threads);
+    } catch (const std::bad_alloc&) {
+        return -2;
+    }
 }

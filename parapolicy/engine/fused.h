@@ -5,24 +5,28 @@
 namespace parapolicy {
 
 // One convolution and what follows it. Widths and strides are in channels; ``source``, ``target`` and ``residual`` say
-// where in a row's activations a buffer begins.
+// where in a row's activations a buffer begins. Buffers begin at multiples of 64 and, but for the input's, hold
+// multiples of 16 channels, of which those beyond a layer's outputs are 0.
 struct Layer {
     int64_t transposed, taps, stride, padding;
-    int64_t source, source_channel, source_stride, source_length, inputs;
-    int64_t target, target_channel, target_stride, target_length, outputs, padded;  // padded: to whole tiles
-    int64_t weight, bias;                                                           // where in weights and values
-    int64_t groups, norm, film, film_scale;                                         // 0 groups: no norm; film -1: none
-    int64_t residual, residual_channel, residual_stride;                            // residual -1: none
+    int64_t source, source_channel, source_stride, source_length, inputs;  // inputs: even in bfloat16
+    int64_t target, target_channel, target_stride, target_length, outputs;
+    int64_t padded, strip, unit;          // outputs filled up to 16s; channels of a strip of weights, and of a thread's work
+    int64_t weight, bias;                 // where in weights and values
+    int64_t group, norm;                  // channels of a group; 0: no norm and no Mish
+    int64_t film, film_scale;             // film -1: none
+    int64_t residual, residual_channel, residual_stride;  // residual -1: none
+    int64_t exact, rounded;               // which forms of the target are read: float32, and bfloat16
 };
 
-enum Precision : int64_t { FLOAT32 = 0, BFLOAT16 = 1 };
+enum Precision : int64_t { FLOAT32 = 0, BFLOAT16 = 1 };  // of weights, and of activations where they are multiplied
 
 struct Network {
     const Layer* layers;
     int64_t count;
-    const void* weights;  // of the precision, in the order in which they are read
-    const float* values;  // biases and norms
-    int64_t memory;       // activations per row; the input's are at 0
+    const void* weights;       // of the precision, in the order in which they are read
+    const float* values;       // biases and norms
+    int64_t memory;            // activations per row; the input's are at 0
     int64_t length, channels;  // of a sample
     int64_t film;              // FiLM values of all layers
     int64_t precision;
@@ -32,13 +36,14 @@ struct Network {
 struct Films {
     const float* by_step;
     int64_t steps;
-    const float* by_element;  // null: none, and every element below ``elements`` has none
+    const float* by_element;  // null: none, whatever the element
     int64_t elements;
 };
 
 // x (rows, length, channels) -> y likewise, at a step and a batch element per row, by at most ``threads`` threads.
 // Returns -1, or the first row whose step or element is not below ``steps`` or ``elements``; then y is left alone.
 // Several threads may call it at once. A row's result is the same to the bit for any number of rows and threads.
+// Throws std::bad_alloc.
 int64_t compute(const Network& network, const Films& films, const float* x, const int64_t* step,
                 const int64_t* element, int64_t rows, float* y, int64_t threads);
 

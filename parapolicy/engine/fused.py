@@ -4,12 +4,14 @@ import threading
 import warnings
 from collections.abc import Mapping
 
+import torch
 from torch import Tensor
 
 from parapolicy.denoiser import Evaluate
 from parapolicy.engine.base import Engine
 from parapolicy.engine.compiled import Compiled
 from parapolicy.engine.lowered.fused_unet1d import FusedUnet1D
+from parapolicy.engine.native_library import load_library
 from parapolicy.networks import Embedding, Network
 from parapolicy.networks.unet1d import ConditionalUnet1D
 
@@ -17,18 +19,19 @@ from parapolicy.networks.unet1d import ConditionalUnet1D
 class Fused(Engine):
     """The conditional UNet in C++, compiled in seconds at the first use on a machine; see ``fused.cpp``.
 
-    It computes in float32: up to eight rows on one core, and more on as many as torch has threads. A row's result is
-    the same to the bit whatever the number of rows and threads. For other networks, and without a C++ compiler,
+    A call is shared by as many threads as torch has; see ``work_sharing.h``. A row's result is the same to the bit
+    whatever the number of rows and threads. For other networks, and without a C++ compiler,
     :class:`parapolicy.engine.Compiled` takes its place, with one warning.
 
     Args:
-        told: leave the warning out, for a caller who did not ask for this engine.
+        dtype: what the factors of products are rounded to. ``torch.bfloat16`` is for processors with an instruction
+            for it; on others float32 takes its place, with one warning.
+        told: leave the warnings out, for a caller who did not ask for this engine.
     """
 
-    name = "fused"
-
-    def __init__(self, told: bool = False) -> None:
-        self.told = told
+    def __init__(self, dtype: torch.dtype = torch.float32, told: bool = False) -> None:
+        self.name = "fused_bfloat16" if dtype == torch.bfloat16 else "fused"
+        self.dtype, self.told = dtype, told
         self._fused: tuple[Network, FusedUnet1D] | None = None  # of the newest network
         self._steps: tuple[Tensor, Embedding] | None = None  # of the newest schedule
         self._fallback: Compiled | None = None
@@ -54,12 +57,20 @@ class Fused(Engine):
             try:
                 if not isinstance(network, ConditionalUnet1D):
                     raise ValueError(f"a {type(network).__name__} has no native form")
-                self._fused, self._steps = (network, FusedUnet1D(network)), None
+                self._fused, self._steps = (network, FusedUnet1D(network, self._find_dtype())), None
             except (ValueError, OSError) as error:
-                if not self.told:
-                    warnings.warn(
-                        f"engine 'fused' does not work here, so 'compiled' takes its place: {error}", stacklevel=3
-                    )
-                self._fallback = Compiled()
+                self._fallback = Compiled(self.dtype)
+                self._warn(self._fallback.name, error)
                 return None
         return self._fused[1]
+
+    def _find_dtype(self) -> torch.dtype:
+        if self.dtype == torch.bfloat16 and not load_library().parapolicy_multiplies_bfloat16():
+            self._warn("fused", "this processor, or the compiler, has no instruction for products of bfloat16")
+            self.dtype = torch.float32
+        return self.dtype
+
+    def _warn(self, substitute: str, reason: object) -> None:
+        if not self.told:
+            told = f"engine {self.name!r} does not work here, so {substitute!r} takes its place: {reason}"
+            warnings.warn(told, stacklevel=4)

@@ -14,10 +14,10 @@ from typing import Any
 from parapolicy.files import cache_folder, replacing
 
 FOLDER = Path(__file__).parent
-SOURCES = ("fused.cpp",)
-HEADERS = ("fused.h",)
+SOURCES = ("fused.cpp", "work_sharing.cpp")
+HEADERS = ("fused.h", "vectors.h", "convolution.h", "work_sharing.h")
 # No -ffast-math: sums keep their order, and what is not finite stays so.
-FLAGS = ("-O3", "-march=native", "-ffp-contract=fast", "-fopenmp-simd", "-std=c++17", "-shared", "-fPIC")
+FLAGS = ("-O3", "-march=native", "-ffp-contract=fast", "-fopenmp-simd", "-std=c++17", "-shared", "-fPIC", "-pthread")
 PATIENCE = 300  # seconds of compiling
 
 
@@ -105,7 +105,7 @@ class Films(ctypes.Structure):
 
 def _declared(library: ctypes.CDLL) -> ctypes.CDLL:
     integer, pointer = ctypes.c_int64, ctypes.c_void_p
-    library.parapolicy_tile.restype = integer
+    library.parapolicy_multiplies_bfloat16.restype = integer
     function: Any = library.parapolicy_compute
     function.argtypes = [
         *(ctypes.POINTER(Network), ctypes.POINTER(Films)),

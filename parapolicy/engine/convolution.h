@@ -1,0 +1,96 @@
+// Convolutions over activations (position, row, channel): a tap is a matrix product of consecutive rows, for any number
+// of rows, and positions outside of the horizon are not multiplied.
+#pragma once
+#include <algorithm>
+
+#include "fused.h"
+#include "vectors.h"
+
+// Hidden: two libraries in one process, built with other flags, would share what templates keep.
+namespace parapolicy __attribute__((visibility("hidden"))) {
+
+// sums[m][0 … V LANES) += inputs[m][0 … words) W, where W's rows are ``pitch`` vectors apart.
+template <class P, int M, int V>
+void multiply(const int32_t* const* inputs, float* const* sums, const int32_t* weight, int64_t words, int64_t pitch) {
+    Vector sum[M][V];
+    const int32_t* in[M];
+    PARAPOLICY_UNROLL for (int m = 0; m < M; m++) {
+        in[m] = inputs[m];
+        PARAPOLICY_UNROLL for (int v = 0; v < V; v++) sum[m][v] = load(sums[m] + v * LANES);
+    }
+    for (int64_t k = 0; k < words; k++, weight += pitch * LANES) {
+        Words w[V];
+        PARAPOLICY_UNROLL for (int v = 0; v < V; v++) {
+            std::memcpy(&w[v], weight + v * LANES, sizeof w[v]);
+            __builtin_prefetch(weight + v * LANES + 512);
+        }
+        PARAPOLICY_UNROLL for (int m = 0; m < M; m++) {
+            PARAPOLICY_UNROLL for (int v = 0; v < V; v++) sum[m][v] = P::multiply_add(sum[m][v], w[v], in[m][k]);
+        }
+    }
+    PARAPOLICY_UNROLL for (int m = 0; m < M; m++) {
+        PARAPOLICY_UNROLL for (int v = 0; v < V; v++) store(sums[m] + v * LANES, sum[m][v]);
+    }
+}
+
+typedef void (*Multiply)(const int32_t* const*, float* const*, const int32_t*, int64_t, int64_t);
+
+template <class P, int V>
+Multiply multiply_by_rows(int64_t rows) {
+    static constexpr Multiply TABLE[] = {multiply<P, 1, V>, multiply<P, 2, V>, multiply<P, 3, V>,
+                                         multiply<P, 4, V>, multiply<P, 5, V>, multiply<P, 6, V>};
+    return TABLE[rows - 1];
+}
+
+// A part of a layer: some channels of some rows.
+struct Part {
+    int64_t channel, channels;  // whole strips
+    int64_t row, rows;
+};
+
+// The convolution without what follows: sums (target_length, part.rows, part.channels). ``source``: the activations as
+// they are multiplied, of ``rows`` rows.
+template <class P>
+void convolve(const Layer& l, const int32_t* source, int64_t rows, const int32_t* weights, const float* values,
+              const Part& part, float* sums) {
+    const int64_t width = part.channels, words = l.inputs / P::INPUTS, row_words = l.source_stride / P::INPUTS;
+    for (int64_t i = 0; i < l.target_length * part.rows; i++)
+        std::memcpy(sums + i * width, values + l.bias + part.channel, width * sizeof(float));
+    source += (l.source * rows + l.source_channel) / P::INPUTS + part.row * row_words;
+    const int64_t vectors = l.strip / LANES, step_vectors = std::min<int64_t>(vectors, VECTORS);
+    for (int64_t c = 0; c < width; c += l.strip)
+        for (int64_t tap = 0; tap < l.taps; tap++) {
+            // Output ``first`` + j ``step`` sees input ``from`` + j ``each`` through this tap.
+            int64_t first = 0, step = 1, from = tap - l.padding, each = l.stride;
+            if (l.transposed) {
+                first = (tap + l.padding) % l.stride, step = l.stride, each = 1;
+                from = (first + l.padding - tap) / l.stride;
+            }
+            while (from < 0) from += each, first += step;
+            if (from >= l.source_length || first >= l.target_length) continue;
+            const int64_t count = std::min((l.source_length - 1 - from) / each, (l.target_length - 1 - first) / step) + 1;
+            const int32_t* weight = weights + l.weight + ((part.channel + c) * l.taps + tap * l.strip) * words;
+            int64_t left = count * part.rows, r = 0;
+            const int32_t* input = source + from * rows * row_words;
+            float* sum = sums + first * part.rows * width + c;
+            for (int64_t blocks = (left + P::ROWS - 1) / P::ROWS; blocks > 0; blocks--) {
+                const int64_t size = (left + blocks - 1) / blocks;
+                const int32_t* in[P::ROWS];
+                float* out[P::ROWS];
+                for (int64_t m = 0; m < size; m++) {
+                    in[m] = input + r * row_words, out[m] = sum + r * width;
+                    if (++r == part.rows) r = 0, input += each * rows * row_words, sum += step * part.rows * width;
+                }
+                const Multiply function = step_vectors == VECTORS ? multiply_by_rows<P, VECTORS>(size)
+                                          : step_vectors == 2     ? multiply_by_rows<P, 2>(size)
+                                                                  : multiply_by_rows<P, 1>(size);
+                for (int64_t v = 0; v < vectors; v += step_vectors) {
+                    function(in, out, weight + v * LANES, words, vectors);
+                    for (int64_t m = 0; m < size; m++) out[m] += step_vectors * LANES;
+                }
+                left -= size;
+            }
+        }
+}
+
+}  // namespace parapolicy
