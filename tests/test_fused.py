@@ -80,7 +80,7 @@ def test_a_row_is_the_same_to_the_bit_among_any_others(dtype: torch.dtype, monke
     compute = networks(ConditionalUnet1D(2, 20, 32, (64, 128)).eval(), dtype)
     x, step, element = torch.randn(60, 16, 2), torch.randint(0, 100, (60,)), torch.randint(0, 3, (60,))
     together = compute(x, step, element)[1]
-    for threads in (1, 2, 5, 100):
+    for threads in (1, 2, 5):
         monkeypatch.setattr(torch, "get_num_threads", lambda threads=threads: threads)
         for count in (1, 3, 6, 7, 20, 60):
             for begin in range(0, 60, count):

@@ -22,7 +22,6 @@ void multiply(const int32_t* const* inputs, float* const* sums, const int32_t* w
         Words w[V];
         PARAPOLICY_UNROLL for (int v = 0; v < V; v++) {
             std::memcpy(&w[v], weight + v * LANES, sizeof w[v]);
-            __builtin_prefetch(weight + v * LANES + 512);
         }
         PARAPOLICY_UNROLL for (int m = 0; m < M; m++) {
             PARAPOLICY_UNROLL for (int v = 0; v < V; v++) sum[m][v] = P::multiply_add(sum[m][v], w[v], in[m][k]);

@@ -1,8 +1,11 @@
 // The conditional 1-D UNet of a Diffusion Policy in one call: an interpreter of layers, for few rows on few cores.
 //
-// A layer is shared out as parts: some channels, with all of their groups, of some rows. A part is convolved into sums
-// that stay in a core's cache, then normalised and written. A row's sums are formed in the same order whatever the parts
-// are, so that its result is the same to the bit.
+// A layer is computed in parts: some channels, with all of their groups, of some rows. A part is convolved into sums that
+// stay in a core's cache, then normalised and written. A row's sums are formed in the same order whatever the parts are,
+// so that its result is the same to the bit.
+//
+// Threads share a call by blocks of rows, each through all layers, so that a core's activations stay in its cache. A
+// single row, and a network whose weights no cache holds, is shared layer by layer: its weights are read once.
 #include "fused.h"
 
 #include <cmath>
@@ -15,7 +18,9 @@
 namespace parapolicy {
 namespace {
 
-constexpr int64_t MOST_ROWS = 48;  // of a part: its sums stay in a core's cache
+constexpr int64_t PART_ROWS = 16;  // at most: a part's sums stay in a core's cache
+constexpr int64_t BLOCK_ROWS = 8;  // at most: enough to read the weights in the time of their products
+constexpr int64_t CACHED = 32 << 20;  // bytes of weights that the last level of caches may hold
 
 // Memory of a thread's calls, which stays: the system clears what it hands out.
 class Memory {
@@ -40,6 +45,7 @@ class Memory {
     int64_t count_ = 0;
 };
 
+// Some rows, and their memory.
 struct Call {
     const Network& network;
     const Films& films;
@@ -47,8 +53,6 @@ struct Call {
     int64_t rows;
     float* exact;       // activations
     uint16_t* rounded;  // the same in bfloat16, as products read them
-    float* scratch;     // of every thread, one after the other
-    int64_t scratch_size;
 };
 
 // values[c] = f of its group's sum, for every channel c of whole groups.
@@ -140,11 +144,11 @@ void finish(const Call& call, const Layer& l, const Part& part, const float* sum
 }
 
 // A layer's parts, units of channels by ranges of rows.
-struct Shares {
+struct Parts {
     int64_t units, ranges;
-    Shares(const Layer& l, int64_t rows, int64_t threads) : units(l.padded / l.unit) {
+    Parts(const Layer& l, int64_t rows, int64_t threads) : units(l.padded / l.unit) {
         const int64_t wanted = threads > 1 ? std::min((4 * threads + units - 1) / units, rows / 4) : 1;
-        ranges = std::max((rows + MOST_ROWS - 1) / MOST_ROWS, std::max<int64_t>(wanted, 1));
+        ranges = std::max((rows + PART_ROWS - 1) / PART_ROWS, std::max<int64_t>(wanted, 1));
         ranges = std::min(ranges, std::max<int64_t>(MOST_PARTS / units, 1));
     }
     Part part(const Layer& l, int64_t rows, int64_t i) const {
@@ -152,14 +156,12 @@ struct Shares {
         const int64_t unit = i / ranges, range = i % ranges, row = range * rows / ranges;
         return {unit * l.unit, l.unit, row, (range + 1) * rows / ranges - row};
     }
+    int64_t scratch(const Layer& l, int64_t rows) const {  // floats that a part needs
+        return (l.target_length * ((rows + ranges - 1) / ranges) + 2) * l.unit;
+    }
 };
 
-int64_t scratch_floats(const Layer& l, int64_t rows) {
-    return (l.target_length * rows + 2) * l.unit + 64;
-}
-
-void compute_part(const Call& call, const Layer& l, const Part& part, int64_t thread) {
-    float* sums = call.scratch + thread * call.scratch_size;
+void compute_part(const Call& call, const Layer& l, const Part& part, float* sums) {
     const int32_t* weights = static_cast<const int32_t*>(call.network.weights);
     if (call.network.precision == BFLOAT16)
         convolve<Bfloat16>(l, reinterpret_cast<const int32_t*>(call.rounded), call.rows, weights, call.network.values,
@@ -193,6 +195,25 @@ void copy_output(const Call& call, float* y) {
                         n.channels * sizeof(float));
 }
 
+// How a call is divided, and what of it needs memory.
+struct Division {
+    int64_t threads, blocks, rows;  // rows: of the largest block
+    int64_t activations, scratch;   // floats of a block, and of a thread
+
+    Division(const Network& n, int64_t all, int64_t wanted) : threads(std::min(std::max<int64_t>(wanted, 1), MOST_THREADS)) {
+        const int64_t bytes = 4 * (n.layers[n.count - 1].weight);  // but for the last layer's
+        const int64_t most = std::min(threads * ((all + threads * BLOCK_ROWS - 1) / (threads * BLOCK_ROWS)), all);
+        blocks = bytes <= CACHED ? std::min(most, MOST_PARTS) : 1;
+        rows = (all + blocks - 1) / blocks;
+        activations = filled(n.memory * rows);
+        scratch = 0;
+        for (int64_t i = 0; i < n.count; i++)
+            scratch = std::max(scratch, filled(Parts(n.layers[i], rows, layer_threads()).scratch(n.layers[i], rows)));
+    }
+    int64_t layer_threads() const { return blocks == 1 ? threads : 1; }  // that share a layer
+    static int64_t filled(int64_t count) { return (count + 1023) / 1024 * 1024; }
+};
+
 }  // namespace
 
 int64_t compute(const Network& network, const Films& films, const float* x, const int64_t* step,
@@ -200,30 +221,31 @@ int64_t compute(const Network& network, const Films& films, const float* x, cons
     for (int64_t r = 0; r < rows; r++)
         if (step[r] < 0 || step[r] >= films.steps || element[r] < 0 || element[r] >= films.elements) return r;
     if (rows == 0) return -1;
-    static thread_local Memory exact, rounded, scratch;
-    threads = std::min(std::max<int64_t>(threads, 1), MOST_THREADS);
-    int64_t size = 0;
-    for (int64_t i = 0; i < network.count; i++) {
-        const Layer& l = network.layers[i];
-        const int64_t ranges = Shares(l, rows, threads).ranges;
-        size = std::max(size, scratch_floats(l, (rows + ranges - 1) / ranges));
-    }
-    size = (size + 1023) / 1024 * 1024;
-    const bool halves = network.precision == BFLOAT16;
-    const Call call{network, films, step, element, rows, exact.get(network.memory * rows),
-                    halves ? reinterpret_cast<uint16_t*>(rounded.get(network.memory * rows / 2 + 1)) : nullptr,
-                    scratch.get(size * threads), size};
-    copy_input(call, x);
-    WorkSharing sharing(threads);
-    for (int64_t i = 0; i < network.count; i++) {
-        const Layer& l = network.layers[i];
-        const Shares shares(l, rows, threads);
-        const auto work = [&](int64_t part, int64_t thread) {
-            compute_part(call, l, shares.part(l, rows, part), thread);
-        };
-        sharing.run(shares.units * shares.ranges, work);
-    }
-    copy_output(call, y);
+    const Division division(network, rows, threads);
+    const int64_t copies = division.blocks == 1 ? 1 : division.threads, sample = network.length * network.channels;
+    static thread_local Memory exact_memory, rounded_memory, scratch_memory;
+    float* exact = exact_memory.get(division.activations * copies);
+    float* rounded = network.precision == BFLOAT16 ? rounded_memory.get(division.activations / 2 * copies) : nullptr;
+    float* scratch = scratch_memory.get(division.scratch * division.threads);
+    WorkSharing sharing(division.threads);
+    sharing.run(division.blocks, [&](int64_t block, int64_t thread) {
+        const int64_t row = block * rows / division.blocks, count = (block + 1) * rows / division.blocks - row;
+        const Call call{network, films, step + row, element + row, count, exact + thread * division.activations,
+                        reinterpret_cast<uint16_t*>(rounded + thread * (division.activations / 2))};
+        copy_input(call, x + row * sample);
+        for (int64_t i = 0; i < network.count; i++) {
+            const Layer& l = network.layers[i];
+            const Parts parts(l, count, division.layer_threads());
+            const auto work = [&](int64_t part, int64_t worker) {
+                compute_part(call, l, parts.part(l, count, part), scratch + worker * division.scratch);
+            };
+            if (division.blocks == 1)
+                sharing.run(parts.units * parts.ranges, work);
+            else
+                for (int64_t part = 0; part < parts.units * parts.ranges; part++) work(part, thread);
+        }
+        copy_output(call, y + row * sample);
+    });
     return -1;
 }
 

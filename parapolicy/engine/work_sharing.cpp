@@ -64,7 +64,7 @@ struct Helpers {
             Clock::time_point since = Clock::now();
             for (bool idle = false; !idle;) {
                 bool took = false;
-                for (int i = 0; i < 64 && !took; i++) {
+                for (int i = 0; i < 1000 && !took; i++) {
                     took = take(thread);
                     if (!took) pause();
                 }

@@ -1,7 +1,9 @@
 """The conditional UNet as a list of layers for ``fused.cpp``, which computes it in one call."""
 
+import contextlib
 import dataclasses
 import math
+import mmap
 from dataclasses import dataclass
 from typing import Any
 
@@ -113,7 +115,7 @@ class Plan:
         self._convolution(last, self._convolution(conv, x, norm=norm))
         layers, memory = place_buffers(mark_forms(self._layers, dtype), self._sizes)
         self.layers = torch.tensor([dataclasses.astuple(layer) for layer in layers])
-        self.weights, self.values = torch.cat(self._weights), torch.cat(self._values)
+        self.weights, self.values = in_large_pages(self._weights), torch.cat(self._values)
         self.network = Network(
             layers=self.layers.data_ptr(),
             count=len(self.layers),
@@ -207,6 +209,17 @@ class Plan:
             )
         )
         return dataclasses.replace(target, length=length, parts=(outputs,))
+
+
+def in_large_pages(parts: list[Tensor]) -> Tensor:
+    """The parts one after the other, where the processor finds them by few addresses: they are read as one stream."""
+    joined = torch.cat(parts)
+    if not hasattr(mmap, "MADV_HUGEPAGE"):  # another system
+        return joined
+    memory = mmap.mmap(-1, joined.nbytes, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+    with contextlib.suppress(OSError):  # a kernel without them
+        memory.madvise(mmap.MADV_HUGEPAGE)
+    return torch.frombuffer(memory, dtype=joined.dtype).copy_(joined)
 
 
 def mark_forms(layers: list[Layer], dtype: torch.dtype) -> list[Layer]:
