@@ -98,8 +98,8 @@ def test_other_instructions_compute_the_same(
     network = ConditionalUnet1D(2, 20, 32, (24, 64)).eval()
     x, step, element = torch.randn(5, 16, 2), torch.randint(0, 100, (5,)), torch.randint(0, 3, (5,))
     expected, found = networks(network, dtype)(x, step, element)
-    # The same sums in vectors of other lengths. In bfloat16 a sum at the edge of two of its values goes to either.
-    tolerance = 1e-5 if dtype == FLOAT32 else 0.1 * float((found - expected).abs().max())
+    # The same sums in other orders. In bfloat16 a sum at the edge of two of its values goes to either.
+    tolerance = 1e-5 if dtype == FLOAT32 else float((found - expected).abs().max())
     library = native_library.load_library((*native_library.FLAGS, *flags))
     monkeypatch.setattr("parapolicy.engine.lowered.fused_unet1d.load_library", lambda: library)
     other = networks(network, dtype)(x, step, element)[1]

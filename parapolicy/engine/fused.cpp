@@ -163,12 +163,11 @@ struct Parts {
 
 void compute_part(const Call& call, const Layer& l, const Part& part, float* sums) {
     const int32_t* weights = static_cast<const int32_t*>(call.network.weights);
-    if (call.network.precision == BFLOAT16)
-        convolve<Bfloat16>(l, reinterpret_cast<const int32_t*>(call.rounded), call.rows, weights, call.network.values,
-                           part, sums);
+    const float* values = call.network.values;
+    if (l.precision == BFLOAT16)
+        convolve<Bfloat16>(l, reinterpret_cast<const int32_t*>(call.rounded), call.rows, weights, values, part, sums);
     else
-        convolve<Float32>(l, reinterpret_cast<const int32_t*>(call.exact), call.rows, weights, call.network.values, part,
-                          sums);
+        convolve<Float32>(l, reinterpret_cast<const int32_t*>(call.exact), call.rows, weights, values, part, sums);
     finish(call, l, part, sums, sums + l.target_length * part.rows * part.channels);
 }
 
@@ -179,9 +178,7 @@ void copy_input(const Call& call, const float* x) {
         for (int64_t r = 0; r < call.rows; r++)
             for (int64_t c = 0; c < width; c++) {
                 const float value = c < n.channels ? x[(r * n.length + p) * n.channels + c] : 0.f;
-                const int64_t to = (p * call.rows + r) * width + c;
-                call.exact[to] = value;
-                if (n.precision == BFLOAT16) call.rounded[to] = round_to_bfloat16(value);
+                call.exact[(p * call.rows + r) * width + c] = value;
             }
 }
 

@@ -12,24 +12,25 @@ struct Layer {
     int64_t source, source_channel, source_stride, source_length, inputs;  // inputs: even in bfloat16
     int64_t target, target_channel, target_stride, target_length, outputs;
     int64_t padded, strip, unit;          // outputs filled up to 16s; channels of a strip of weights, and of a thread's work
-    int64_t weight, bias;                 // where in weights and values
+    int64_t weight, bias;                 // where in weights (words) and values
     int64_t group, norm;                  // channels of a group; 0: no norm and no Mish
     int64_t film, film_scale;             // film -1: none
     int64_t residual, residual_channel, residual_stride;  // residual -1: none
     int64_t exact, rounded;               // which forms of the target are read: float32, and bfloat16
+    int64_t precision;                    // of the weights, and of the source as they multiply it
 };
 
-enum Precision : int64_t { FLOAT32 = 0, BFLOAT16 = 1 };  // of weights, and of activations where they are multiplied
+enum Precision : int64_t { FLOAT32 = 0, BFLOAT16 = 1 };
 
 struct Network {
     const Layer* layers;
     int64_t count;
-    const void* weights;       // of the precision, in the order in which they are read
+    const void* weights;       // in the order in which they are read; a word is a float32 or two bfloat16
     const float* values;       // biases and norms
-    int64_t memory;            // activations per row; the input's are at 0
+    int64_t memory;            // activations per row; the input's are at 0, in float32
     int64_t length, channels;  // of a sample
     int64_t film;              // FiLM values of all layers
-    int64_t precision;
+    int64_t precision;         // BFLOAT16: of some layers
 };
 
 // FiLM values by step (steps, film) and by batch element (elements, film), which are added.

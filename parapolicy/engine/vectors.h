@@ -40,12 +40,6 @@ inline Vector load(const float* p, int64_t count) {  // the first of them; 0 in 
 
 inline void store(float* p, Vector v) { std::memcpy(p, &v, sizeof v); }
 
-inline uint16_t round_to_bfloat16(float x) {
-    uint32_t bits;
-    std::memcpy(&bits, &x, 4);
-    return x != x ? 0x7fc0 : (bits + 0x7fff + (bits >> 16 & 1)) >> 16;
-}
-
 inline void store_rounded(uint16_t* p, Vector v) {
 #ifdef __AVX512BF16__
     const Halves halves = (Halves)_mm512_cvtneps_pbh((__m512)v);

@@ -18,7 +18,8 @@ class FusedUnet1D(FilmTables):
 
     Args:
         network: whose weights are taken, as they are now.
-        dtype: what the factors of products are rounded to, float32 or bfloat16; all else is float32.
+        dtype: what the factors of products are rounded to, float32 or bfloat16; all else is float32, and so are the
+            layers that read the sample and give the result.
 
     Raises:
         ValueError: it is conditioned locally, not on a CPU, or not of float32.

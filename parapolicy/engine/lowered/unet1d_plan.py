@@ -70,8 +70,9 @@ class Layer:
     residual: int
     residual_channel: int
     residual_stride: int
-    exact: int = 1
-    rounded: int = 0
+    exact: int
+    rounded: int
+    precision: int
 
 
 class Plan:
@@ -81,7 +82,8 @@ class Plan:
         network: whose weights are taken, as they are now.
         films: residual block -> where its FiLM values stand.
         length, channels: of a sample.
-        dtype: of the weights and of what they are multiplied by: float32 or bfloat16.
+        dtype: of the weights and of what they are multiplied by: float32 or bfloat16. The layers that read the sample
+            and that give the result are of float32 in any case: they are small, and their rounding shows most.
 
     Attributes:
         network: for the library's functions. Its pointers are to tensors of the plan.
@@ -91,6 +93,7 @@ class Plan:
         self, network: ConditionalUnet1D, films: dict[Any, slice], length: int, channels: int, dtype: torch.dtype
     ) -> None:
         self.films, self.dtype = films, dtype
+        self._last = network.final_conv[1]
         self._sizes: list[int] = []  # of the buffers
         self._layers: list[Layer] = []
         self._weights: list[Tensor] = []
@@ -113,7 +116,7 @@ class Plan:
         block, last = network.final_conv.children()
         conv, norm, _ = block.get_submodule("block").children()
         self._convolution(last, self._convolution(conv, x, norm=norm))
-        layers, memory = place_buffers(mark_forms(self._layers, dtype), self._sizes)
+        layers, memory = place_buffers(mark_forms(self._layers), self._sizes)
         self.layers = torch.tensor([dataclasses.astuple(layer) for layer in layers])
         self.weights, self.values = in_large_pages(self._weights), torch.cat(self._values)
         self.network = Network(
@@ -135,10 +138,10 @@ class Plan:
 
     def _keep(self, kind: str, values: Tensor) -> int:
         """Where the values stand among the weights, or among the other values; in 32-bit words."""
-        values = values.detach().to(self.dtype if kind == "weights" else torch.float32).flatten()
+        words = values.detach().contiguous().flatten().view(torch.int32 if kind == "weights" else torch.float32)
         at = self._counts[kind]
-        (self._weights if kind == "weights" else self._values).append(values)
-        self._counts[kind] += values.numel() * values.element_size() // 4
+        (self._weights if kind == "weights" else self._values).append(words)
+        self._counts[kind] += len(words)
         return at
 
     def _residual(self, block: Any, x: Place, target: Place | None = None) -> Place:
@@ -174,7 +177,8 @@ class Plan:
             for part in weight.split(x.parts, 1)
         ]
         # (strips, taps, inputs / pair, strip, pair): as a register tile reads it
-        pair = 4 // self.dtype.itemsize
+        dtype = torch.float32 if x.buffer == 0 or conv is self._last else self.dtype
+        pair = 4 // dtype.itemsize
         packed = torch.cat(inputs, 1).unflatten(2, (-1, strip)).unflatten(1, (-1, pair)).permute(3, 0, 1, 4, 2)
         bias = conv.weight.new_zeros(outputs) if conv.bias is None else conv.bias.detach()
         target = target or self._place(length, outputs)
@@ -197,7 +201,7 @@ class Plan:
                 padded=padded,
                 strip=strip,
                 unit=unit if padded % unit == 0 and padded == outputs else padded,
-                weight=self._keep("weights", packed),
+                weight=self._keep("weights", packed.to(dtype)),
                 bias=self._keep("values", functional.pad(bias, (0, padded - outputs))),
                 group=group,
                 norm=-1 if norm is None else self._keep("values", _norm_values(norm)),
@@ -206,6 +210,9 @@ class Plan:
                 residual=-1 if past is None else past.buffer,
                 residual_channel=0 if past is None else past.channel,
                 residual_stride=0 if past is None else past.stride,
+                exact=1,
+                rounded=0,
+                precision=int(dtype == torch.bfloat16),
             )
         )
         return dataclasses.replace(target, length=length, parts=(outputs,))
@@ -222,13 +229,13 @@ def in_large_pages(parts: list[Tensor]) -> Tensor:
     return torch.frombuffer(memory, dtype=joined.dtype).copy_(joined)
 
 
-def mark_forms(layers: list[Layer], dtype: torch.dtype) -> list[Layer]:
+def mark_forms(layers: list[Layer]) -> list[Layer]:
     """Which forms of each target are to be written: those that a layer, or the caller, reads."""
-    if dtype == torch.float32:
-        return layers
-    multiplied, added = {layer.source for layer in layers}, {layer.residual for layer in layers} | {layers[-1].target}
+    rounded = {layer.source for layer in layers if layer.precision}
+    exact = {layer.source for layer in layers if not layer.precision}
+    exact |= {layer.residual for layer in layers} | {layers[-1].target}
     return [
-        dataclasses.replace(layer, exact=int(layer.target in added), rounded=int(layer.target in multiplied))
+        dataclasses.replace(layer, exact=int(layer.target in exact), rounded=int(layer.target in rounded))
         for layer in layers
     ]
 
