@@ -2,11 +2,12 @@
 PYTHON ?= python3
 VENV := .venv
 CLIENT := .venv-client
+LEROBOT := .venv-lerobot
 BIN := $(VENV)/bin
 ENV ?= pusht
 DEMONSTRATIONS ?= ../shared/data
 
-.PHONY: setup client eval test test-distributed fuzz mutate
+.PHONY: setup client lerobot eval test test-distributed fuzz mutate
 setup: $(VENV)/.done
 
 $(VENV)/.done: pyproject.toml constraints.txt
@@ -22,6 +23,15 @@ client: $(CLIENT)/.done
 $(CLIENT)/.done: tests/openpi-client.txt
 	test -x $(CLIENT)/bin/python || $(PYTHON) -m venv $(CLIENT)
 	-$(CLIENT)/bin/python -m pip install --disable-pip-version-check -r tests/openpi-client.txt
+	@touch $@
+
+# Real LeRobot in an environment of its own, 9 GB with the CUDA libraries that its torch brings, and its tests.
+lerobot: setup $(LEROBOT)/.done
+	OMP_NUM_THREADS=1 PARAPOLICY_DEMONSTRATIONS=$(DEMONSTRATIONS) $(BIN)/python -m pytest tests/test_live_lerobot.py $(ARGS)
+
+$(LEROBOT)/.done: tests/lerobot.txt
+	test -x $(LEROBOT)/bin/python || $(PYTHON) -m venv $(LEROBOT)
+	$(LEROBOT)/bin/python -m pip install --disable-pip-version-check -r tests/lerobot.txt
 	@touch $@
 
 eval: setup

@@ -1,5 +1,6 @@
 """parapolicy: a trained Diffusion Policy in real time, all denoising steps in parallel."""
 
+from parapolicy.adapters import accelerate, restore
 from parapolicy.control import Controller, ControlRecord, Pacer
 from parapolicy.errors import CheckpointError, DataError, ObservationError
 from parapolicy.loading import load_policy, save_policy
@@ -26,10 +27,12 @@ __all__ = [
     "Policy",
     "PolicySpec",
     "WarmState",
+    "accelerate",
     "draw_noise",
     "explain",
     "list_samplers",
     "load_policy",
     "make_plan",
+    "restore",
     "save_policy",
 ]

@@ -28,7 +28,10 @@ EXPERIMENTS = sorted(path.stem for path in ROOT.glob("conf/experiment/*.yaml"))
 FENCED = re.compile(r"^```(\w*)\n(.*?)^```$", re.DOTALL | re.MULTILINE)
 
 # First line of a snippet that cannot run here -> the reason. Such a snippet is only compiled.
-ONLY_COMPILED: dict[str, str] = {"# Files of your own.": "checkpoints of other programs are not shipped"}
+ONLY_COMPILED: dict[str, str] = {
+    "# Files of your own.": "checkpoints of other programs are not shipped",
+    "# With LeRobot.": "LeRobot has an environment of its own",
+}
 
 
 class Robot:

@@ -23,6 +23,14 @@ SCHEDULERS: dict[str, dict[str, Any]] = {
 }
 SCHEDULE = ("num_train_timesteps", "beta_start", "beta_end", "beta_schedule", "clip_sample", "clip_sample_range")
 PREDICTIONS = ("epsilon", "sample")
+# Arguments of the network, and under which name and as what kind LeRobot's config has them.
+UNET: dict[str, tuple[str, type]] = {
+    "diffusion_step_embed_dim": ("diffusion_step_embed_dim", int),
+    "down_dims": ("down_dims", list),
+    "kernel_size": ("kernel_size", int),
+    "n_groups": ("n_groups", int),
+    "cond_predict_scale": ("use_film_scale_modulation", bool),
+}
 FINAL_GROUPS = 8  # of the UNet's last GroupNorm, whatever n_groups is
 
 
@@ -82,11 +90,7 @@ def describe(path: Path, config: Mapping[str, Any]) -> Described:
         )
     network = {
         "name": "unet1d",
-        "diffusion_step_embed_dim": settings.get("diffusion_step_embed_dim", int),
-        "down_dims": down_dims,
-        "kernel_size": settings.get("kernel_size", int),
-        "n_groups": settings.get("n_groups", int),
-        "cond_predict_scale": settings.get("use_film_scale_modulation", bool),
+        **{name: settings.get(theirs, kind) for name, (theirs, kind) in UNET.items()},
         "final_groups": FINAL_GROUPS,
     }
     if cameras:

@@ -123,7 +123,7 @@ def _processing(folder: Path, weights: Tensors, described: Described) -> Process
 def _read_tensors(weights: Tensors, described: Described, network: Network) -> dict[str, Tensor]:
     """The network's tensors, by our names; all others of the file are accounted for."""
     own = {name: tuple(value.shape) for name, value in network.state_dict().items()}
-    theirs = {name: published for name in own if (published := _published(name, described.separate))}
+    theirs = {name: published for name in own if (published := published_name(name, described.separate))}
     grids = {published: own[name] for name, published in theirs.items() if published.endswith("pool.nets.weight")}
     grids = {name.replace("nets.weight", "pos_grid"): shape for name, shape in grids.items()}
     counters = {
@@ -148,7 +148,7 @@ def _read_tensors(weights: Tensors, described: Described, network: Network) -> d
     return {name: tensors[name] if name in tensors else torch.ones(shape) for name, shape in own.items()}
 
 
-def _published(name: str, separate: bool) -> str | None:
+def published_name(name: str, separate: bool) -> str | None:
     """LeRobot's name of a tensor; None for one that it does not have, the temperature of the spatial softmax."""
     if name.endswith("pool.temperature"):
         return None

@@ -1,0 +1,77 @@
+"""Run a command of LeRobot with its diffusion policies sampled in parallel.
+
+    python -m parapolicy.lerobot [--sampler auto] [--engine auto] [--verify] lerobot-eval --policy.path=…
+
+Works for every command that LeRobot installs, the asynchronous policy server too, and for every diffusion policy that
+the command builds or loads. What follows the command's name is the command's own.
+"""
+
+import argparse
+import atexit
+import importlib
+import statistics
+import sys
+from collections.abc import Sequence
+from importlib.metadata import entry_points
+
+from parapolicy.adapters.live_lerobot import Accelerated, replace_methods
+
+MODULE = "lerobot.policies.diffusion.modeling_diffusion"
+SERVER = "lerobot.async_inference.policy_server"  # which LeRobot installs no command for
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(
+        prog="python -m parapolicy.lerobot", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--sampler", default="auto", help="one of parapolicy.list_samplers(), or auto")
+    parser.add_argument("--engine", default="auto", help="one of parapolicy.engine.ENGINES")
+    parser.add_argument("--tolerance", type=float, help="of the sampler; its default where left out")
+    parser.add_argument("--verify", action="store_true", help="compare the first chunk with LeRobot's own")
+    parser.add_argument("command", help=f"such as lerobot-eval, or the name of a module, such as {SERVER}")
+    parser.add_argument("rest", nargs=argparse.REMAINDER, help="the command's own arguments")
+    given = parser.parse_args(arguments)
+    try:
+        module = importlib.import_module(MODULE)
+    except ImportError as error:
+        raise SystemExit(
+            f"error: LeRobot is not installed in this environment ({error}); pip install lerobot"
+        ) from error
+    parameters = {} if given.tolerance is None else {"tolerance": given.tolerance}
+    try:
+        made = replace_methods(
+            module.DiffusionModel, module.DiffusionPolicy, given.sampler, given.engine, given.verify, **parameters
+        )
+    except (TypeError, ValueError) as error:
+        raise SystemExit(f"error: {error}") from error
+    atexit.register(report, made)
+    sys.argv = [given.command, *given.rest]
+    found = [entry for entry in entry_points(group="console_scripts") if entry.name == given.command]
+    if found:
+        sys.exit(found[0].load()())
+    try:
+        module = importlib.import_module(given.command)
+        run = next(getattr(module, name) for name in ("main", "serve") if hasattr(module, name))
+    except (ImportError, StopIteration) as error:
+        raise SystemExit(
+            f"error: {given.command!r} is neither an installed command nor a module with main()"
+        ) from error
+    sys.exit(run())
+
+
+def report(made: Sequence[Accelerated]) -> None:
+    """Print what the chunks of each policy cost."""
+    for accelerated in made:
+        if recent := accelerated.recent:
+            seconds = statistics.median(stats.seconds for stats in recent)
+            rounds = statistics.fmean(float(stats.rounds.mean()) for stats in recent)
+            evaluations = statistics.fmean(float(stats.evaluations.mean()) for stats in recent)
+            print(
+                f"parapolicy: the last {len(recent)} chunks took {1e3 * seconds:.1f} ms (median), {rounds:.1f} rounds "
+                f"and {evaluations:.0f} network evaluations each, sampled by {accelerated.settings[0]}",
+                file=sys.stderr,
+            )
+
+
+if __name__ == "__main__":
+    main()
