@@ -2,10 +2,14 @@
 
 import json
 import os
+import socket
 import subprocess
+import tarfile
+import time
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 
 import parapolicy
@@ -20,11 +24,13 @@ needs_lerobot = pytest.mark.skipif(
 )
 
 
+def environment() -> dict[str, str]:
+    return {**os.environ, "PYTHONPATH": str(ROOT), "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"}
+
+
 def run(*arguments: str, check: bool = True) -> "subprocess.CompletedProcess[str]":
-    environment = {**os.environ, "PYTHONPATH": str(ROOT), "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"}
-    done = subprocess.run(
-        [str(PYTHON), *arguments], env=environment, capture_output=True, text=True, cwd=ROOT, timeout=PATIENCE
-    )
+    command = [str(PYTHON), *arguments]
+    done = subprocess.run(command, env=environment(), capture_output=True, text=True, cwd=ROOT, timeout=PATIENCE)
     assert not check or done.returncode == 0, done.stderr
     return done
 
@@ -93,6 +99,36 @@ def test_lerobot_s_own_commands_are_accelerated(tmp_path: Path) -> None:
         for name in ("own", "accelerated")
     )
     assert accelerated == pytest.approx(own, abs=1e-3)
+
+
+@needs_lerobot
+def test_the_asynchronous_server_moves_a_robot(tmp_path: Path) -> None:
+    """LeRobot 0.4.4's own server fails on each observation of a diffusion policy."""
+    with tarfile.open(FOLDER.parents[1] / "two_cameras_ddim10.tar.xz") as archive:
+        archive.extractall(tmp_path, filter="data")
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    module = "lerobot.async_inference.policy_server"
+    arguments = ["--sampler=sequential", "--engine=eager", module, "--host=127.0.0.1", f"--port={port}"]
+    log = tmp_path / "server.log"
+    with log.open("w") as stream:
+        command = [str(PYTHON), "-m", "parapolicy.lerobot", *arguments]
+        server = subprocess.Popen(command, env=environment(), stdout=stream, stderr=stream, cwd=ROOT)
+    try:
+        begin = time.monotonic()
+        while "PolicyServer started" not in log.read_text() and time.monotonic() < begin + PATIENCE:
+            assert server.poll() is None, log.read_text()
+            time.sleep(0.1)
+        folder = tmp_path / "two_cameras_ddim10" / "pretrained_model"
+        done = run("-m", "tests.lerobot_async", str(folder), str(port), "20")
+    finally:
+        server.kill()
+        server.wait()
+    actions = np.asarray(json.loads(done.stdout.splitlines()[-1]))
+    assert len(actions) >= 20, log.read_text()[-2000:]
+    assert np.isfinite(actions).all()
+    assert np.ptp(actions, axis=0).min() > 0
 
 
 @needs_lerobot

@@ -257,7 +257,9 @@ def predict_action_chunk(self: Any, batch: dict[str, Tensor], *args: Any, **kwar
     queues = self._queues
     if self.config.image_features and "observation.images" not in batch:
         batch = {**batch, "observation.images": torch.stack([batch[key] for key in self.config.image_features], dim=-4)}
-    observed = [key for key in queues if key in batch and key != "action"]
+    # LeRobot's processors put the key "action" into what they make of an observation, too.
+    batch = {key: value for key, value in batch.items() if key != "action"}
+    observed = [key for key in queues if key in batch]
     if all(queues[key] and queues[key][-1] is batch[key] for key in observed):
         return original(self, batch, *args, **kwargs)
     self._queues = queues | {key: deque([batch[key]] * queues[key].maxlen) for key in observed}
