@@ -13,7 +13,7 @@ from torch import Tensor
 
 from parapolicy.action_parts import convert_actions
 from parapolicy.denoiser import Denoiser, check_finite, fill_rows
-from parapolicy.engine import Eager, Engine
+from parapolicy.engine import Deadline, Eager, Engine
 from parapolicy.networks import Network
 from parapolicy.noise import draw_noise
 from parapolicy.normalizer import Normalizer
@@ -212,4 +212,4 @@ def _stop_function(deadline: float | Callable[[], bool] | None) -> Callable[[], 
         return deadline
     if math.isnan(deadline):
         raise ValueError("deadline is nan, expected a time of time.monotonic() or a function")
-    return lambda: time.monotonic() >= deadline
+    return Deadline(deadline)

@@ -2,12 +2,12 @@
 
 import torch
 
-from parapolicy.engine.base import Eager, Engine
+from parapolicy.engine.base import Deadline, Eager, Engine
 from parapolicy.engine.compiled import Compiled
 from parapolicy.engine.cuda_graph import CudaGraph
 from parapolicy.engine.fused import Fused
 
-__all__ = ["ENGINES", "Compiled", "CudaGraph", "Eager", "Engine", "Fused", "make_engine"]
+__all__ = ["ENGINES", "Compiled", "CudaGraph", "Deadline", "Eager", "Engine", "Fused", "make_engine"]
 
 ENGINES = ("auto", "eager", "compiled", "compiled_bfloat16", "fused", "fused_bfloat16", "cuda_graph", "sharded")
 

@@ -1,8 +1,10 @@
 """What an engine is, and the plainest one."""
 
 import contextlib
+import time
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping
+from dataclasses import dataclass
 from typing import Any
 
 from torch import Tensor
@@ -10,6 +12,16 @@ from torch import Tensor
 from parapolicy.denoiser import Denoiser, Evaluate
 from parapolicy.networks import Network
 from parapolicy.samplers import Rounds, Sample, Sampler
+
+
+@dataclass(frozen=True)
+class Deadline:
+    """True from a time of ``time.monotonic()`` on. An engine may watch the time without calling this."""
+
+    time: float
+
+    def __call__(self) -> bool:
+        return time.monotonic() >= self.time
 
 
 class Engine(ABC):

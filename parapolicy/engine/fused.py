@@ -2,18 +2,33 @@
 
 import threading
 import warnings
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
-from parapolicy.denoiser import Evaluate
+from parapolicy.denoiser import Denoiser, Evaluate
 from parapolicy.engine.base import Engine
 from parapolicy.engine.compiled import Compiled
 from parapolicy.engine.lowered.fused_unet1d import FusedUnet1D
 from parapolicy.engine.native_library import load_library
-from parapolicy.networks import Embedding, Network
+from parapolicy.engine.native_loop import sample_natively
+from parapolicy.networks import Network
 from parapolicy.networks.unet1d import ConditionalUnet1D
+from parapolicy.samplers import Sample, Sampler
+
+
+@dataclass(frozen=True)
+class Bound:
+    """The network at a schedule's steps and a batch's condition."""
+
+    network: FusedUnet1D
+    steps: Tensor
+    condition: Tensor
+
+    def __call__(self, x: Tensor, step: Tensor, element: Tensor) -> Tensor:
+        return self.network(x, self.steps, self.condition, step, element)
 
 
 class Fused(Engine):
@@ -33,7 +48,7 @@ class Fused(Engine):
         self.name = "fused_bfloat16" if dtype == torch.bfloat16 else "fused"
         self.dtype, self.told = dtype, told
         self._fused: tuple[Network, FusedUnet1D] | None = None  # of the newest network
-        self._steps: tuple[Tensor, Embedding] | None = None  # of the newest schedule
+        self._steps: tuple[Tensor, Tensor] | None = None  # of the newest schedule
         self._fallback: Compiled | None = None
         self._lock = threading.Lock()
 
@@ -46,8 +61,21 @@ class Fused(Engine):
         if fused is None or steps is None:
             assert self._fallback is not None
             return self._fallback.bind(network, timesteps, observation)
-        condition, table = fused.embed_condition(observation), steps[1]
-        return lambda x, step, element: fused(x, table, condition, step, element)
+        return Bound(fused, steps[1], fused.embed_condition(observation))
+
+    def run(
+        self,
+        sampler: Sampler,
+        denoiser: Denoiser,
+        noise: Tensor,
+        stop: Callable[[], bool] | None = None,
+        guess: Tensor | None = None,
+    ) -> Sample:
+        """As :meth:`parapolicy.engine.Engine.run`, in C++ as a whole where the sampler has a native loop."""
+        bound, sample = denoiser.evaluate, None
+        if isinstance(bound, Bound):
+            sample = sample_natively(bound.network, bound.steps, bound.condition, sampler, denoiser, noise, stop)
+        return super().run(sampler, denoiser, noise, stop, guess) if sample is None else sample
 
     def _find(self, network: Network) -> FusedUnet1D | None:
         """The network in C++; None where there is none."""

@@ -31,7 +31,7 @@ class FusedUnet1D(FilmTables):
         weight = network.final_conv[1].weight
         if network.condition == "local" or weight.device.type != "cpu" or weight.dtype != torch.float32:
             raise ValueError(f"its condition is {network.condition!r}, on {weight.device}, of {weight.dtype}")
-        self._library, self.dtype = load_library(), dtype
+        self.library, self.dtype = load_library(), dtype
         self._source = (network,)  # not a module of this one
         self._plans: dict[tuple[int, ...], Plan] = {}  # by the shape of a sample
         self._lock = threading.Lock()
@@ -48,14 +48,11 @@ class FusedUnet1D(FilmTables):
         rows, length, channels = x.shape
         if step.shape != (rows,) or element.shape != (rows,):
             raise ValueError(f"step and element have shapes {step.shape} and {element.shape}, expected ({rows},)")
-        plan, y = self._plan(length, channels), torch.empty_like(x)
-        film = plan.network.film
-        if steps.shape[1:] != (film,) or (not inpaints and condition.shape[1:] != (film,)):
-            raise ValueError(f"FiLM values have shapes {steps.shape} and {condition.shape}, expected (…, {film})")
-        films = Films(steps.data_ptr(), len(steps), None if inpaints else condition.data_ptr(), len(condition))
+        plan, y = self.plan(length, channels), torch.empty_like(x)
+        films = self.films(steps, condition)
         pointers = x.data_ptr(), step.data_ptr(), element.data_ptr()
         threads = torch.get_num_threads()
-        wrong = self._library.parapolicy_compute(plan.network, films, *pointers, rows, y.data_ptr(), threads)
+        wrong = self.library.parapolicy_compute(plan.network, films, *pointers, rows, y.data_ptr(), threads)
         if wrong >= 0:
             raise IndexError(
                 f"row {wrong} has step {int(step[wrong])} and element {int(element[wrong])}, "
@@ -65,7 +62,15 @@ class FusedUnet1D(FilmTables):
             raise MemoryError(f"there is not enough memory for the activations of {rows} rows")
         return y
 
-    def _plan(self, length: int, channels: int) -> Plan:
+    def films(self, steps: Tensor, condition: Tensor) -> Films:
+        """Where FiLM values by step and, but for inpainting, by element stand; of dense tensors that outlive it."""
+        inpaints, film = self.condition == "inpaint", len(self.film_bias)
+        if steps.shape[1:] != (film,) or (not inpaints and condition.shape[1:] != (film,)):
+            raise ValueError(f"FiLM values have shapes {steps.shape} and {condition.shape}, expected (…, {film})")
+        by_element = None if inpaints else condition.data_ptr()
+        return Films(steps.data_ptr(), len(steps), by_element, len(condition))
+
+    def plan(self, length: int, channels: int) -> Plan:
         with self._lock:
             if (length, channels) not in self._plans:
                 with torch.inference_mode(False), torch.no_grad():

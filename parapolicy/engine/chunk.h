@@ -1,0 +1,66 @@
+// A whole chunk from its noise: the samplers ``sequential`` and ``collocation`` around the network.
+//
+// They do what samplers/sequential.py and samplers/collocation.py do, round by round. What is elementwise there is
+// computed here in the same order and without fused multiplications: equal to the bit.
+#pragma once
+
+#include <cstdint>
+
+#include "fused.h"
+
+namespace parapolicy {
+
+enum Prediction : int64_t { EPSILON, SAMPLE, V_PREDICTION, FLOW_PREDICTION };
+
+// A solver's tables, each (steps); see schedule/schedule.py.
+struct Schedule {
+    const float *state, *estimate, *previous, *noise;  // A, B, C, S
+    const float *alpha, *sigma, *overshoot;
+    int64_t steps, prediction, multistep, clips, overshoots;
+    double clip;
+};
+
+// A schedule between the nodes of collocation; see Tables in samplers/collocation.py. ``own`` numbers of a sample have
+// entries of their own: all of them, or 1 where they are treated alike.
+struct Nodes {
+    const int64_t* steps;                      // (count)
+    const float *modes, *transposed;           // (size, size), or null
+    const float *kappa, *kept;                 // (count, own)
+    const float *response;                     // (count, count, own)
+    const float *first, *noise;                // (count, own), (count, schedule.steps, own)
+    const float* sigma;                        // (count)
+    int64_t count, own, window, most;          // most: rounds of one sample
+    double settle, state, estimate, last_noise;  // the last three: A, B and S of the last step
+};
+
+// What sampling needs besides the sampler's own tables.
+struct Job {
+    const Network* network;
+    const Films* films;
+    const Schedule* schedule;
+    int64_t max_rows, threads;  // of a network call
+    int32_t (*stop)();          // asked after every round; other than 0 ends sampling; null: never
+    double seconds;             // from the call on until sampling ends with the round at hand; negative: never
+};
+
+// What a batch's samples cost; each (batch).
+struct Costs {
+    int64_t *rounds, *evaluations;
+    int32_t* complete;
+    float* residual;
+};
+
+enum Failure : int64_t { NO_MEMORY = -1, BEYOND_TABLE = -2 };
+
+}  // namespace parapolicy
+
+extern "C" {
+
+// Samples x (batch, size) and estimates u (batch, steps, size), which may be null, from noise (steps + 1, batch, size).
+// Returns how many steps were taken, or a Failure.
+int64_t parapolicy_sequential(const parapolicy::Job* job, const float* noise, int64_t batch, float* x, float* u);
+
+// Samples x (batch, size) and what is interpolated, d (batch, nodes.count, size). Returns 0, or a Failure.
+int64_t parapolicy_collocation(const parapolicy::Job* job, const parapolicy::Nodes* nodes, const float* noise,
+                               int64_t batch, float* x, float* d, const parapolicy::Costs* costs);
+}
