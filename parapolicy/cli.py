@@ -10,6 +10,7 @@ from pathlib import Path
 USAGE = """usage: parapolicy inspect CHECKPOINT [--json]
        parapolicy check CHECKPOINT [--chunks 5] [--engine eager] [--device auto]
        parapolicy convert CHECKPOINT OUT [--control-hz HZ]
+       parapolicy export CHECKPOINT OUT [--format fused] [--sampler sequential] [--engine fused]
        parapolicy calibrate FOLDER [--observations FILE.npz…] [--chunks 60] [--draws 60]
        parapolicy serve [checkpoint=FOLDER port=8000 …]
        parapolicy report FOLDER… [--output FOLDER] [--margin 0.03]
@@ -17,6 +18,7 @@ USAGE = """usage: parapolicy inspect CHECKPOINT [--json]
   inspect  what a policy is: what it wants to see, its actions, its schedule, what to beware of
   check    run every sampler on made-up observations: rounds, evaluations, errors, latency
   convert  write a policy as config.json and model.safetensors; its answers stay the same to the bit
+  export   write a policy with its schedule and sampler as one file, for control stacks without Python
   calibrate  measure where the sampler collocation asks the network best, and what error it then has
   serve    answer openpi clients with action chunks of a policy; its settings: parapolicy.serve.settings.ServeConfig
   report   put evaluation runs into one page, with tables and pictures
@@ -86,6 +88,33 @@ def convert(arguments: Sequence[str]) -> None:
             raise ValueError(f"control_hz is {parsed.control_hz:g}, and the file says {policy.spec.control_hz:g}")
         policy = dataclasses.replace(policy, spec=dataclasses.replace(policy.spec, control_hz=parsed.control_hz))
     save_policy(policy, parsed.out)
+    print(f"wrote {parsed.out}")
+
+
+def export(arguments: Sequence[str]) -> None:
+    """``parapolicy export``."""
+    parser = _checkpoint_parser("export")
+    parser.add_argument("out", type=Path, metavar="OUT")
+    parser.add_argument("--format", choices=["fused"], default="fused", help="a plan file of parapolicy_fused.h")
+    parser.add_argument("--sampler", default="sequential", help="or collocation")
+    parser.add_argument("--nodes", type=int, help="of collocation")
+    parser.add_argument("--window", type=int, help="of collocation")
+    parser.add_argument("--solver", help="instead of the policy's own, such as ddim")
+    parser.add_argument("--steps", type=int, help="of the solver")
+    parser.add_argument("--engine", default="fused", help="or fused_bfloat16, for processors with instructions for it")
+    parsed = parser.parse_args(arguments)
+    if parsed.out.is_dir():
+        raise ValueError(f"{parsed.out} is a folder, expected the name of a file")
+
+    from parapolicy import load_policy
+    from parapolicy.export import write_plan
+
+    given = {name: getattr(parsed, name) for name in ("nodes", "window") if getattr(parsed, name) is not None}
+    settings = {"device": "cpu", "engine": parsed.engine, "ema": parsed.ema}
+    policy = load_policy(parsed.checkpoint, parsed.sampler, **settings, **given)
+    if parsed.solver is not None or parsed.steps is not None:
+        policy = policy.with_schedule(parsed.solver, parsed.steps)
+    write_plan(policy, parsed.out)
     print(f"wrote {parsed.out}")
 
 
@@ -172,6 +201,7 @@ COMMANDS = {
     "inspect": inspect,
     "check": check,
     "convert": convert,
+    "export": export,
     "calibrate": calibrate,
     "serve": serve,
     "report": report,

@@ -122,7 +122,7 @@ def test_what_is_not_finite_stays_so() -> None:
 @pytest.mark.parametrize("dtype", [FLOAT32, BFLOAT16], ids=str)
 def test_buffers_share_memory_only_when_none_is_needed(dtype: torch.dtype) -> None:
     network = ConditionalUnet1D(3, 20, 32, (24, 40, 72)).eval()
-    plan = FusedUnet1D(network, dtype)._plan(16, 3)
+    plan = FusedUnet1D(network, dtype).plan(16, 3)
     layers, size = place_buffers(plan._layers, plan._sizes)
     assert size < sum(plan._sizes) / 4
     owner = torch.full((size,), -1)

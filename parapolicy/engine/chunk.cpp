@@ -134,8 +134,17 @@ void turn(const float* values, const float* matrix, int64_t rows, int64_t size, 
         return;
     }
     std::memset(out, 0, rows * size * sizeof(float));
-    for (int64_t r = 0; r < rows; r++)
-        for (int64_t k = 0; k < size; k++) add_product(out + r * size, values + r * size + k, 1, matrix + k * size, size);
+    for (int64_t r = 0; r < rows; r++, values += size, out += size) {
+        int64_t k = 0;
+        for (; k + 4 <= size; k += 4) {  // four at a time, to load and store the sums less often
+            const float a = values[k], b = values[k + 1], c = values[k + 2], d = values[k + 3];
+            const float *of_a = matrix + k * size, *of_b = of_a + size, *of_c = of_b + size, *of_d = of_c + size;
+#pragma omp simd
+            for (int64_t i = 0; i < size; i++)
+                out[i] += (a * of_a[i] + b * of_b[i]) + (c * of_c[i] + d * of_d[i]);
+        }
+        for (; k < size; k++) add_product(out, values + k, 1, matrix + k * size, size);
+    }
 }
 
 // One sample between its nodes, in modes.
@@ -181,6 +190,19 @@ class Path {
         rounds++;
         hold();
         update();
+    }
+
+    // The estimates u (steps, size) of every step.
+    void interpolate(float* u) const {
+        const int64_t steps = job.schedule->steps;
+        Floats all(steps * size, 0.f);
+        for (int64_t j = 0; j < steps; j++)
+            for (int64_t k = 0; k < n.count; k++) {
+                const float* weight = n.interpolation + (j * n.count + k) * n.own;
+                const bool far = std::all_of(weight, weight + n.own, [](float w) { return w == 0; });
+                if (!far) add_product(&all[j * size], weight, n.own, &d[k * size], size);
+            }
+        turn(all.data(), n.transposed, steps, size, u);
     }
 
     // The nodes to ask next: the first that are pending.
@@ -245,7 +267,7 @@ class Path {
     }
 };
 
-int64_t collocation(const Job& job, const Nodes& nodes, const float* noise, int64_t batch, float* x, float* d,
+int64_t collocation(const Job& job, const Nodes& nodes, const float* noise, int64_t batch, float* x, float* u,
                     const Costs& costs) {
     const int64_t size = job.network->length * job.network->channels;
     const Stop stop(job);
@@ -266,12 +288,12 @@ int64_t collocation(const Job& job, const Nodes& nodes, const float* noise, int6
             }
         }
         if (!denoise(job, states.data(), step.data(), element.data(), rows, answers.data())) return BEYOND_TABLE;
-        const float* u = answers.data();
+        const float* answer = answers.data();
         bool live = false;
         for (Path& path : paths) {
             const std::vector<int64_t>& mine = chosen[path.element];
-            if (!mine.empty()) path.take(mine, u);
-            u += mine.size() * size;
+            if (!mine.empty()) path.take(mine, answer);
+            answer += mine.size() * size;
             live |= path.live();
         }
         ends = stop() || !live;
@@ -279,7 +301,7 @@ int64_t collocation(const Job& job, const Nodes& nodes, const float* noise, int6
     for (const Path& path : paths) {
         const int64_t b = path.element;
         std::copy(path.final.begin(), path.final.end(), x + b * size);
-        std::copy(path.d.begin(), path.d.end(), d + b * nodes.count * size);
+        if (u) path.interpolate(u + b * job.schedule->steps * size);
         costs.rounds[b] = path.rounds, costs.evaluations[b] = path.evaluations;
         costs.residual[b] = path.residual, costs.complete[b] = !path.live();
     }
@@ -301,13 +323,23 @@ static int64_t guarded(Function function) {
     }
 }
 
+extern "C" void parapolicy_film_values(const float* weights, const float* conditions, int64_t inputs, int64_t films,
+                                       int64_t batch, float* values) {
+    std::memset(values, 0, batch * films * sizeof(float));
+    for (int64_t i = 0; i < batch * inputs; i++) {
+        const float x = conditions[i], e = std::exp(std::min(x, 20.f)), n = e * (e + 2.f);
+        const float mish = x * (n / (n + 2.f));  // x tanh(log(1 + e^x))
+        parapolicy::add_product(values + i / inputs * films, &mish, 1, weights + i % inputs * films, films);
+    }
+}
+
 extern "C" int64_t parapolicy_sequential(const parapolicy::Job* job, const float* noise, int64_t batch, float* x,
                                          float* u) {
     return guarded([&] { return parapolicy::sequential(*job, noise, batch, x, u); });
 }
 
 extern "C" int64_t parapolicy_collocation(const parapolicy::Job* job, const parapolicy::Nodes* nodes,
-                                          const float* noise, int64_t batch, float* x, float* d,
+                                          const float* noise, int64_t batch, float* x, float* u,
                                           const parapolicy::Costs* costs) {
-    return guarded([&] { return parapolicy::collocation(*job, *nodes, noise, batch, x, d, *costs); });
+    return guarded([&] { return parapolicy::collocation(*job, *nodes, noise, batch, x, u, *costs); });
 }

@@ -29,6 +29,7 @@ struct Nodes {
     const float *response;                     // (count, count, own)
     const float *first, *noise;                // (count, own), (count, schedule.steps, own)
     const float* sigma;                        // (count)
+    const float* interpolation;                // (schedule.steps, count, own); null where no estimates are wanted
     int64_t count, own, window, most;          // most: rounds of one sample
     double settle, state, estimate, last_noise;  // the last three: A, B and S of the last step
 };
@@ -56,11 +57,16 @@ enum Failure : int64_t { NO_MEMORY = -1, BEYOND_TABLE = -2 };
 
 extern "C" {
 
+// FiLM values (batch, films) of conditions (batch, inputs): their Mish times the weights (inputs, films). The same to
+// the bit wherever it is compiled, and for any batch.
+void parapolicy_film_values(const float* weights, const float* conditions, int64_t inputs, int64_t films, int64_t batch,
+                            float* values);
+
 // Samples x (batch, size) and estimates u (batch, steps, size), which may be null, from noise (steps + 1, batch, size).
 // Returns how many steps were taken, or a Failure.
 int64_t parapolicy_sequential(const parapolicy::Job* job, const float* noise, int64_t batch, float* x, float* u);
 
-// Samples x (batch, size) and what is interpolated, d (batch, nodes.count, size). Returns 0, or a Failure.
+// The same by the nodes of collocation. Returns 0, or a Failure.
 int64_t parapolicy_collocation(const parapolicy::Job* job, const parapolicy::Nodes* nodes, const float* noise,
-                               int64_t batch, float* x, float* d, const parapolicy::Costs* costs);
+                               int64_t batch, float* x, float* u, const parapolicy::Costs* costs);
 }

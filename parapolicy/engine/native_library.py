@@ -14,8 +14,8 @@ from typing import Any
 from parapolicy.files import cache_folder, replacing
 
 FOLDER = Path(__file__).parent
-SOURCES = ("fused.cpp", "work_sharing.cpp", "chunk.cpp")
-HEADERS = ("fused.h", "vectors.h", "convolution.h", "work_sharing.h", "chunk.h")
+SOURCES = ("fused.cpp", "work_sharing.cpp", "chunk.cpp", "plan_file.cpp", "embedding.cpp")
+HEADERS = ("fused.h", "vectors.h", "convolution.h", "work_sharing.h", "chunk.h", "plan_file.h", "parapolicy_fused.h")
 # No -ffast-math: sums keep their order, and what is not finite stays so.
 FLAGS = ("-O3", "-march=native", "-ffp-contract=fast", "-fopenmp-simd", "-std=c++17", "-shared", "-fPIC", "-pthread")
 PATIENCE = 300  # seconds of compiling
@@ -116,4 +116,6 @@ def _declared(library: ctypes.CDLL) -> ctypes.CDLL:
     library.parapolicy_collocation.argtypes = [pointer, pointer, pointer, integer, pointer, pointer, pointer]
     for loop in (library.parapolicy_sequential, library.parapolicy_collocation):
         loop.restype = integer
+    library.parapolicy_film_values.argtypes = [pointer, pointer, integer, integer, integer, pointer]
+    library.parapolicy_film_values.restype = None
     return library

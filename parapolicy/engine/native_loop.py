@@ -15,7 +15,7 @@ from parapolicy.engine.base import Deadline
 from parapolicy.engine.lowered.fused_unet1d import FusedUnet1D
 from parapolicy.samplers import Collocation, Sample, Sampler, Sequential
 from parapolicy.samplers.base import root_mean_square
-from parapolicy.samplers.collocation import ROUNDS, Tables
+from parapolicy.samplers.collocation import ROUNDS
 from parapolicy.schedule import Schedule
 
 PREDICTIONS = ("epsilon", "sample", "v_prediction", "flow_prediction")  # in the order of chunk.h
@@ -42,7 +42,7 @@ class ScheduleTables(Struct):
 class Nodes(Struct):
     _fields_ = (
         *((name, POINTER) for name in ("steps", "modes", "transposed", "kappa", "kept", "response")),
-        *((name, POINTER) for name in ("first", "noise", "sigma")),
+        *((name, POINTER) for name in ("first", "noise", "sigma", "interpolation")),
         *((name, INTEGER) for name in ("count", "own", "window", "most")),
         *((name, NUMBER) for name in ("settle", "state", "estimate", "last_noise")),
     )
@@ -143,14 +143,13 @@ def _collocation(library: Any, job: Job, sampler: Sampler, schedule: Schedule, n
     assert isinstance(sampler, Collocation)
     nodes = node_tables(sampler, schedule)
     batch, size = noise.shape[1:]
-    x, d = noise.new_empty(batch, size), noise.new_empty(batch, nodes.count, size)
+    x, u = noise.new_empty(batch, size), noise.new_empty(batch, len(schedule), size)
     rounds, evaluations = torch.empty(2, batch, dtype=torch.int64)
     complete, residual = torch.empty(batch, dtype=torch.int32), noise.new_empty(batch)
     costs = Costs(*(value.data_ptr() for value in (rounds, evaluations, complete, residual)))
-    pointers = noise.data_ptr(), batch, x.data_ptr(), d.data_ptr()
+    pointers = noise.data_ptr(), batch, x.data_ptr(), u.data_ptr()
     _checked(library.parapolicy_collocation(ctypes.byref(job), ctypes.byref(nodes), *pointers, ctypes.byref(costs)))
-    tables: Tables = nodes.held[0]
-    return Sample(x, tables.estimates(d), rounds, evaluations, residual, complete.bool())
+    return Sample(x, u, rounds, evaluations, residual, complete.bool())
 
 
 LOOPS: dict[type[Sampler], Callable[..., Sample]] = {Sequential: _sequential, Collocation: _collocation}
@@ -188,7 +187,8 @@ def node_tables(sampler: Collocation, schedule: Schedule) -> Nodes:
     tables = sampler.tables(schedule)
     modes = None if tables.modes is None else tables.modes.contiguous()
     transposed = None if modes is None else modes.T.contiguous()
-    values = tables.kappa, tables.kept, tables.response, tables.first, tables.noise, tables.sigma
+    names = ("kappa", "kept", "response", "first", "noise", "sigma", "interpolation")
+    values = (getattr(tables, name) for name in names)
     held = tuple(value if value is None else value.contiguous() for value in (tables.nodes, modes, transposed, *values))
     count = len(tables.nodes)
     made = Nodes(
@@ -202,5 +202,5 @@ def node_tables(sampler: Collocation, schedule: Schedule) -> Nodes:
         estimate=tables.last[1],
         last_noise=tables.last[2],
     )
-    made.held = tables, *held
+    made.held = held
     return made

@@ -109,14 +109,6 @@ class Tables(NamedTuple):
     interpolation: Tensor
     last: tuple[float, float, float]
 
-    def from_modes(self, v: Tensor) -> Tensor:
-        """(…, S) in modes -> the numbers of a sample."""
-        return v if self.modes is None else v @ self.modes.T
-
-    def estimates(self, d: Tensor) -> Tensor:
-        """u of every step, (B, T, S), from d at the nodes, (B, K, S)."""
-        return self.from_modes(_apply(self.interpolation, d))
-
 
 def log_snr(schedule: Schedule) -> Tensor:
     """s = log(alpha² / sigma²) at each step, (T,) float64, within bounds."""
@@ -265,12 +257,13 @@ class CollocationRounds(Rounds):
 
     def result(self) -> Sample:
         complete = ~self.pending.any(1)
+        u = _apply(self.tables.interpolation, self.d)
         costs = self.rounds.clone(), self.evaluations.clone(), self.residual.clone()
-        return Sample(self.final.clone(), self.tables.estimates(self.d), *costs, complete)
+        return Sample(self.final.clone(), self._from_modes(u), *costs, complete)
 
     def _ask(self, denoiser: DenoiserLike, v: Tensor, node: Tensor, chosen: Tensor) -> Tensor:
         """u in modes, (B, W, S), at states v likewise; 0 where a node was not chosen and rows cost time."""
-        x = self.tables.from_modes(v).flatten(0, 1)
+        x = self._from_modes(v).flatten(0, 1)
         step, element = self.tables.nodes[node].flatten(), self.element.expand_as(node).flatten()
         if not self.sparse or chosen.all():
             u = denoiser(x, step, element)
@@ -285,7 +278,10 @@ class CollocationRounds(Rounds):
         v = self.v[:, -1]
         u = self.d[:, -1] + self.tables.kappa[-1] * v
         a, b, s = self.tables.last
-        return self.tables.from_modes(a * v + b * u) + s * self.last_noise
+        return self._from_modes(a * v + b * u) + s * self.last_noise
+
+    def _from_modes(self, v: Tensor) -> Tensor:
+        return v if self.tables.modes is None else v @ self.tables.modes.T
 
 
 def _apply(table: Tensor, values: Tensor) -> Tensor:

@@ -26,12 +26,15 @@ class FusedUnet1D(FilmTables):
         OSError: there is no compiler.
     """
 
+    condition_weight: Tensor
+
     def __init__(self, network: ConditionalUnet1D, dtype: torch.dtype = torch.float32) -> None:
         super().__init__(network)
         weight = network.final_conv[1].weight
         if network.condition == "local" or weight.device.type != "cpu" or weight.dtype != torch.float32:
             raise ValueError(f"its condition is {network.condition!r}, on {weight.device}, of {weight.dtype}")
         self.library, self.dtype = load_library(), dtype
+        self.register_buffer("condition_weight", self.film_weight[:, self.step_dim :].T.contiguous())  # (C, F)
         self._source = (network,)  # not a module of this one
         self._plans: dict[tuple[int, ...], Plan] = {}  # by the shape of a sample
         self._lock = threading.Lock()
@@ -61,6 +64,16 @@ class FusedUnet1D(FilmTables):
         if wrong != -1:
             raise MemoryError(f"there is not enough memory for the activations of {rows} rows")
         return y
+
+    def film_values(self, condition: Tensor) -> Tensor:
+        """As embedded without Python, to the bit."""
+        condition, (inputs, count) = _dense(condition, torch.float32), self.condition_weight.shape
+        if condition.shape[1] != inputs:
+            raise ValueError(f"the condition has shape {tuple(condition.shape)}, expected (B, {inputs})")
+        values = condition.new_empty(len(condition), count)
+        pointers = self.condition_weight.data_ptr(), condition.data_ptr()
+        self.library.parapolicy_film_values(*pointers, inputs, count, len(condition), values.data_ptr())
+        return values
 
     def films(self, steps: Tensor, condition: Tensor) -> Films:
         """Where FiLM values by step and, but for inpainting, by element stand; of dense tensors that outlive it."""

@@ -57,6 +57,10 @@ class FilmTables(Network):
         condition = encode(self.encoder, observation)
         if self.condition != "global":
             return condition.unflatten(1, (self.n_obs_steps, -1))
+        return self.film_values(condition)
+
+    def film_values(self, condition: Tensor) -> Tensor:
+        """Those of condition vectors, (B, C) -> (B, F)."""
         return functional.linear(functional.mish(condition), self.film_weight[:, self.step_dim :])
 
 
