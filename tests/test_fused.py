@@ -88,6 +88,21 @@ def test_a_row_is_the_same_to_the_bit_among_any_others(dtype: torch.dtype, monke
                 assert torch.equal(compute(x[part], step[part], element[part])[1], together[part])
 
 
+@torch.inference_mode()
+def test_so_it_is_in_a_network_whose_weights_no_cache_holds(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Threads share it layer by layer, unless each has many rows."""
+    torch.manual_seed(0)
+    network = ConditionalUnet1D(2, 20, 32, (256, 512)).eval()
+    compute = networks(network)
+    x, step, element = torch.randn(40, 4, 2), torch.randint(0, 100, (40,)), torch.randint(0, 3, (40,))
+    expected, alone = compute(x, step, element)
+    torch.testing.assert_close(alone, expected, rtol=0, atol=TOLERANCE[FLOAT32] * float(expected.abs().max()))
+    assert FusedUnet1D(network)._plan(4, 2).weights.nbytes > 40 * 2**20
+    monkeypatch.setattr(torch, "get_num_threads", lambda: 3)
+    for rows in (1, 2, 13, 20, 40):
+        assert torch.equal(compute(x[:rows], step[:rows], element[:rows])[1], alone[:rows])
+
+
 @pytest.mark.parametrize("dtype", [FLOAT32, BFLOAT16], ids=str)
 @pytest.mark.parametrize("flags", INSTRUCTIONS, ids=lambda flags: flags[0])
 @torch.inference_mode()

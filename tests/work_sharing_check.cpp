@@ -36,7 +36,8 @@ struct Small {
             layers.push_back(l);
         }
         values.back() = 1e-5f;
-        network = {layers.data(), 2, weights.data(), values.data(), 3 * BUFFER, LENGTH, CHANNELS, 1, parapolicy::FLOAT32};
+        const int64_t precision = parapolicy::FLOAT32;
+        network = {layers.data(), 2, weights.data(), values.data(), 3 * BUFFER, LENGTH, CHANNELS, 1, precision};
     }
 };
 
@@ -54,8 +55,8 @@ bool computes_alike() {
         callers.emplace_back([&, caller] {
             std::vector<float> y(size);
             for (int i = 0; i < 100; i++) {
-                const int64_t threads = 1 + (i + caller) % 4;
-                parapolicy::compute(small.network, films, x.data(), zeros.data(), zeros.data(), rows, y.data(), threads);
+                const int64_t threads = 1 + (i + caller) % 4, *zero = zeros.data();
+                parapolicy::compute(small.network, films, x.data(), zero, zero, rows, y.data(), threads);
                 wrong += std::memcmp(y.data(), alone.data(), size * sizeof(float)) != 0;
             }
         });

@@ -67,8 +67,10 @@ void convolve(const Layer& l, const int32_t* source, int64_t rows, const int32_t
             }
             while (from < 0) from += each, first += step;
             if (from >= l.source_length || first >= l.target_length) continue;
-            const int64_t count = std::min((l.source_length - 1 - from) / each, (l.target_length - 1 - first) / step) + 1;
-            const int32_t* weight = weights + l.weight + ((part.channel + c) * l.taps + tap * l.strip) * words;
+            const int64_t seen = (l.source_length - 1 - from) / each, seeing = (l.target_length - 1 - first) / step;
+            const int64_t count = std::min(seen, seeing) + 1;
+            const int64_t at = (part.channel + c) * l.taps + tap * l.strip;
+            const int32_t* weight = weights + l.weight + at * words;
             int64_t left = count * part.rows, r = 0;
             const int32_t* input = source + from * rows * row_words;
             float* sum = sums + first * part.rows * width + c;

@@ -1,11 +1,12 @@
 // The conditional 1-D UNet of a Diffusion Policy in one call: an interpreter of layers, for few rows on few cores.
 //
-// A layer is computed in parts: some channels, with all of their groups, of some rows. A part is convolved into sums that
-// stay in a core's cache, then normalised and written. A row's sums are formed in the same order whatever the parts are,
-// so that its result is the same to the bit.
+// A layer is computed in parts: some channels, with all of their groups, of some rows. A part is convolved into sums
+// that stay in a core's cache, then normalised and written. A row's sums are formed in the same order whatever the
+// parts are, so that its result is the same to the bit.
 //
 // Threads share a call by blocks of rows, each through all layers, so that a core's activations stay in its cache. A
-// single row, and a network whose weights no cache holds, is shared layer by layer: its weights are read once.
+// single row is shared layer by layer, and so are few rows of a network whose weights no cache holds: they are read
+// once.
 #include "fused.h"
 
 #include <cmath>
@@ -197,10 +198,11 @@ struct Division {
     int64_t threads, blocks, rows;  // rows: of the largest block
     int64_t activations, scratch;   // floats of a block, and of a thread
 
-    Division(const Network& n, int64_t all, int64_t wanted) : threads(std::min(std::max<int64_t>(wanted, 1), MOST_THREADS)) {
+    Division(const Network& n, int64_t all, int64_t wanted)
+        : threads(std::min(std::max<int64_t>(wanted, 1), MOST_THREADS)) {
         const int64_t bytes = 4 * (n.layers[n.count - 1].weight);  // but for the last layer's
         const int64_t most = std::min(threads * ((all + threads * BLOCK_ROWS - 1) / (threads * BLOCK_ROWS)), all);
-        blocks = bytes <= CACHED ? std::min(most, MOST_PARTS) : 1;
+        blocks = bytes <= CACHED ? std::min(most, MOST_PARTS) : all >= threads * BLOCK_ROWS ? threads : 1;
         rows = (all + blocks - 1) / blocks;
         activations = filled(n.memory * rows);
         scratch = 0;
@@ -258,9 +260,9 @@ extern "C" int64_t parapolicy_multiplies_bfloat16() {
 }
 
 // As compute; -2 where there is not enough memory.
-extern "C" int64_t parapolicy_compute(const parapolicy::Network* network, const parapolicy::Films* films, const float* x,
-                                      const int64_t* step, const int64_t* element, int64_t rows, float* y,
-                                      int64_t threads) {
+extern "C" int64_t parapolicy_compute(const parapolicy::Network* network, const parapolicy::Films* films,
+                                      const float* x, const int64_t* step, const int64_t* element, int64_t rows,
+                                      float* y, int64_t threads) {
     try {
         return parapolicy::compute(*network, *films, x, step, element, rows, y, threads);
     } catch (const std::bad_alloc&) {

@@ -11,13 +11,13 @@ struct Layer {
     int64_t transposed, taps, stride, padding;
     int64_t source, source_channel, source_stride, source_length, inputs;  // inputs: even in bfloat16
     int64_t target, target_channel, target_stride, target_length, outputs;
-    int64_t padded, strip, unit;          // outputs filled up to 16s; channels of a strip of weights, and of a thread's work
-    int64_t weight, bias;                 // where in weights (words) and values
-    int64_t group, norm;                  // channels of a group; 0: no norm and no Mish
-    int64_t film, film_scale;             // film -1: none
+    int64_t padded, strip, unit;  // outputs filled up to 16s; channels of a strip of weights, and of a part of the work
+    int64_t weight, bias;         // where in weights (words) and values
+    int64_t group, norm;          // channels of a group; 0: no norm and no Mish
+    int64_t film, film_scale;     // film -1: none
     int64_t residual, residual_channel, residual_stride;  // residual -1: none
-    int64_t exact, rounded;               // which forms of the target are read: float32, and bfloat16
-    int64_t precision;                    // of the weights, and of the source as they multiply it
+    int64_t exact, rounded;       // which forms of the target are read: float32, and bfloat16
+    int64_t precision;            // of the weights, and of the source as they multiply it
 };
 
 enum Precision : int64_t { FLOAT32 = 0, BFLOAT16 = 1 };

@@ -17,8 +17,8 @@ namespace {
 typedef std::chrono::steady_clock Clock;
 constexpr std::chrono::microseconds SPINNING(300);  // without work; then a helper sleeps
 constexpr std::chrono::seconds SLEEPING(2);         // without a call; then it ends
-// A ticket: number of the work << 32 | its helpers << 26 | its parts << 13 | the next part. The number keeps a helper from
-// taking a part by what it knows of earlier work.
+// A ticket: number of the work << 32 | its helpers << 26 | its parts << 13 | the next part. The number keeps a helper
+// from taking a part by what it knows of earlier work.
 constexpr int PART_BITS = 13, HELPER_BITS = 6;
 constexpr uint64_t PART_MASK = (1 << PART_BITS) - 1, HELPER_MASK = (1 << HELPER_BITS) - 1;
 static_assert(MOST_PARTS <= int64_t(PART_MASK) && MOST_THREADS - 1 <= int64_t(HELPER_MASK));
@@ -51,7 +51,8 @@ struct Helpers {
     bool take(uint64_t thread) {
         uint64_t t = ticket.load(std::memory_order_acquire);
         do {
-            if ((t & PART_MASK) >= (t >> PART_BITS & PART_MASK) || thread > (t >> 2 * PART_BITS & HELPER_MASK)) return false;
+            const uint64_t parts = t >> PART_BITS & PART_MASK, helpers = t >> 2 * PART_BITS & HELPER_MASK;
+            if ((t & PART_MASK) >= parts || thread > helpers) return false;
         } while (!ticket.compare_exchange_weak(t, t + 1, std::memory_order_acq_rel, std::memory_order_acquire));
         function(work, t & PART_MASK, thread);
         done.fetch_add(1, std::memory_order_release);
