@@ -270,6 +270,24 @@ def test_no_number_of_a_file_is_trusted(embedded: Embedded, tmp_path: Path) -> N
     assert sampled > 50
 
 
+# A layer's number that is beyond what there is, where the first layer's is not.
+BEYOND = {"taps": 2**20, "inputs": 2**20, "outputs": 2**20, "strip": 48, "unit": 8, "precision": 1, "rounded": 1}
+BEYOND |= {"weight": 2**20, "bias": 2**20, "norm": 2**20, "film": 2**20, "group": 7, "stride": 0, "padding": -1}
+BEYOND |= {"source": 2**20, "source_channel": 1, "source_stride": 2**20, "source_length": 2**20}
+BEYOND |= {"target": 2**20, "target_channel": 2**20, "target_stride": 1, "target_length": 2**20, "residual": 2**20}
+
+
+@pytest.mark.parametrize("name", BEYOND)
+def test_a_place_beyond_the_memory_is_refused(name: str, embedded: Embedded, tmp_path: Path) -> None:
+    path = tmp_path / "plan"
+    export.write_plan(native(small_policy()), path)
+    content = bytearray(path.read_bytes())
+    header, fields = struct.calcsize(export.HEADER), [field.name for field in dataclasses.fields(Layer)]
+    struct.pack_into("<q", content, -(-header // 64) * 64 + 8 * fields.index(name), BEYOND[name])
+    path.write_bytes(sealed(content))
+    assert embedded.load(path) == DAMAGED
+
+
 def test_what_a_plan_file_does_not_do_is_refused(tmp_path: Path) -> None:
     observation = {"camera": parapolicy.Feature((40, 40, 3), "image"), "position": (2,)}
     camera = {"backbone": "resnet18", "norm": "group"}

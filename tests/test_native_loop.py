@@ -172,6 +172,18 @@ def test_a_time_ends_it(sampler: str, monkeypatch: pytest.MonkeyPatch, native_ca
     assert len(native_calls) == 4
 
 
+def test_the_controller_s_deadline_is_watched_in_c(monkeypatch: pytest.MonkeyPatch, native_calls: list[Any]) -> None:
+    monkeypatch.setattr(Deadline, "__call__", lambda deadline: pytest.fail("C++ watches the time itself"))
+    policy = dataclasses.replace(small_policy(), engine=Fused())
+    observation = {key: value[0] for key, value in some_observation(policy.spec).items()}
+    for deadline_ms, late in ((1e6, 0), (1e-6, 1)):
+        with parapolicy.Controller(policy, deadline_ms=deadline_ms) as controller:
+            controller.reset(seed=0)
+            controller.act(observation)
+            assert controller.latency["late"] == late
+    assert len(native_calls) == 2
+
+
 @pytest.mark.parametrize("error", [ValueError, KeyboardInterrupt])
 def test_what_the_function_raises_comes_out(error: type[BaseException]) -> None:
     policy = dataclasses.replace(small_policy(), engine=Fused())

@@ -12,6 +12,7 @@ from typing import Any, Protocol
 import numpy as np
 
 from parapolicy.control.latency import ChunkRecord, ControlRecord
+from parapolicy.engine import Deadline
 from parapolicy.episode import Episode, Request, checked_actions
 from parapolicy.policy import Chunk
 from parapolicy.spec import PolicySpec
@@ -226,13 +227,11 @@ class Controller:
     def _compute(self, request: Request, record: ChunkRecord) -> _Execution:
         """A request's chunk; runs in the thread when asynchronous."""
         started = self.clock()
-        stop = None
+        stop: Callable[[], bool] | None = None
         if self.deadline is not None:
             end = started + self.deadline
-
-            def stop() -> bool:
-                return self.clock() >= end
-
+            # An engine may watch the usual clock without Python.
+            stop = Deadline(end) if self.clock is time.monotonic else lambda: self.clock() >= end
         chunk = self.policy.predict(
             request.observation, seed=request.seed, deadline=stop, warm=request.warm, executed=request.executed
         )
