@@ -233,6 +233,16 @@ def test_noise_of_another_schedule_is_refused() -> None:
             policy.engine.run(policy.sampler, denoiser, torch.zeros(shape))
 
 
+def test_schedules_may_take_turns() -> None:
+    """More of them than are kept, with one engine."""
+    policy = dataclasses.replace(small_policy(), engine=Fused())
+    turns = [policy.with_schedule("ddim", steps) for steps in (*range(1, 13), 1, 12, 2)]
+    for turn in turns:
+        alone = dataclasses.replace(turn, engine=Fused())
+        observation = some_observation(policy.spec)
+        np.testing.assert_array_equal(turn.predict(observation).trajectory, alone.predict(observation).trajectory)
+
+
 def test_threads_may_sample_at_once() -> None:
     policy = dataclasses.replace(small_policy("collocation"), engine=Fused())
     observations = [some_observation(policy.spec, 2, seed=i) for i in range(4)]

@@ -18,6 +18,8 @@ from parapolicy.networks import Network
 from parapolicy.networks.unet1d import ConditionalUnet1D
 from parapolicy.samplers import Sample, Sampler
 
+CACHED = 8  # schedules whose FiLM values are kept
+
 
 @dataclass(frozen=True)
 class Bound:
@@ -48,20 +50,22 @@ class Fused(Engine):
         self.name = "fused_bfloat16" if dtype == torch.bfloat16 else "fused"
         self.dtype, self.told = dtype, told
         self._fused: tuple[Network, FusedUnet1D] | None = None  # of the newest network
-        self._steps: tuple[Tensor, Tensor] | None = None  # of the newest schedule
+        self._steps: dict[Tensor, Tensor] = {}  # timesteps -> their FiLM values, of the newest schedules
         self._fallback: Compiled | None = None
         self._lock = threading.Lock()
 
     def bind(self, network: Network, timesteps: Tensor, observation: Mapping[str, Tensor]) -> Evaluate:
         with self._lock:
             fused = self._find(network)
-            if fused is not None and (self._steps is None or self._steps[0] is not timesteps):
-                self._steps = timesteps, fused.embed_steps(timesteps)
-            steps = self._steps
-        if fused is None or steps is None:
-            assert self._fallback is not None
-            return self._fallback.bind(network, timesteps, observation)
-        return Bound(fused, steps[1], fused.embed_condition(observation))
+            if fused is None:
+                assert self._fallback is not None
+                return self._fallback.bind(network, timesteps, observation)
+            steps = self._steps.get(timesteps)  # by identity
+            if steps is None:
+                if len(self._steps) == CACHED:
+                    del self._steps[next(iter(self._steps))]
+                steps = self._steps[timesteps] = fused.embed_steps(timesteps)
+        return Bound(fused, steps, fused.embed_condition(observation))
 
     def run(
         self,
@@ -85,7 +89,7 @@ class Fused(Engine):
             try:
                 if not isinstance(network, ConditionalUnet1D):
                     raise ValueError(f"a {type(network).__name__} has no native form")
-                self._fused, self._steps = (network, FusedUnet1D(network, self._find_dtype())), None
+                self._fused, self._steps = (network, FusedUnet1D(network, self._find_dtype())), {}
             except (ValueError, OSError) as error:
                 self._fallback = Compiled(self.dtype)
                 self._warn(self._fallback.name, error)
