@@ -1,14 +1,11 @@
-"""Policies as plan files: sampled without Python, equal to the bit, and refused where they are damaged."""
+"""Policies as plan files: sampled without Python, equal to the bit."""
 
 import ctypes
 import dataclasses
 import math
-import os
 import shlex
 import shutil
-import struct
 import subprocess
-import zlib
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -21,78 +18,32 @@ import parapolicy
 from parapolicy import export
 from parapolicy.calibrate import with_calibration
 from parapolicy.cli import main
-from parapolicy.engine import make_engine, native_library
-from parapolicy.engine.lowered.unet1d_plan import Layer
+from parapolicy.engine import native_library
 from parapolicy.normalizer import Affine, Normalizer
 from parapolicy.observation import ObservationHistory
 from parapolicy.planner import made_up_observations
 from parapolicy.policy import Chunk
 from tests.conftest import ROOT, SHIPPED
+from tests.embedded import (
+    BAD_ARGUMENT,
+    BAD_OBSERVATION,
+    BAD_RESULT,
+    NO_FILE,
+    NO_PLAN,
+    OK,
+    Embedded,
+    Options,
+    flat,
+    native,
+)
 from tests.helpers import DDPM_CONFIG, small_policy, some_observation
 
 pytestmark = pytest.mark.skipif(shutil.which("g++") is None, reason="no g++ here")
-OK, NO_FILE, NO_PLAN, OTHER_VERSION, DAMAGED, NO_MEMORY, BAD_ARGUMENT, BAD_OBSERVATION, BAD_RESULT = range(9)
-
-
-class Sizes(ctypes.Structure):
-    _fields_ = (
-        *((name, ctypes.c_int64) for name in ("obs_steps", "observed", "horizon", "action_dim", "first_action")),
-        *((name, ctypes.c_int64) for name in ("action_steps", "steps", "noise")),
-        ("control_hz", ctypes.c_double),
-    )
-
-
-class Options(ctypes.Structure):
-    _fields_ = (("threads", ctypes.c_int64), ("seconds", ctypes.c_double))
-
-
-class Stats(ctypes.Structure):
-    _fields_ = (("rounds", ctypes.c_int64), ("evaluations", ctypes.c_int64), ("complete", ctypes.c_int32))
-
-
-class Embedded:
-    """The C interface, as a program without Python calls it."""
-
-    def __init__(self) -> None:
-        self.library = native_library.load_library()
-        self.library.parapolicy_message.restype = ctypes.c_char_p
-        self.library.parapolicy_free.argtypes = [ctypes.c_void_p]
-        self.policy, self.sizes, self.stats = ctypes.c_void_p(), Sizes(), Stats()
-
-    def load(self, path: Path) -> int:
-        self.library.parapolicy_free(self.policy)
-        code: int = self.library.parapolicy_load(os.fsencode(path), ctypes.byref(self.policy))
-        if code == OK:
-            assert self.library.parapolicy_get_sizes(self.policy, ctypes.byref(self.sizes)) == OK
-        return code
-
-    def sample(
-        self, observation: np.ndarray, noise: np.ndarray, normalised: bool = False, options: Options | None = None
-    ) -> tuple[int, np.ndarray]:
-        sizes = self.sizes
-        assert (observation.dtype, observation.shape) == (np.float32, (sizes.obs_steps, sizes.observed))
-        assert (noise.dtype, noise.size) == (np.float32, sizes.noise)
-        trajectory = np.zeros((sizes.horizon, sizes.action_dim), np.float32)
-        function = self.library.parapolicy_sample_normalised if normalised else self.library.parapolicy_sample
-        arrays = [ctypes.c_void_p(np.ascontiguousarray(value).ctypes.data) for value in (observation, noise)]
-        given = None if options is None else ctypes.byref(options)
-        out = ctypes.c_void_p(trajectory.ctypes.data)
-        return function(self.policy, *arrays, given, out, ctypes.byref(self.stats)), trajectory
 
 
 @pytest.fixture
 def embedded() -> Embedded:
     return Embedded()
-
-
-def flat(spec: parapolicy.PolicySpec, observation: dict[str, np.ndarray]) -> np.ndarray:
-    """{key: (To, …)} -> (To, numbers of a step)."""
-    parts = [observation[key].reshape(spec.n_obs_steps, -1) for key in spec.observation]
-    return np.concatenate(parts, 1).astype(np.float32)
-
-
-def native(policy: parapolicy.Policy, engine: str = "fused") -> parapolicy.Policy:
-    return dataclasses.replace(policy, engine=make_engine(engine, policy.device))
 
 
 def shipped_policy(name: str, engine: str = "fused") -> parapolicy.Policy:
@@ -210,82 +161,6 @@ def test_time_and_threads_may_be_given(embedded: Embedded, tmp_path: Path) -> No
         assert np.array_equal(trajectory, expected)
     assert embedded.sample(*given, options=Options(1, 0.0))[0] == OK
     assert (embedded.stats.rounds, embedded.stats.complete) == (1, 0)
-
-
-def sealed(content: bytes | bytearray) -> bytes:
-    """With the digest that goes with it."""
-    content = bytearray(content)
-    content[export.CHECKSUM_AT : export.CHECKSUM_AT + 4] = bytes(4)
-    struct.pack_into("<I", content, export.CHECKSUM_AT, zlib.crc32(content))
-    return bytes(content)
-
-
-def test_damage_is_refused(embedded: Embedded, tmp_path: Path) -> None:
-    path = tmp_path / "plan"
-    export.write_plan(native(small_policy("collocation")), path)
-    whole = path.read_bytes()
-    assert sealed(whole) == whole
-    rng = np.random.default_rng(0)
-    for length in (*rng.integers(0, len(whole), 30), len(whole) - 1, len(whole) - 64):
-        path.write_bytes(whole[:length])
-        assert embedded.load(path) in (NO_PLAN, DAMAGED)
-    path.write_bytes(whole + b"more")
-    assert embedded.load(path) == DAMAGED
-    header = struct.calcsize(export.HEADER)
-    for at in (*range(header), *rng.integers(header, len(whole), 100)):
-        changed = bytearray(whole)
-        changed[at] ^= 1 << rng.integers(8)
-        path.write_bytes(changed)
-        assert embedded.load(path) == (NO_PLAN if at < 8 else OTHER_VERSION if at < 12 else DAMAGED)
-    path.write_bytes(whole)
-    assert embedded.load(path) == OK
-
-
-def test_no_number_of_a_file_is_trusted(embedded: Embedded, tmp_path: Path) -> None:
-    """Sizes and places with a good checksum: refused, or sampled within the memory there is."""
-    path, policy = tmp_path / "plan", native(small_policy("collocation"))
-    export.write_plan(policy, path)
-    whole = path.read_bytes()
-    assert embedded.load(path) == OK
-    given = flat(policy.spec, some_observation(policy.spec)), parapolicy.draw_noise(policy.schedule).numpy()
-    sizes, header = bytes(embedded.sizes), struct.calcsize(export.HEADER)
-    layers = -(-header // export.ALIGNMENT) * export.ALIGNMENT
-    fields = len(dataclasses.fields(Layer))
-    places = [*range(16, header - 48, 8), *range(layers, layers + 8 * fields * 6, 8)]  # of the first six layers
-    rng, refused, sampled = np.random.default_rng(0), 0, 0
-    for at in places:
-        value = struct.unpack_from("<q", whole, at)[0]
-        for other in (-(2**63), -2, 2**62, 2**31, 2**24, value + 1, value * 2 + 64, int(rng.integers(-1000, 1000))):
-            changed = bytearray(whole)
-            struct.pack_into("<q", changed, at, other)
-            path.write_bytes(sealed(changed))
-            code = embedded.load(path)
-            assert code == (DAMAGED if abs(other) >= 2**31 else code)
-            assert code in (OK, DAMAGED)
-            refused += code != OK
-            if code == OK and bytes(embedded.sizes) == sizes:
-                assert embedded.sample(*given, options=Options(2, 0.0))[0] in (OK, BAD_RESULT)
-                sampled += 1
-    assert refused > 0.6 * 8 * len(places)
-    assert sampled > 50
-
-
-# A layer's number that is beyond what there is, where the first layer's is not.
-BEYOND = {"taps": 2**20, "inputs": 2**20, "outputs": 2**20, "strip": 48, "unit": 8, "precision": 1, "rounded": 1}
-BEYOND |= {"weight": 2**20, "bias": 2**20, "norm": 2**20, "film": 2**20, "group": 7, "stride": 0, "padding": -1}
-BEYOND |= {"source": 2**20, "source_channel": 1, "source_stride": 2**20, "source_length": 2**20}
-BEYOND |= {"target": 2**20, "target_channel": 2**20, "target_stride": 1, "target_length": 2**20, "residual": 2**20}
-
-
-@pytest.mark.parametrize("name", BEYOND)
-def test_a_place_beyond_the_memory_is_refused(name: str, embedded: Embedded, tmp_path: Path) -> None:
-    path = tmp_path / "plan"
-    export.write_plan(native(small_policy()), path)
-    content = bytearray(path.read_bytes())
-    header, fields = struct.calcsize(export.HEADER), [field.name for field in dataclasses.fields(Layer)]
-    struct.pack_into("<q", content, -(-header // 64) * 64 + 8 * fields.index(name), BEYOND[name])
-    path.write_bytes(sealed(content))
-    assert embedded.load(path) == DAMAGED
 
 
 def test_what_a_plan_file_does_not_do_is_refused(tmp_path: Path) -> None:
