@@ -129,9 +129,10 @@ void finish(const Call& call, const Layer& l, const Part& part, const float* sum
             }
             const int64_t channel = part.channel + c;
             const int64_t target = l.target * rows + l.target_channel + r * l.target_stride + channel;
-            const float* past = call.exact + l.residual * rows + l.residual_channel + r * l.residual_stride + channel;
-            float* to = call.exact + target;
-            uint16_t* to_rounded = call.rounded + target;
+            const int64_t residual_at = l.residual * rows + l.residual_channel + r * l.residual_stride + channel;
+            const float* past = residual ? call.exact + residual_at : nullptr;
+            float* to = exact ? call.exact + target : nullptr;
+            uint16_t* to_rounded = rounded ? call.rounded + target : nullptr;
             for (int64_t p = 0; p < length; p++) {
                 Vector y = load(row + p * pitch + c);
                 if (norm) y = mish(y * a + b);
@@ -207,7 +208,10 @@ struct Division {
         activations = filled(n.memory * rows);
         scratch = 0;
         for (int64_t i = 0; i < n.count; i++)
-            scratch = std::max(scratch, filled(Parts(n.layers[i], rows, layer_threads()).scratch(n.layers[i], rows)));
+            for (const int64_t count : {all / blocks, rows}) {  // the smaller blocks may have larger parts
+                const Parts parts(n.layers[i], count, layer_threads());
+                scratch = std::max(scratch, filled(parts.scratch(n.layers[i], count)));
+            }
     }
     int64_t layer_threads() const { return blocks == 1 ? threads : 1; }  // that share a layer
     static int64_t filled(int64_t count) { return (count + 1023) / 1024 * 1024; }
@@ -224,13 +228,14 @@ int64_t compute(const Network& network, const Films& films, const float* x, cons
     const int64_t copies = division.blocks == 1 ? 1 : division.threads, sample = network.length * network.channels;
     static thread_local Memory exact_memory, rounded_memory, scratch_memory;
     float* exact = exact_memory.get(division.activations * copies);
-    float* rounded = network.precision == BFLOAT16 ? rounded_memory.get(division.activations / 2 * copies) : nullptr;
+    const int64_t halves = network.precision == BFLOAT16 ? division.activations / 2 : 0;  // floats in size
+    float* rounded = rounded_memory.get(halves * copies);
     float* scratch = scratch_memory.get(division.scratch * division.threads);
     WorkSharing sharing(division.threads);
     sharing.run(division.blocks, [&](int64_t block, int64_t thread) {
         const int64_t row = block * rows / division.blocks, count = (block + 1) * rows / division.blocks - row;
         const Call call{network, films, step + row, element + row, count, exact + thread * division.activations,
-                        reinterpret_cast<uint16_t*>(rounded + thread * (division.activations / 2))};
+                        reinterpret_cast<uint16_t*>(rounded + thread * halves)};
         copy_input(call, x + row * sample);
         for (int64_t i = 0; i < network.count; i++) {
             const Layer& l = network.layers[i];
