@@ -13,7 +13,7 @@ USAGE = """usage: parapolicy inspect CHECKPOINT [--json]
        parapolicy export CHECKPOINT OUT [--format fused] [--sampler sequential] [--engine fused]
        parapolicy calibrate FOLDER [--observations FILE.npz…] [--chunks 60] [--draws 60]
        parapolicy serve [checkpoint=FOLDER port=8000 …]
-       parapolicy report FOLDER… [--output FOLDER] [--margin 0.03]
+       parapolicy report FOLDER… [--output FOLDER] [--margin 0.03 --success-margin 0.05]
 
   inspect  what a policy is: what it wants to see, its actions, its schedule, what to beware of
   check    run every sampler on made-up observations: rounds, evaluations, errors, latency
@@ -185,16 +185,26 @@ def report(arguments: Sequence[str]) -> None:
     parser = argparse.ArgumentParser("parapolicy report")
     parser.add_argument("folders", nargs="*", type=Path, metavar="FOLDER")
     parser.add_argument("--output", type=Path, default=Path("report"))
-    parser.add_argument("--margin", type=float, default=0.03, help="of the equivalence tests, in units of reward")
+    parser.add_argument("--margin", type=float, default=0.03, help="within which mean rewards count as the same")
+    parser.add_argument("--success-margin", type=float, default=0.05, help="within which success rates do")
+    parser.add_argument(
+        "--fidelity-margin", type=float, default=0.01, help="of energy distances, in mean distances of two chunks"
+    )
+    parser.add_argument(
+        "--other-distributions", action="store_true", help="also recommend what does not sample the policy's own"
+    )
     parsed = parser.parse_args(arguments)
     if not parsed.folders:
         raise ValueError("no folder is given, expected those of runs or sweeps")
-    if not parsed.margin > 0:
-        raise ValueError(f"margin is {parsed.margin:g}, expected a positive number")
+    for name in ("margin", "success_margin", "fidelity_margin"):
+        if not getattr(parsed, name) > 0:
+            raise ValueError(f"{name.replace('_', '-')} is {getattr(parsed, name):g}, expected a positive number")
 
     from parapolicy.evaluate.report.html_report import write_report
+    from parapolicy.evaluate.report.summary import Margins
 
-    print(f"wrote {write_report(parsed.folders, parsed.output, parsed.margin)}")
+    margins = Margins(parsed.margin, parsed.success_margin, parsed.fidelity_margin, parsed.other_distributions)
+    print(f"wrote {write_report(parsed.folders, parsed.output, margins)}")
 
 
 COMMANDS = {

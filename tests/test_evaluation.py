@@ -195,6 +195,7 @@ def test_eval_command(tmp_path: Path) -> None:
         "env.options.max_episode_steps=16",
         "latency_chunks=2",
         "videos=[100000]",
+        "fidelity.measure=true",
         "fidelity.observations=1",
         "fidelity.draws=4",
         f"hydra.run.dir={tmp_path}",
@@ -211,7 +212,10 @@ def test_eval_command(tmp_path: Path) -> None:
     assert set(schema.split()) <= row.keys()
     assert row["rounds"]["mean"] < 100
     assert row["chunk_error"]["max"] < 0.5
-    assert row["energy_distance"]["observations"] == 1
+    for name in ("energy_distance", "paired_energy_distance"):
+        assert row[name]["observations"] == 1
+        assert row[name]["ci95"][0] <= row[name]["mean"] <= row[name]["ci95"][1]
+    assert row["paired_energy_distance"]["spread"] > 0
     assert "energy distance" in done.stdout
     assert results["samplers"]["sequential"]["rounds"] == {"mean": 100.0, "p95": 100.0}
     lines = [json.loads(line) for line in (tmp_path / "episodes.jsonl").read_text().splitlines()]

@@ -3,7 +3,12 @@ from math import erf, exp, pi, sqrt
 import numpy as np
 import pytest
 
-from parapolicy.evaluate.measure.fidelity import energy_distance, measure_fidelity, paired_energy_distance
+from parapolicy.evaluate.measure.fidelity import (
+    draw_reference,
+    energy_distance,
+    measure_fidelity,
+    paired_energy_distance,
+)
 from parapolicy.evaluate.run.variants import build_variants
 from tests.helpers import small_policy, some_observation
 
@@ -34,13 +39,30 @@ def test_an_exact_sampler_is_as_near_as_resampling_and_a_wrong_one_is_not() -> N
         ],
     )
     observations = [some_observation(policy.spec, seed=i) for i in range(3)]
-    policies = {label: variant.policy for label, variant in variants.items()}
     sets: list[int] = []
-    distances = measure_fidelity(policies, policy, observations, draws=200, progress=sets.append)
-    assert {label: len(values) for label, values in distances.items()} == {"resampling": 3, "exact": 3, "short": 3}
+    reference = draw_reference(policy, observations, 200, sets.append)
+    exact, short = (
+        measure_fidelity(variants[label].policy, reference, observations, progress=sets.append)
+        for label in ("exact", "short")
+    )
+    assert len(reference.resampling) == 3
     assert sum(sets) == 3 * 4
-    chance = max(abs(value) for label in ("resampling", "exact") for value in distances[label])
-    assert min(distances["short"]) > 3 * chance
+    chance = max(map(abs, reference.resampling + exact[0]))
+    assert chance < 0.05 * reference.spread
+    assert min(short[0]) > 3 * chance
+    assert max(map(abs, exact[1])) < 1e-4  # the same noise
+    np.testing.assert_allclose(short[1], short[0], atol=3 * chance)
+
+
+def test_a_warm_policy_starts_from_a_chunk_at_the_observation_before() -> None:
+    policy = small_policy()
+    warm = build_variants(policy, [{"name": "restart", "last": 1, "warm": True, "label": "rti"}])["rti"].policy
+    here, before = (some_observation(policy.spec, seed=seed) for seed in (0, 1))
+    reference = draw_reference(policy, [here], 50)
+    paired = [measure_fidelity(warm, reference, [here], previous)[1][0] for previous in ([here], [before], None)]
+    assert min(paired[:2]) > 0.05
+    assert paired[0] != paired[1]
+    assert abs(paired[2]) < 1e-4  # cold, it is sequential
 
 
 def test_the_paired_estimate_is_zero_for_equal_sets_and_sees_a_shift() -> None:

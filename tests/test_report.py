@@ -22,7 +22,7 @@ from parapolicy.evaluate.measure.statistics import (
 from parapolicy.evaluate.report.figures import CHOSEN, calibration_figure, sampler_colors
 from parapolicy.evaluate.report.gather import episode_table, gather_latencies, gather_runs
 from parapolicy.evaluate.report.html_report import write_report
-from parapolicy.evaluate.report.summary import pareto, recommend, summarize
+from parapolicy.evaluate.report.summary import Margins, pareto, recommend, summarize
 from tests.conftest import PATIENCE
 
 BROWSER = next(
@@ -75,7 +75,7 @@ def made_up(tmp_path: Path) -> Path:
     base = rng.beta(8, 1, 100)
     rewards = {
         "sequential": base,
-        "ours": np.clip(base + rng.normal(0, 0.02, 100), 0, 1),
+        "ours": np.clip(base + rng.normal(0, 0.002, 100), 0, 1),
         "hasty <b>": np.clip(base - 0.2 + rng.normal(0, 0.02, 100), 0, 1),
     }
     # two blocks of seeds in folders of their own, and the latencies in the first
@@ -87,12 +87,12 @@ def made_up(tmp_path: Path) -> Path:
 
 def test_the_report_recommends_the_fastest_that_is_equivalent(made_up: Path) -> None:
     runs = gather_runs([made_up])
-    summary = summarize(episode_table(runs), gather_latencies(runs, [made_up]), 0.03)
-    chosen, sentence = recommend(summary, 0.03)
+    summary = summarize(episode_table(runs), gather_latencies(runs, [made_up]), Margins())
+    chosen, sentence = recommend(summary, Margins())
     assert chosen == "ours"
     assert "150 ms per chunk against 600, 4.0 times as fast" in sentence
     rows = summary.set_index("sampler")
-    assert f"Success: {rows.loc['ours', 'success']:.2f} [" in sentence
+    assert f"same success within ±0.05: {rows.loc['ours', 'success']:.2f} [" in sentence
     assert rows.loc["ours", "equivalence_p"] < 0.01 < 0.9 < rows.loc["hasty <b>", "equivalence_p"]
     assert rows.loc["hasty <b>", "difference_high"] < -0.15
     assert pareto(summary, "reward")[0] == "hasty <b>"
@@ -101,23 +101,74 @@ def test_the_report_recommends_the_fastest_that_is_equivalent(made_up: Path) -> 
 
 def test_a_sampler_that_loses_successes_is_passed_over_and_named(tmp_path: Path) -> None:
     base = 0.905 + np.random.default_rng(0).normal(0, 0.01, 100)  # 0.9 is what counts as success
-    rewards = {"sequential": base, "ours": base + 0.001, "short": base - 0.01}
+    rewards = {"sequential": base, "ours": base + 1e-6, "short": base - 0.01}
     times = {"sequential": 600, "ours": 150, "short": 20}
     made_up_run(tmp_path / "a", {name: values.tolist() for name, values in rewards.items()}, times)
     runs = gather_runs([tmp_path])
-    summary = summarize(episode_table(runs), gather_latencies(runs, [tmp_path]), 0.03)
+    summary = summarize(episode_table(runs), gather_latencies(runs, [tmp_path]), Margins())
     rows = summary.set_index("sampler")
     assert rows.loc["short", "equivalence_p"] < 0.05
     assert rows.loc["short", "success_difference_high"] < 0 <= rows.loc["ours", "success_difference_high"]
-    chosen, sentence = recommend(summary, 0.03)
+    chosen, sentence = recommend(summary, Margins())
     assert chosen == "ours"
-    assert f"“short” is faster, 20 ms, but succeeds less often: {rows.loc['short', 'success']:.2f}" in sentence
+    assert f"“short”, 20 ms, succeeds less often: {rows.loc['short', 'success']:.2f}" in sentence
     colors = sampler_colors(summary, chosen)
     assert colors["ours"] == CHOSEN
     assert len(set(colors.values())) == 3
-    chosen, sentence = recommend(summary[summary["sampler"] != "ours"], 0.03)
+    chosen, sentence = recommend(summary[summary["sampler"] != "ours"], Margins())
     assert chosen is None
-    assert "without losing successes" in sentence
+    assert "and its success within ±0.05" in sentence
+
+
+def distances(mean: float, spread: float = 1.0) -> dict[str, Any]:
+    """One sampler's, with an interval of ± 1e-3."""
+    measured = {"mean": mean, "ci95": [mean - 1e-3, mean + 1e-3], "max": mean, "observations": 16}
+    return {"energy_distance": measured, "paired_energy_distance": {**measured, "spread": spread}}
+
+
+def test_what_is_far_from_the_policy_is_never_recommended(made_up: Path) -> None:
+    runs = gather_runs([made_up])
+    table, latencies = episode_table(runs), gather_latencies(runs, [made_up])
+
+    def ask(table: pd.DataFrame, margins: Margins = Margins(), **energy: float) -> tuple[str | None, str]:  # noqa: B008
+        measured = {("pusht", "made/up", name): distances(mean) for name, mean in energy.items()}
+        return recommend(summarize(table, latencies, margins, measured or None), margins)
+
+    assert ask(table, ours=0.005)[0] == "ours"
+    chosen, sentence = ask(table, ours=0.0098)  # its interval ends above 0.01 of the spread
+    assert chosen is None
+    assert "“ours”, 150 ms, is up to 1.1e-02 from the policy's distribution (bound 1.0e-02)" in sentence
+    assert ask(table, Margins(fidelity=0.02), ours=0.0098)[0] == "ours"
+    chosen, sentence = ask(table, sequential=0.0)
+    assert chosen is None
+    assert "“ours”, 150 ms, was not compared in distribution" in sentence
+    assert "No distance of distributions was measured." in ask(table)[1]
+    other = table.assign(other=table["sampler"] == "ours")
+    chosen, sentence = ask(other, ours=0.0)
+    assert (chosen, "samples another distribution" in ask(other)[1]) == (None, False)
+    assert ask(other, Margins(others=True), ours=0.5)[0] == "ours"
+
+
+def test_a_recommendation_takes_enough_episodes(made_up: Path) -> None:
+    runs = gather_runs([made_up])
+    table = episode_table(runs)
+    equal = table[table["sampler"] == "sequential"].assign(sampler="ours", is_reference=False)
+    both = pd.concat([table[table["sampler"] == "sequential"], equal])
+    latencies = gather_latencies(runs, [made_up])
+    for episodes, expected in ((100, "ours"), (99, None)):
+        few = both[both["seed"] < episodes]
+        chosen, sentence = recommend(summarize(few, latencies, Margins()), Margins())
+        assert chosen == expected
+    assert "it takes about 100 episodes or more (there are 99)" in sentence
+
+
+def test_the_schedule_and_the_sampler_say_what_is_another_distribution(tmp_path: Path) -> None:
+    made_up_run(tmp_path, {name: [0.5, 0.6] for name in ("sequential", "short", "restart", "secant")}, {})
+    entries = ["sequential", {"name": "sequential", "solver": "ddim", "label": "short"}, "restart", "secant"]
+    (tmp_path / "run.json").write_text(json.dumps({"config": {"samplers": entries}}))
+    table = episode_table(gather_runs([tmp_path])).drop_duplicates("sampler").set_index("sampler")
+    assert table["other"].to_dict() == {"sequential": False, "short": True, "restart": True, "secant": False}
+    assert table["is_reference"].to_dict() == {"sequential": True, "short": False, "restart": False, "secant": False}
 
 
 def test_upstream_has_a_row_with_the_scores_of_the_sampler_whose_chunks_it_computes(made_up: Path) -> None:
@@ -126,14 +177,14 @@ def test_upstream_has_a_row_with_the_scores_of_the_sampler_whose_chunks_it_compu
     row = {**place, "same_as": "sequential", "engine": "upstream", "chunk_ms": times}
     (made_up / "latency.json").write_text(json.dumps([row]))
     runs = gather_runs([made_up])
-    summary = summarize(episode_table(runs), gather_latencies(runs, [made_up]), 0.03)
+    summary = summarize(episode_table(runs), gather_latencies(runs, [made_up]), Margins())
     rows = summary.set_index("sampler")
     assert rows.loc["upstream sequential", ["reward", "success"]].tolist() == (
         rows.loc["sequential", ["reward", "success"]].tolist()
     )
     assert rows["upstream"].tolist() == [False, False, False, True]
     assert np.isnan(rows.loc["upstream sequential", "equivalence_p"])
-    chosen, sentence = recommend(summary, 0.03)
+    chosen, sentence = recommend(summary, Margins())
     assert chosen == "ours"
     assert "150 ms per chunk against 600 (the published code: 700), 4.0 times" in sentence
 
@@ -162,10 +213,10 @@ def test_no_recommendation_is_made_without_grounds(made_up: Path, tmp_path: Path
     runs = gather_runs([made_up])
     table = episode_table(runs)
     few = table[table["seed"] < 4]
-    chosen, sentence = recommend(summarize(few, gather_latencies(runs, [made_up]), 0.001), 0.001)
+    chosen, sentence = recommend(summarize(few, gather_latencies(runs, [made_up]), Margins(0.001)), Margins(0.001))
     assert chosen is None
     assert "No sampler is shown to keep" in sentence
-    chosen, sentence = recommend(summarize(table, {}, 0.03), 0.03)
+    chosen, sentence = recommend(summarize(table, {}, Margins()), Margins())
     assert chosen is None
     assert "No latency was measured" in sentence
 
@@ -185,6 +236,10 @@ def test_the_report_is_written(made_up: Path, capsys: pytest.CaptureFixture[str]
     assert len(pd.read_csv(made_up / "out" / "episodes.csv")) == 340
     assert len(pd.read_parquet(made_up / "out" / "episodes.parquet")) == 340
     assert (made_up / "out" / "pareto_pusht_up.png").read_bytes()[:4] == b"\x89PNG"
+    tables = (made_up / "out" / "samplers.md").read_text()
+    assert "## lift, made/up" in tables
+    assert "| ours | 50.0 | 5.0 | 150.0 |" in tables
+    assert "| ours | 20 | +0.100 [+0.100, +0.100] | 1 | no |" in tables
 
 
 @pytest.mark.skipif(BROWSER is None, reason="no Chromium or Chrome here")
@@ -237,11 +292,12 @@ def test_statistics_against_known_answers() -> None:
     assert interquartile_mean([0, 0, 1, 2, 3, 100, 100, 100]) == pytest.approx(26.5)
     # sd 0.1, margin 0.05: n = ((1.645 + 1.282) 0.1 / 0.05)² = 34
     exact = np.array([-1, 1]) * 0.1 / np.sqrt(2)
-    assert episodes_needed(exact, 0.05) == 35
-    needed = episodes_needed(same, 0.05)
-    shown = [equivalence_p(rng.normal(0, 0.1, needed), 0.05) < 0.05 for _ in range(400)]
+    assert episodes_needed(exact, 0.05) == 60  # and none of 3 / 0.05 that differs by 1
+    assert episodes_needed(2 * exact, 0.05) == 138
+    needed = episodes_needed(2 * same, 0.05)
+    shown = [equivalence_p(rng.normal(0, 0.2, needed), 0.05) < 0.05 for _ in range(400)]
     assert 0.68 < np.mean(shown) < 0.9
-    low, high = percentile_interval(rng.exponential(1, 400), 50)
+    low, high = percentile_interval(np.random.default_rng(1).exponential(1, 400), 50)
     assert low < np.log(2) < high
     outliers = [[0, 0, 1, 2] * 20, [3, 100, 100, 100]]
     value, (low, high) = pooled_interval(outliers)

@@ -372,6 +372,9 @@ INVALID: dict[str, dict[str, tuple[Any, ...]]] = {
         "window": COUNTS,
         "settle": (0, -1.0, True, "1"),
     },
+    "restart": {"last": COUNTS, "renoise": ("no", 1, None)},
+    "partial_denoising": {"levels": COUNTS, "threshold": (-1.0, True, "1"), "explore": (-0.1, "1", None)},
+    "genetic": {"population": COUNTS, "temperature": (0, -1.0, True, "1")},
 }
 
 

@@ -14,7 +14,7 @@ import pytest
 from omegaconf import DictConfig
 
 from parapolicy.evaluate.run.progress import SweepBar, job_cost, list_jobs, sweep_cost
-from parapolicy.evaluate.run.records import read_latencies
+from parapolicy.evaluate.run.records import COMPARED, read_records
 from parapolicy.evaluate.run.rollout import EpisodeRecord
 from parapolicy.evaluate.run.run_folder import MAX_NAME, RunFolder, job_folder
 from tests.conftest import PATIENCE, ROOT
@@ -81,7 +81,7 @@ def test_a_failed_job_costs_only_itself_and_is_reported(sweep: Path) -> None:
 
 
 def test_a_sweep_times_its_samplers_side_by_side(sweep: Path) -> None:
-    rows = read_latencies(sweep / "latency.json")
+    rows = read_records(sweep / "latency.json")
     engines = {row["sampler"]: row["engine"] for row in rows}
     assert engines == {"sequential": "eager", "ddim": "eager", "upstream sequential": "upstream"}
     assert all(row["chunk_ms"]["chunks"] == len(row["chunk_ms"]["each"]) == 3 for row in rows)
@@ -269,3 +269,26 @@ def test_damage_of_a_run_folder_is_named_with_the_way_out(tmp_path: Path) -> Non
     about.unlink()
     with pytest.raises(ValueError, match=r"has results.json, but no run.json"):
         RunFolder(tmp_path, {"config": {}})
+
+
+def test_the_samplers_of_runs_are_compared_in_distribution(tmp_path: Path) -> None:
+    names = {"sequential": "sequential", "short": "{name: sequential, solver: ddim, steps: 4, label: short}"}
+    for label, entry in names.items():
+        shared = ("episodes=1", "env.options.max_episode_steps=16", "latency_chunks=0", "videos=0", "engine=eager")
+        finish(start(f"samplers=[{entry}]", *shared, f"hydra.run.dir={tmp_path / label}"))
+    command = [sys.executable, "-m", "tools.measure_runs", str(tmp_path), "--output", str(tmp_path / "measured")]
+    for _ in range(2):  # nothing is measured twice
+        done = subprocess.run(
+            [*command, "--observations", "2", "--draws", "4", "--latency-chunks", "1"],
+            capture_output=True,
+            text=True,
+            cwd=ROOT,
+            timeout=PATIENCE,
+        )
+        assert done.returncode == 0, done.stderr
+        rows = {row["sampler"]: row for row in read_records(tmp_path / "measured" / "fidelity.json", COMPARED)}
+        assert (
+            abs(rows["sequential"]["paired_energy_distance"]["mean"]) < 1e-6 < rows["short"]["energy_distance"]["max"]
+        )
+        assert {row["sampler"] for row in read_records(tmp_path / "measured" / "latency.json")} == set(names)
+    assert "fidelity" not in done.stderr

@@ -24,9 +24,10 @@ def compare_samplers(
         progress: called with 1 after each chunk.
 
     Returns:
-        Rows of ``sampler``, ``rounds`` and ``evaluations`` (means), ``error_median`` and ``error_max`` (largest
-        absolute difference from the sequential chunk, normalised; None where the sampler does not repeat that chunk),
-        and ``milliseconds`` (median of one chunk, ``encode`` the part of it before sampling).
+        Rows of ``sampler``, ``keeps_distribution`` (its own), ``rounds`` and ``evaluations`` (means), ``error_median``
+        and ``error_max`` (largest absolute difference from the sequential chunk, normalised; None where the sampler
+        does not repeat that chunk), and ``milliseconds`` (median of one chunk, ``encode`` the part of it before
+        sampling).
     """
     candidates = {name: policy.with_sampler(name) for name in ("sequential", *list_samplers())}
     names = list(candidates)
@@ -43,11 +44,12 @@ def compare_samplers(
     for name, candidate in candidates.items():
         pairs = zip(chunks[name], chunks["sequential"], strict=True)
         errors = [float(normalized_error(policy, a.trajectory, b.trajectory)) for a, b in pairs]
-        same = candidate.sampler.reuses_noise
+        same = candidate.sampler.reuses_noise and candidate.sampler.keeps_distribution
         stats = [chunk.stats for chunk in chunks[name]]
         rows.append(
             {
                 "sampler": name,
+                "keeps_distribution": candidate.sampler.keeps_distribution,
                 "rounds": statistics.fmean(s.rounds for s in stats),
                 "evaluations": statistics.fmean(s.evaluations for s in stats),
                 "error_median": statistics.median(errors) if same else None,
@@ -61,10 +63,11 @@ def compare_samplers(
 
 def present(rows: Sequence[Mapping[str, Any]]) -> str:
     """The rows as a table."""
-    lines = [f"{'sampler':<14}{'rounds':>8}{'evaluations':>13}{'error':>20}{'ms':>9}{'encode ms':>11}"]
+    lines = [f"{'sampler':<18}{'rounds':>8}{'evaluations':>13}{'error':>20}{'ms':>9}{'encode ms':>11}"]
     for row in rows:
         median, largest = row["error_median"], row["error_max"]
-        error = "another draw" if median is None else f"{median:.0e}, max {largest:.0e}"
+        other = "another draw" if row["keeps_distribution"] else "another policy"
+        error = other if median is None else f"{median:.0e}, max {largest:.0e}"
         costs = f"{row['milliseconds']:>9.1f}{row['encode']:>11.1f}"
-        lines.append(f"{row['sampler']:<14}{row['rounds']:>8.1f}{row['evaluations']:>13.1f}{error:>20}{costs}")
+        lines.append(f"{row['sampler']:<18}{row['rounds']:>8.1f}{row['evaluations']:>13.1f}{error:>20}{costs}")
     return "\n".join(lines)

@@ -6,8 +6,10 @@ from typing import Any
 from parapolicy.samplers.anderson import Anderson
 from parapolicy.samplers.base import DenoiserLike, Rounds, Sample, Sampler
 from parapolicy.samplers.collocation import Collocation
+from parapolicy.samplers.genetic import Genetic
 from parapolicy.samplers.paradigms import ParaDiGMS
 from parapolicy.samplers.parareal import Parareal
+from parapolicy.samplers.restart import PartialDenoising, Restart
 from parapolicy.samplers.secant import Secant
 from parapolicy.samplers.semi_implicit import SemiImplicit
 from parapolicy.samplers.sequential import Sequential
@@ -22,6 +24,10 @@ SAMPLERS: dict[str, type[Any]] = {
     "speculative": Speculative,
     "parareal": Parareal,
     "collocation": Collocation,
+    # Other distributions than the policy's, to compare with:
+    "restart": Restart,
+    "partial_denoising": PartialDenoising,
+    "genetic": Genetic,
 }
 
 __all__ = [
@@ -29,8 +35,11 @@ __all__ = [
     "Anderson",
     "Collocation",
     "DenoiserLike",
+    "Genetic",
     "ParaDiGMS",
     "Parareal",
+    "PartialDenoising",
+    "Restart",
     "Rounds",
     "Sample",
     "Sampler",

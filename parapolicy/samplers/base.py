@@ -75,11 +75,14 @@ class Sampler(ABC):
     schedule and noise.
 
     Attributes:
+        keeps_distribution: what it samples follows the schedule's distribution, to its tolerance. Where it does not, no
+            plan and no report takes it for the policy.
         is_reference: it computes the schedule step by step: what the others are measured against.
         reuses_noise: it stays exact where the noise of the chunk before is used again.
         uses_calibration: it samples better on a schedule with a calibration.
     """
 
+    keeps_distribution: ClassVar[bool] = True
     is_reference: ClassVar[bool] = False
     reuses_noise: ClassVar[bool] = True
     uses_calibration: ClassVar[bool] = False

@@ -24,7 +24,12 @@ class Sequential(Sampler):
 
 
 class SequentialRounds(Rounds):
-    """A round is a step."""
+    """A round is a step.
+
+    Attributes:
+        first: the step that is run first.
+        steps_taken: the next one.
+    """
 
     def __init__(self, schedule: Schedule) -> None:
         self.schedule = schedule
@@ -34,7 +39,7 @@ class SequentialRounds(Rounds):
         return self.steps_taken == len(self.schedule)
 
     def begin(self, noise: Tensor, guess: Tensor | None) -> None:
-        self.noise, self.steps_taken = noise, 0
+        self.noise, self.first, self.steps_taken = noise, 0, 0
         self.x, self.u = noise[0], torch.zeros_like(noise[0])
         self.estimates = noise.new_zeros(noise.shape[1], len(self.schedule), noise.shape[2])
         self.element = torch.arange(len(self.x), device=noise.device)
@@ -51,6 +56,6 @@ class SequentialRounds(Rounds):
         self.estimates[:, self.steps_taken :] = self.u[:, None]
         complete = torch.full_like(self.element, self.done, dtype=torch.bool)
         residual = torch.where(complete, 0.0, root_mean_square(self.u - self.previous_u))
-        count = torch.full_like(self.element, self.steps_taken)
+        count = torch.full_like(self.element, self.steps_taken - self.first)
         x = self.x if self.done else self.u
         return Sample(x, self.estimates, count, count, residual, complete)

@@ -6,6 +6,7 @@ Secretly Exchangeable", ICML 2025.
 
 import dataclasses
 import hashlib
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import ClassVar
 
@@ -116,17 +117,19 @@ class SpeculativeRounds(WindowRounds):
         return dataclasses.replace(super().result(), rejections=self.rejections)
 
 
-def acceptance_uniforms(noise: Tensor) -> Tensor:
-    """One uniform number per step, (B, T), on the noise's device, from noise (T + 1, B, S).
+def element_generators(noise: Tensor) -> Iterator[torch.Generator]:
+    """A generator per element of noise (T + 1, B, S), seeded by a digest of its noise.
 
-    Seeded by a digest of each element's noise: the sampler stays a function of its arguments, and an element's numbers
-    do not depend on the batch.
+    The sampler stays a function of its arguments, and an element's numbers do not depend on the batch.
     """
-    uniforms = []
     for element in noise.transpose(0, 1).contiguous().cpu():
         digest = hashlib.sha256(element.numpy().tobytes()).digest()
-        generator = torch.Generator().manual_seed(int.from_bytes(digest[:8], "little"))
-        uniforms.append(torch.rand(len(element) - 1, generator=generator))
+        yield torch.Generator().manual_seed(int.from_bytes(digest[:8], "little"))
+
+
+def acceptance_uniforms(noise: Tensor) -> Tensor:
+    """One uniform number per step, (B, T), on the noise's device, from noise (T + 1, B, S)."""
+    uniforms = [torch.rand(len(noise) - 1, generator=generator) for generator in element_generators(noise)]
     return torch.stack(uniforms).to(noise.device)
 
 

@@ -18,7 +18,7 @@ import parapolicy
 from parapolicy.digest import digest
 from parapolicy.evaluate.report.gather import chunk_table, episode_table, gather_latencies, gather_runs
 from parapolicy.evaluate.run.evaluation import evaluate
-from parapolicy.evaluate.run.records import write_latencies
+from parapolicy.evaluate.run.records import write_records
 from parapolicy.train.state import STATE, TrainingFolder
 from tests.helpers import configured, process_folder, small_policy
 
@@ -51,7 +51,7 @@ def base() -> Path:
         {"env": "pusht", "checkpoint": str(place / "policy"), "sampler": label, "chunk_ms": {"p50": 1.5 + number}}
         for number, label in enumerate(("ddim", "short"))
     ]
-    write_latencies(place / "finished" / "latency.json", records)
+    write_records(place / "finished" / "latency.json", records)
     shutil.copytree(place / "finished", place / "half")
     (place / "half" / "results.json").unlink()
     lines = place / "half" / "episodes.jsonl"

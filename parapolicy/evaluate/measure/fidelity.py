@@ -1,6 +1,7 @@
 """The distance of a sampler's distribution from the policy's own, which reward alone does not show."""
 
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -9,6 +10,8 @@ from scipy.spatial.distance import cdist, pdist
 
 from parapolicy.noise import mix_seeds
 from parapolicy.policy import Policy
+
+PREVIOUS = 1 << 40  # in the seeds of chunks that others start from
 
 
 def energy_distance(a: np.ndarray, b: np.ndarray) -> float:
@@ -23,8 +26,9 @@ def energy_distance(a: np.ndarray, b: np.ndarray) -> float:
 def paired_energy_distance(a: np.ndarray, b: np.ndarray) -> float:
     """Energy distance of two samples (n, D) of which row i of both was drawn with the same noise.
 
-    It is the unbiased estimate over pairs i != j only. What the two sets have in common cancels, which leaves far less
-    noise than :func:`energy_distance` of two independent sets has.
+    It is the estimate over pairs i != j only. Those are independent whatever row i of one set has to do with row i of
+    the other, so that it is unbiased for every pair of sets. What the sets have in common cancels: chunks of the same
+    noise leave far less of the chance in it than :func:`energy_distance` of two independent sets has.
     """
     n = len(a)
     between = cdist(a, b)
@@ -33,43 +37,92 @@ def paired_energy_distance(a: np.ndarray, b: np.ndarray) -> float:
 
 
 def draw_chunks(
-    policy: Policy, observation: Mapping[str, np.ndarray], draws: int, seed: int | Sequence[int]
+    policy: Policy,
+    observation: Mapping[str, np.ndarray],
+    draws: int,
+    seed: int | Sequence[int],
+    previous: Mapping[str, np.ndarray] | None = None,
 ) -> np.ndarray:
-    """Chunks at one observation {key: (To, …)}, normalised and flat, (draws, H Da); ``seed`` is that of ``predict``."""
+    """Chunks at one observation {key: (To, …)}, normalised and flat, (draws, H Da); ``seed`` is that of ``predict``.
+
+    With the observation of one chunk before, each chunk starts from a cold one of the same policy drawn there.
+    """
     batch = {key: np.repeat(value[None], draws, axis=0) for key, value in observation.items()}
-    trajectory = torch.from_numpy(policy.predict(batch, seed=seed).trajectory).to(policy.device)
+    warm = None
+    if previous is not None:
+        before = {key: np.repeat(value[None], draws, axis=0) for key, value in previous.items()}
+        seeds = [seed] if isinstance(seed, int) else seed
+        warm = policy.predict(before, seed=[mix_seeds(*seeds, PREVIOUS, b) for b in range(draws)]).warm_state
+    trajectory = torch.from_numpy(policy.predict(batch, seed=seed, warm=warm).trajectory).to(policy.device)
     return policy.normalizer.normalize("action", trajectory).cpu().numpy().reshape(draws, -1)
 
 
-def measure_fidelity(
-    policies: Mapping[str, Policy],
+@dataclass(frozen=True)
+class ReferenceChunks:
+    """Two independent sets of the reference's chunks at each observation, (draws, H Da) each.
+
+    Attributes:
+        other: with noise that no other sampler gets.
+        same: with the seeds that the samplers to be measured get, too.
+    """
+
+    other: list[np.ndarray]
+    same: list[np.ndarray]
+
+    @property
+    def resampling(self) -> list[float]:
+        """Energy distance between the two sets at each observation, as an exact sampler would have it."""
+        return [energy_distance(*sets) for sets in zip(self.same, self.other, strict=True)]
+
+    @property
+    def spread(self) -> float:
+        """Mean distance between two chunks of one observation: what energy distances are to be compared with."""
+        return float(np.mean([pdist(chunks).mean() for chunks in (*self.other, *self.same)]))
+
+
+def draw_reference(
     reference: Policy,
     observations: Sequence[Mapping[str, np.ndarray]],
-    draws: int = 150,
+    draws: int,
     progress: Callable[[int], Any] = lambda sets: None,
-) -> dict[str, list[float]]:
-    """Energy distance of each policy's chunks from the reference's, one number per observation.
+) -> ReferenceChunks:
+    """The reference's chunks at observations {key: (To, …)}; ``progress`` is called with 1 after each set."""
+    sets = ReferenceChunks([], [])
+    for i, observation in enumerate(observations):
+        for which, chunks in enumerate((sets.other, sets.same)):
+            chunks.append(draw_chunks(reference, observation, draws, mix_seeds(i, which)))
+            progress(1)
+    return sets
+
+
+def measure_fidelity(
+    policy: Policy,
+    reference: ReferenceChunks,
+    observations: Sequence[Mapping[str, np.ndarray]],
+    previous: Sequence[Mapping[str, np.ndarray]] | None = None,
+    progress: Callable[[int], Any] = lambda sets: None,
+) -> tuple[list[float], list[float]]:
+    """How far a policy's chunks are from the reference's in distribution, at each observation.
 
     Args:
-        policies: label -> policy, with the reference's weights.
-        reference: defines the distribution: the trained schedule with the sequential sampler.
+        policy: with the reference's weights.
+        reference: its chunks at these observations: the trained schedule with the sequential sampler.
         observations: {key: (To, ...)} each, unbatched.
-        draws: chunks per set. Each set has its own noise: equal noise would give close chunks, not show equal
-            distributions.
+        previous: the observation one chunk before each, where a policy with ``warm_start`` draws the chunk that it
+            starts from.
         progress: called with 1 after each set.
 
     Returns:
-        label -> distances. ``"resampling"`` is the distance between two independent sets of the reference's chunks, as
-        an exact sampler would have it.
+        :func:`energy_distance` to chunks of other noise, and :func:`paired_energy_distance` to those of the same seeds.
+        With the same seeds a schedule of as many steps has the same noise, one of other steps the same first state, and
+        a warm start the same noise where its chunk does not overlap with the one before: the less two samplers share,
+        the more of chance is left in the second number.
     """
-    sets = {"resampling": reference, **policies}
-    distances: dict[str, list[float]] = {label: [] for label in sets}
-    for i, observation in enumerate(observations):
-        target = draw_chunks(reference, observation, draws, mix_seeds(i, 0))
+    independent, paired = [], []
+    for i, (observation, other, same) in enumerate(zip(observations, reference.other, reference.same, strict=True)):
+        before = previous[i] if policy.warm_start and previous is not None else None
+        chunks = draw_chunks(policy, observation, len(same), mix_seeds(i, 1), before)
+        independent.append(energy_distance(chunks, other))
+        paired.append(paired_energy_distance(chunks, same))
         progress(1)
-        for which, (label, policy) in enumerate(sets.items(), start=1):
-            distances[label].append(
-                energy_distance(draw_chunks(policy, observation, draws, mix_seeds(i, which)), target)
-            )
-            progress(1)
-    return distances
+    return independent, paired

@@ -69,8 +69,25 @@ def equivalence_p(differences: Sequence[float], margin: float) -> float:
     return float(max(above, below))
 
 
+def is_equivalent(differences: Sequence[float], margin: float) -> bool:
+    """Whether a bootstrap shows at 5 % that the mean of paired differences is within ±margin.
+
+    The 90 % interval must lie within, and there must be enough pairs that a difference of 1 in some of them, of which
+    none was seen, could not lift the mean out of it: see :func:`least_episodes`.
+    """
+    if len(differences) < least_episodes(margin):
+        return False
+    low, high = mean_interval(differences, 0.90)
+    return -margin < low and high < margin
+
+
+def least_episodes(margin: float) -> int:
+    """Episodes from which on none that differs by 1 shows, at 5 %, that fewer than ``margin`` of all do: 3 / margin."""
+    return int(np.ceil(3 / margin - 1e-9))
+
+
 def episodes_needed(differences: Sequence[float], margin: float, power: float = 0.8, alpha: float = 0.05) -> int:
-    """Episodes for :func:`equivalence_p` to be below ``alpha`` with ``power``, if the true difference is 0."""
+    """Episodes for :func:`is_equivalent` with ``power``, if the true difference is 0."""
     deviation = float(np.std(np.asarray(differences, dtype=np.float64), ddof=1))
     z = stats.norm.ppf(1 - alpha) + stats.norm.ppf((1 + power) / 2)
-    return max(2, int(np.ceil((z * deviation / margin) ** 2)))
+    return max(least_episodes(margin), int(np.ceil((z * deviation / margin) ** 2)))

@@ -1,13 +1,13 @@
 """Tables of any number of result folders."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping, Sequence, Set
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import pandas as pd
 
-from parapolicy.evaluate.run.records import read_latencies
+from parapolicy.evaluate.run.records import COMPARED, NAMED, TIMED, read_records
 from parapolicy.evaluate.run.run_folder import read_about, read_episodes, read_results
 from parapolicy.evaluate.run.variants import SCHEDULE_SETTINGS, entry_label
 from parapolicy.samplers import SAMPLERS
@@ -26,6 +26,13 @@ class Run:
     folder: Path
     about: dict[str, Any] | None
     results: dict[str, Any]
+
+    @property
+    def settings(self) -> dict[str, Any]:
+        """Its configuration; only of a run with ``run.json``."""
+        assert self.about is not None
+        config: dict[str, Any] = self.about["config"]
+        return config
 
 
 def gather_runs(folders: Sequence[Path]) -> list[Run]:
@@ -57,7 +64,7 @@ def episode_table(runs: Sequence[Run]) -> pd.DataFrame:
     """
     rows = []
     for run in runs:
-        references = _references(run)
+        references, others = find_references(run), find_others(run)
         for label, result in run.results["samplers"].items():
             control = result.get("control")
             name = label if not control or control["latency"] == "none" else f"{label} ({control['latency']})"
@@ -68,6 +75,7 @@ def episode_table(runs: Sequence[Run]) -> pd.DataFrame:
                         "checkpoint": run.results["checkpoint"],
                         "sampler": name,
                         "is_reference": label in references,
+                        "other": label in others,
                         "seed": episode["seed"],
                         "reward": episode["max_reward"],
                         "success": bool(episode["success"]),
@@ -83,15 +91,23 @@ def episode_table(runs: Sequence[Run]) -> pd.DataFrame:
     return pd.DataFrame(rows).drop_duplicates(keys).reset_index(drop=True)
 
 
-def _references(run: Run) -> set[str]:
-    """Labels of the samplers that ran the trained schedule step by step. A label without an entry names its sampler."""
-    entries = run.about["config"]["samplers"] if run.about else list(run.results["samplers"])
-    found = set()
+def find_references(run: Run) -> set[str]:
+    """Labels of the samplers that ran the trained schedule step by step."""
+    return {label for label, sampler, own in _samplers(run) if own and sampler is not None and sampler.is_reference}
+
+
+def find_others(run: Run) -> set[str]:
+    """Labels of what samples another distribution than the policy's: another schedule, or a sampler that says so."""
+    return {label for label, sampler, own in _samplers(run) if not own or (sampler and not sampler.keeps_distribution)}
+
+
+def _samplers(run: Run) -> list[tuple[str, type[Any] | None, bool]]:
+    """(label, sampler, whether on the trained schedule). A label without an entry names its sampler."""
+    entries = run.settings["samplers"] if run.about else list(run.results["samplers"])
+    found = []
     for entry in entries:
         settings = {"name": entry} if isinstance(entry, str) else entry
-        sampler = SAMPLERS.get(settings["name"])
-        if sampler is not None and sampler.is_reference and not settings.keys() & SCHEDULE_SETTINGS:
-            found.add(entry_label(entry))
+        found.append((entry_label(entry), SAMPLERS.get(settings["name"]), not settings.keys() & SCHEDULE_SETTINGS))
     return found
 
 
@@ -119,13 +135,24 @@ def chunk_table(runs: Sequence[Run]) -> pd.DataFrame:
 
 def gather_latencies(runs: Sequence[Run], folders: Sequence[Path]) -> dict[tuple[str, str, str], dict[str, Any]]:
     """(env, checkpoint, sampler) -> its measurements, such as chunk_ms; those of a sweep replace those of its runs."""
+    return _gather_records(runs, folders, "latency.json", TIMED)
+
+
+def gather_fidelities(runs: Sequence[Run], folders: Sequence[Path]) -> dict[tuple[str, str, str], dict[str, Any]]:
+    """(env, checkpoint, sampler) -> its distances from the policy's distribution, likewise."""
+    return _gather_records(runs, folders, "fidelity.json", COMPARED)
+
+
+def _gather_records(
+    runs: Sequence[Run], folders: Sequence[Path], name: str, keys: Set[str]
+) -> dict[tuple[str, str, str], dict[str, Any]]:
     found: dict[tuple[str, str, str], dict[str, Any]] = {}
-    for path in sorted({path for folder in folders for path in folder.rglob("latency.json")}):
-        for row in read_latencies(path):
+    for path in sorted({path for folder in folders for path in folder.rglob(name)}):
+        for row in read_records(path, keys):
             found.setdefault((row["env"], row["checkpoint"], row["sampler"]), row)
     for run in runs:
         for label, row in run.results["samplers"].items():
-            if "chunk_ms" in row:
+            if row.keys() >= keys - NAMED:
                 found.setdefault((run.results["env"], run.results["checkpoint"], label), row)
     return found
 

@@ -1,6 +1,6 @@
 """The report of any number of runs: one HTML page that needs no network, tables as files, and plots.
 
-parapolicy report FOLDER… [--output FOLDER] [--margin 0.03]
+parapolicy report FOLDER… [--output FOLDER] [--margin 0.03 --success-margin 0.05]
 """
 
 import html
@@ -25,12 +25,14 @@ from parapolicy.evaluate.report.gather import (
     describe_machines,
     episode_table,
     gather_failures,
+    gather_fidelities,
     gather_latencies,
     gather_runs,
     select_latencies,
 )
+from parapolicy.evaluate.report.markdown import markdown
 from parapolicy.evaluate.report.plots import plot_pareto
-from parapolicy.evaluate.report.summary import recommend, summarize
+from parapolicy.evaluate.report.summary import MARGINS, Margins, recommend, summarize
 
 STYLE = """body{font:15px/1.5 system-ui,sans-serif;max-width:1100px;margin:2em auto;padding:0 1em;color:#222}
 h1{font-size:1.5em}h2{font-size:1.2em;margin-top:2em}.answer{font-size:1.25em;background:#eef6ee;padding:.8em 1em;
@@ -46,12 +48,15 @@ COLUMNS = (  # heading, column of the summary, number format, whether it has an 
     ("difference of reward", "difference", "+.3f", True),
     ("equivalent, p", "equivalence_p", ".2g", False),
     ("difference of success", "success_difference", "+.2f", True),
+    ("equivalent, p", "success_equivalence_p", ".2g", False),
     ("episodes needed", "episodes_needed", ".0f", False),
     ("p50 ms", "p50_ms", ".1f", False),
     ("p99 ms", "p99_ms", ".1f", False),
     ("rounds", "rounds", ".1f", False),
     ("evaluations", "evaluations", ".0f", False),
     ("chunk error p95", "chunk_error_p95", ".1e", False),
+    ("energy distance, same noise", "energy", ".1e", True),
+    ("other noise", "energy_independent", ".1e", True),
     ("jump at seams", "seam", ".3g", False),
     ("motion inside", "motion", ".3g", False),
 )
@@ -61,7 +66,8 @@ def _table(task: pd.DataFrame, chosen: str | None) -> str:
     headings = ["sampler", "episodes", *(heading for heading, *_ in COLUMNS)]
     lines = ["<tr>" + "".join(f"<th>{heading}</th>" for heading in headings) + "</tr>"]
     for _, row in task.iterrows():
-        cells = [html.escape(str(row["sampler"])), str(row["episodes"])]
+        name = html.escape(str(row["sampler"]))
+        cells = [f"<i>{name}</i>" if row["other"] else name, str(row["episodes"])]
         for _, name, form, has_interval in COLUMNS:
             if pd.isna(row.get(name, np.nan)):
                 cells.append("–")
@@ -90,13 +96,13 @@ def _pooled(episodes: pd.DataFrame) -> str:
     return f"<h2>All tasks together</h2><table>{''.join(lines)}</table>" + embed(profiles_figure(episodes))
 
 
-def write_report(folders: Sequence[Path], output: Path, margin: float = 0.03) -> Path:
-    """Write ``report.html``, ``samplers.csv``, ``episodes.csv``, ``episodes.parquet`` and a PNG per task.
+def write_report(folders: Sequence[Path], output: Path, margins: Margins = MARGINS) -> Path:
+    """Write ``report.html``, a PNG per task, and the tables ``samplers`` (csv, md) and ``episodes`` (csv, parquet).
 
     Args:
         folders: of runs and sweeps.
         output: created if missing.
-        margin: of the equivalence tests, in units of reward.
+        margins: within which a sampler counts as the same as the policy's own steps.
 
     Returns:
         The path of the page.
@@ -107,14 +113,15 @@ def write_report(folders: Sequence[Path], output: Path, margin: float = 0.03) ->
     runs = gather_runs(folders)
     episodes, chunks = episode_table(runs), chunk_table(runs)
     latencies = gather_latencies(runs, folders)
-    summary = summarize(episodes, latencies, margin)
+    summary = summarize(episodes, latencies, margins, gather_fidelities(runs, folders))
     output.mkdir(parents=True, exist_ok=True)
     episodes.to_csv(output / "episodes.csv", index=False)
     episodes.to_parquet(output / "episodes.parquet", index=False)
     summary.to_csv(output / "samplers.csv", index=False)
+    (output / "samplers.md").write_text(markdown(summary))
     parts = []
     for (env, checkpoint), task in summary.groupby(["env", "checkpoint"], sort=False):
-        chosen, sentence = recommend(task, margin)
+        chosen, sentence = recommend(task.dropna(axis=1, how="all"), margins)
         name = f"{env}, {checkpoint}"
         parts.append(f"<h2>{html.escape(name)}</h2><p class='answer'>{html.escape(sentence)}</p>")
         if "p50_ms" in task and task["p50_ms"].notna().any():
@@ -136,7 +143,10 @@ def write_report(folders: Sequence[Path], output: Path, margin: float = 0.03) ->
     engines = sorted({row.get("engine", "") for row in latencies.values()} - {"", "upstream"})
     footer = (
         "Brackets: 95 % intervals (bootstrap for rewards and percentiles, Wilson for success). Differences: to "
-        f"the sequential sampler, by seed. Equivalent: two one-sided t-tests with margin ±{margin}. Latency at "
+        f"the sequential sampler, by seed. Equivalent: two one-sided t-tests with margin ±{margins.reward} of reward "
+        f"and ±{margins.success} of success. Energy distance to the policy's own chunks, with the same seeds and with "
+        f"others; its bound is {margins.fidelity:.0%} of the mean distance between two chunks of the policy. In "
+        "italics: what samples another distribution than the policy's. Latency at "
         f"batch 1{', engine ' + ', '.join(engines) if engines else ''}; "
         "“upstream”: the eager network and diffusers' scheduler step by step, whose chunks, and so rewards, "
         "are those of the sampler named. Jump at seams: distance from the last action executed of one chunk to the "

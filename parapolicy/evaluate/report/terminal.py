@@ -15,7 +15,7 @@ def print_table(results: Mapping[str, Any], console: Console | None = None) -> N
     headings = "sampler|mean max reward|success|paired diff|ms p50|p95|p99|speed-up|rounds (p95)|evals (p95)|error p95"
     measured = next(iter(results["samplers"].values())).get("energy_distance")
     if measured:
-        headings += f"|energy distance (resampling {measured['resampling_mean']:.4f})"
+        headings += f"|energy distance (resampling {measured['resampling_mean']:.4f})|same noise"
     for i, heading in enumerate(headings.split("|")):
         table.add_column(heading, justify="right" if i else "left")
     for name, row in results["samplers"].items():
@@ -34,7 +34,7 @@ def print_table(results: Mapping[str, Any], console: Console | None = None) -> N
             f"{row['speedup_p50']:.2f}×" if "speedup_p50" in row else "—",
             *("{mean:.1f} ({p95:.0f})".format(**row[cost]) for cost in ("rounds", "evaluations")),
             f"{error['p95']:.1e}" if error else "—",
-            *([f"{row['energy_distance']['mean']:.4f}"] if measured else []),
+            *(_distance(row[name]) for name in ("energy_distance", "paired_energy_distance") if name in row),
         )
     failed = sum("error" in episode for row in results["samplers"].values() for episode in row["per_episode"])
     if failed:
@@ -43,3 +43,8 @@ def print_table(results: Mapping[str, Any], console: Console | None = None) -> N
         )
     # Into a pipe, rich would wrap the table at 80 columns.
     (console or Console(width=None if os.isatty(1) else 160)).print(table)
+
+
+def _distance(measured: Mapping[str, Any]) -> str:
+    low, high = measured.get("ci95", (None, None))  # older results have none
+    return f"{measured['mean']:.4f}" + ("" if low is None else f" [{low:.4f}, {high:.4f}]")

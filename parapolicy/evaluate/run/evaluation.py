@@ -14,7 +14,7 @@ from tqdm import tqdm
 from parapolicy.control import ControlRecord, SimulatedClock
 from parapolicy.digest import digest
 from parapolicy.evaluate.measure.chunk_error import measure_errors
-from parapolicy.evaluate.measure.fidelity import measure_fidelity
+from parapolicy.evaluate.measure.fidelity import draw_reference, measure_fidelity
 from parapolicy.evaluate.measure.machine import describe_git, describe_machine, describe_versions
 from parapolicy.evaluate.measure.timing import measure_chunks, select_observations
 from parapolicy.evaluate.run.results import (
@@ -23,9 +23,9 @@ from parapolicy.evaluate.run.results import (
     episode_row,
     summarize_chunks,
     summarize_control,
-    summarize_distances,
     summarize_episodes,
     summarize_errors,
+    summarize_fidelity,
 )
 from parapolicy.evaluate.run.rollout import EpisodeRecord, rollout
 from parapolicy.evaluate.run.run_folder import RunFolder
@@ -56,6 +56,12 @@ def evaluate(config: DictConfig, folder: Path, make_env: MakeEnv) -> dict[str, A
     """
     if config.episodes < 1 or config.latency_chunks < 0:
         raise ValueError(f"episodes is {config.episodes}, latency_chunks {config.latency_chunks}; expected at least 1")
+    asked = config.fidelity
+    if asked.observations < 1 or asked.draws < 2:
+        raise ValueError(
+            f"fidelity.observations is {asked.observations}, fidelity.draws {asked.draws}, expected at least 1 and 2; "
+            "fidelity.measure=false measures none"
+        )
     if config.env_timeout_s is not None and not config.env_timeout_s > 0:
         raise ValueError(f"env_timeout_s is {config.env_timeout_s}, expected seconds, or null for no limit")
     if config.threads:
@@ -84,7 +90,7 @@ def evaluate(config: DictConfig, folder: Path, make_env: MakeEnv) -> dict[str, A
     for label, variant in variants.items():
         episodes, results["samplers"][label] = run_episodes(label, variant, config, kept, make_env, not recorded, view)
         recorded = recorded or [e.observations for e in sorted(episodes, key=lambda episode: episode.seed)]
-    if not any(recorded) and (config.latency_chunks or config.fidelity.observations or config.errors.chunks):
+    if not any(recorded) and (config.latency_chunks or config.fidelity.measure or config.errors.chunks):
         first, row = next(iter(results["samplers"].items()))
         raise ValueError(
             f"no episode of {first} came to its first chunk ({row['per_episode'][0]['error']}), so there is nothing to "
@@ -194,14 +200,16 @@ def _add_latency(
 def _add_fidelity(
     results: dict[str, Any], policies: Mapping[str, Policy], recorded: Recorded, config: DictConfig
 ) -> None:
-    if not config.fidelity.observations:
+    if not config.fidelity.measure:
         return
-    chosen = [current for _, current in select_observations(recorded, config.fidelity.observations)]
-    reference = next(iter(policies.values())).with_schedule().with_sampler("sequential")
+    pairs = select_observations(recorded, config.fidelity.observations)
+    previous, chosen = zip(*pairs, strict=True)
+    plain = next(iter(policies.values())).with_schedule().with_sampler("sequential")
     with tqdm(total=len(chosen) * (len(policies) + 2), desc="fidelity", unit="set") as bar:
-        distances = measure_fidelity(policies, reference, chosen, config.fidelity.draws, bar.update)
-    for label, row in results["samplers"].items():
-        row["energy_distance"] = summarize_distances(distances[label], distances["resampling"])
+        reference = draw_reference(plain, chosen, config.fidelity.draws, bar.update)
+        for label, row in results["samplers"].items():
+            distances = measure_fidelity(policies[label], reference, chosen, previous, bar.update)
+            row |= summarize_fidelity(*distances, reference)
 
 
 def _measure_errors(policy: Policy, entries: Any, recorded: Recorded, config: DictConfig) -> dict[str, Any]:

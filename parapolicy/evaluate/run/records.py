@@ -1,21 +1,26 @@
-"""A sweep's record of latencies."""
+"""What a sweep records about its samplers besides their episodes: latencies and distances of distributions."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping, Sequence, Set
 from pathlib import Path
 from typing import Any
 
 from parapolicy.files import seal, unseal, write_whole
 
-TIMED = {"env", "checkpoint", "sampler", "chunk_ms"}  # in every record of latencies
+NAMED = {"env", "checkpoint", "sampler"}
+TIMED = NAMED | {"chunk_ms"}  # in every record of latencies
+COMPARED = NAMED | {"energy_distance", "paired_energy_distance"}  # in every record of distributions
 
 
-def write_latencies(path: Path, records: Sequence[Mapping[str, Any]]) -> None:
-    """Write a sweep's ``latency.json``."""
+def write_records(path: Path, records: Sequence[Mapping[str, Any]]) -> None:
+    """Write a sweep's ``latency.json`` or ``fidelity.json``."""
     write_whole(path, seal({"records": records}, indent=2))
 
 
-def read_latencies(path: Path) -> list[dict[str, Any]]:
-    """The records of a sweep's ``latency.json``; none if there is no such file.
+def read_records(path: Path, keys: Set[str] = TIMED) -> list[dict[str, Any]]:
+    """The records of such a file; none if there is no such file.
+
+    Args:
+        keys: that every record has.
 
     Raises:
         ValueError: it is damaged.
@@ -26,6 +31,6 @@ def read_latencies(path: Path) -> list[dict[str, Any]]:
     if text[:1] == b"[":  # of an older version
         text = b'{"records": %b}' % text
     found = unseal(text, str(path), way_out).get("records")
-    if not isinstance(found, list) or not all(isinstance(row, dict) and row.keys() >= TIMED for row in found):
+    if not isinstance(found, list) or not all(isinstance(row, dict) and row.keys() >= keys for row in found):
         raise ValueError(f"{path} is damaged: it has no records of samplers; {way_out}")
     return found

@@ -11,6 +11,7 @@ import numpy as np
 
 from parapolicy.control import ControlRecord
 from parapolicy.evaluate.measure.chunk_error import ChunkErrors
+from parapolicy.evaluate.measure.fidelity import ReferenceChunks
 from parapolicy.evaluate.measure.statistics import mean_interval, proportion_interval
 from parapolicy.evaluate.measure.timing import ChunkMeasurements
 from parapolicy.evaluate.run.rollout import EpisodeRecord
@@ -130,15 +131,22 @@ def summarize_errors(measured: ChunkErrors, tolerance: float | None) -> dict[str
     return summary
 
 
-def summarize_distances(distances: Sequence[float], resampling: Sequence[float]) -> dict[str, float]:
-    """Summarise energy distances to the reference, and distances between independent draws of the reference."""
-    return {
-        "mean": float(np.mean(distances)),
-        "max": float(np.max(distances)),
-        "resampling_mean": float(np.mean(resampling)),
-        "resampling_max": float(np.max(resampling)),
-        "observations": len(distances),
+def summarize_fidelity(
+    independent: Sequence[float], paired: Sequence[float], reference: ReferenceChunks
+) -> dict[str, Any]:
+    """Summarise one sampler's energy distances to the reference, with intervals of their means over observations."""
+    rows: dict[str, Any] = {}
+    for name, each in (("energy_distance", independent), ("paired_energy_distance", paired)):
+        mean, largest = float(np.mean(each)), float(np.max(each))
+        rows[name] = {"mean": mean, "ci95": mean_interval(each), "max": largest, "observations": len(each)}
+    rows["energy_distance"]["resampling_mean"] = float(np.mean(reference.resampling))
+    rows["energy_distance"]["resampling_max"] = float(np.max(reference.resampling))
+    rows["paired_energy_distance"] |= {
+        "each": list(paired),
+        "spread": reference.spread,
+        "draws": len(reference.same[0]),
     }
+    return rows
 
 
 def compare_to_baseline(row: dict[str, Any], baseline: dict[str, Any], name: str) -> dict[str, Any]:
