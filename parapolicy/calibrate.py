@@ -6,6 +6,7 @@ It is remembered in a file: beside the weights, or in the user's cache.
 import contextlib
 import dataclasses
 import json
+import math
 import os
 import uuid
 from collections.abc import Mapping, Sequence
@@ -99,11 +100,29 @@ def _read(path: Path, policy: Policy, of: str) -> Calibration | None:
             if about.get("of") != of:
                 return None
             nodes = {int(count): tuple(steps) for count, steps in json.loads(about["nodes"]).items()}
-            found = Calibration(file.get_tensor("modes").clone(), file.get_tensor("response").clone(), nodes)
-    except (SafetensorError, OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError):
+            modes, response = (file.get_tensor(name).clone() for name in ("modes", "response"))
+            found = Calibration(modes, response, nodes, _distances(json.loads(about.get("measured", "{}"))))
+    except (
+        SafetensorError,
+        OSError,
+        ValueError,
+        KeyError,
+        TypeError,
+        AttributeError,
+        ArithmeticError,
+        RecursionError,
+        IndexError,
+    ):
         return None
     expected = len(policy.schedule), int(np.prod(policy.spec.sample_shape))
     return found.to(policy.device) if tuple(found.response.shape) == expected else None
+
+
+def _distances(measured: Mapping[str, Any]) -> dict[int, float]:
+    """Number of nodes -> upper end of the energy distance, over the spread; of rows that have both."""
+    rows = [row for row in measured.get("rows", ()) if {"nodes", "spread"} <= row.keys()]
+    found = {int(row["nodes"]): float(row["energy_ci95"][1]) / float(row["spread"]) for row in rows}
+    return {count: distance for count, distance in found.items() if math.isfinite(distance)}
 
 
 def _key(policy: Policy) -> str:

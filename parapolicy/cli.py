@@ -130,6 +130,9 @@ def calibrate(arguments: Sequence[str]) -> None:
     )
     parser.add_argument("--chunks", type=int, default=60, help="sequential chunks to calibrate on, and to measure")
     parser.add_argument("--draws", type=int, default=60, help="chunks per observation for the energy distance")
+    parser.add_argument(
+        "--keep", action="store_true", help="measure the calibration that is there, on observations it has not seen"
+    )
     parsed = parser.parse_args(arguments)
     if parsed.chunks < 2 or parsed.draws < 2:
         raise ValueError(f"chunks is {parsed.chunks} and draws is {parsed.draws}, expected at least 2 of each")
@@ -147,7 +150,7 @@ def calibrate(arguments: Sequence[str]) -> None:
         observations = made_up_observations(policy, 2 * parsed.chunks)
     else:
         observations = [one for path in parsed.observations for one in read_observations(path)]
-    calibration, rows = measure_calibration(policy, observations, parsed.chunks, parsed.draws)
+    calibration, rows = measure_calibration(policy, observations, parsed.chunks, parsed.draws, parsed.keep)
     write_calibration(parsed.folder / FILE, policy, calibration, {"rows": rows, "made_up": parsed.observations is None})
     print(f"{present(rows)}\nwrote {parsed.folder / FILE}")
 

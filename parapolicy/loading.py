@@ -32,8 +32,8 @@ def load_policy(
             torch.save; or a policy on the Hugging Face hub, ``hf://owner/name[@revision]``.
         sampler: one of :func:`parapolicy.list_samplers`; ``parameters`` are its own. ``collocation`` is calibrated
             at the first load, in seconds, where no calibration stands beside the weights. ``auto``: the one that
-            :func:`parapolicy.make_plan` finds fastest here, at the ``tolerance`` and ``fidelity`` given (or the plan's
-            own defaults).
+            :func:`parapolicy.make_plan` finds fastest here, at the ``tolerance``, ``fidelity`` and ``bound`` given (or
+            the plan's own defaults).
         engine: one of :data:`parapolicy.engine.ENGINES`. ``compiled`` compiles at the first call, for about a minute
             where torch's cache on disk does not know the network yet. ``compiled_bfloat16`` rounds the factors of its
             matrix products to bfloat16: faster on CPUs with instructions for it. ``fused`` computes the UNet in C++,
@@ -47,9 +47,9 @@ def load_policy(
         CheckpointError: a file is missing, damaged, or does not match the other one.
         ValueError: an unknown sampler, parameter, engine or device, or ``sharded`` outside of ``torchrun``.
     """
-    unknown = sorted(set(parameters) - {"tolerance", "fidelity"})
+    unknown = sorted(set(parameters) - {"tolerance", "fidelity", "bound"})
     if sampler == "auto" and unknown:
-        raise ValueError(f"sampler 'auto' has no parameters {unknown}, only tolerance and fidelity")
+        raise ValueError(f"sampler 'auto' has no parameters {unknown}, only tolerance, fidelity and bound")
     chosen = make_sampler("secant") if sampler == "auto" else make_sampler(sampler, **parameters)
     target = pick_device(device)
     made = make_engine("compiled" if engine == "sharded" else engine, target)

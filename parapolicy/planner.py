@@ -16,12 +16,16 @@ import torch
 
 from parapolicy.digest import digest
 from parapolicy.files import cache_folder, replacing
+from parapolicy.observation import stack_observations
 from parapolicy.policy import Policy
 from parapolicy.samplers import Collocation, Sampler, Secant, Sequential
+from parapolicy.samplers.base import check_count
 from parapolicy.spec import Feature
 
 WINDOWS = (16, 24, 40, 100)
-NODES, NODE_WINDOWS = 19, (1, 3, 6, 12)  # of collocation
+NODE_WINDOWS = (1, 3, 6, 12)  # of collocation
+UNMEASURED_NODES = 32  # where no distance from the policy's distribution was measured
+BOUND = 0.01  # of that distance, as a part of the mean distance between two chunks
 FIDELITIES = ("seed", "distribution")
 TOLERANCE = 0.015  # of whose chunks the error's 95th percentile was seen to be within it on Push-T
 
@@ -31,17 +35,20 @@ class Plan:
     """What was measured, and what follows.
 
     Attributes:
-        milliseconds: candidate -> median time of a chunk at batch 1; ``sequential``, ``window N`` of the secant
-            sampler, and ``collocation N``, N its window.
+        milliseconds: candidate -> median time of a call; ``sequential``, ``window N`` of the secant sampler, and
+            ``collocation N/M`` with N nodes and window M.
         rounds: candidate -> mean rounds.
         tolerance: at which the secant sampler was measured.
-        fidelity: what the candidates keep; see :func:`make_plan`.
+        fidelity, bound: what the candidates keep; see :func:`make_plan`.
+        batch: observations per call.
     """
 
     milliseconds: dict[str, float]
     rounds: dict[str, float]
     tolerance: float
     fidelity: str = "seed"
+    bound: float = BOUND
+    batch: int = 1
 
     @property
     def choice(self) -> str:
@@ -50,13 +57,15 @@ class Plan:
 
     def apply(self, policy: Policy) -> Policy:
         """The policy with the chosen sampler."""
-        return dataclasses.replace(policy, sampler=_samplers(policy, self.tolerance, self.fidelity)[self.choice])
+        candidates = _samplers(policy, self.tolerance, self.fidelity, self.bound)
+        return dataclasses.replace(policy, sampler=candidates[self.choice])
 
     def __str__(self) -> str:
-        lines = [f"{self.choice} is the fastest of what was measured here (batch 1, tolerance {self.tolerance:g}):"]
+        measured = f"batch {self.batch}, tolerance {self.tolerance:g}"
+        lines = [f"{self.choice} is the fastest of what was measured here ({measured}):"]
         for candidate in sorted(self.milliseconds, key=lambda candidate: self.milliseconds[candidate]):
             spent, rounds = self.milliseconds[candidate], self.rounds[candidate]
-            lines.append(f"  {candidate:<12} {spent:8.1f} ms  {rounds:6.1f} rounds of {spent / rounds:.1f} ms")
+            lines.append(f"  {candidate:<16} {spent:8.1f} ms  {rounds:6.1f} rounds of {spent / rounds:.1f} ms")
         return "\n".join(lines)
 
 
@@ -66,6 +75,8 @@ def make_plan(
     tolerance: float = TOLERANCE,
     cache: Path | None = None,
     fidelity: str = "seed",
+    bound: float = BOUND,
+    batch: int = 1,
 ) -> Plan:
     """Time the sequential sampler and others at several windows.
 
@@ -77,38 +88,63 @@ def make_plan(
             ``$PARAPOLICY_CACHE`` or else ``~/.cache/parapolicy``. A damaged entry is measured anew.
         fidelity: ``seed``: chunks of the noise that is given, to the tolerance. ``distribution``: also draws of the
             same policy that may differ from the sequential chunk of that noise, by ``collocation``.
+        bound: for ``distribution``, the largest energy distance from the policy, as a part of the mean distance between
+            two of its chunks; see :func:`find_nodes`.
+        batch: observations per call, for example robots that are served together.
 
     Raises:
-        ValueError: another fidelity.
+        ValueError: another fidelity, or a bound or batch that cannot be.
     """
     if fidelity not in FIDELITIES:
         raise ValueError(f"fidelity is {fidelity!r}, expected one of {FIDELITIES}")
+    if not 0 < bound < math.inf:
+        raise ValueError(f"bound is {bound!r}, expected a number above 0, such as {BOUND}")
+    check_count("batch", batch)
+    settings = tolerance, fidelity, float(bound), batch
+
+    def measure() -> Plan:
+        return _measure(policy, observations or made_up_observations(policy, 9), *settings)
+
     try:
         folder = cache or cache_folder()
     except RuntimeError:  # a user without a home: nothing is remembered
-        return _measure(policy, observations or made_up_observations(policy, 9), tolerance, fidelity)
-    path = folder / f"plan-{_key(policy, observations, tolerance, fidelity)}.json"
+        return measure()
+    path = folder / f"plan-{_key(policy, observations, *settings)}.json"
     try:
-        return _read(path, policy, tolerance, fidelity)
+        return _read(path, policy, *settings)
     except (OSError, ValueError, TypeError, OverflowError, RecursionError):
         pass
-    plan = _measure(policy, observations or made_up_observations(policy, 9), tolerance, fidelity)
+    plan = measure()
     with contextlib.suppress(OSError):  # what cannot be remembered costs the time of measuring again
         _write(path, plan)
     return plan
 
 
-def _read(path: Path, policy: Policy, tolerance: float, fidelity: str) -> Plan:
+def find_nodes(policy: Policy, bound: float = BOUND) -> int | None:
+    """The fewest nodes of ``collocation`` that keep the policy's distribution.
+
+    That is what the calibration has measured on chunks that it was not made from: the upper end of the energy
+    distance's interval must be within the bound. Where nothing was measured it is a cautious number, and None where no
+    number of nodes is within the bound.
+    """
+    measured = {} if policy.schedule.calibration is None else policy.schedule.calibration.distances
+    if not measured:
+        return min(UNMEASURED_NODES, len(policy.schedule))
+    return min((count for count, distance in measured.items() if distance <= bound), default=None)
+
+
+def _read(path: Path, policy: Policy, tolerance: float, fidelity: str, bound: float, batch: int) -> Plan:
     """A remembered plan; ``ValueError`` or ``TypeError`` unless it is one that could have been measured."""
     plan = Plan(**json.loads(path.read_text()))
     for values in (plan.milliseconds, plan.rounds):
-        if not isinstance(values, dict) or set(values) != set(_samplers(policy, tolerance, fidelity)):
+        if not isinstance(values, dict) or set(values) != set(_samplers(policy, tolerance, fidelity, bound)):
             raise ValueError(f"the plan holds {values!r}, expected a number for each candidate")
         for value in values.values():
             if type(value) not in (int, float) or not 0 < float(value) < math.inf:
                 raise ValueError(f"the plan holds {value!r}, expected a positive number")
-    if (plan.tolerance, plan.fidelity) != (tolerance, fidelity):
-        raise ValueError(f"the plan is for {plan.tolerance!r}, {plan.fidelity!r}, expected {tolerance:g}, {fidelity!r}")
+    found, asked = (plan.tolerance, plan.fidelity, plan.bound, plan.batch), (tolerance, fidelity, bound, batch)
+    if found != asked:
+        raise ValueError(f"the plan is for {found!r}, expected {asked!r}")
     return dataclasses.replace(plan, tolerance=tolerance)
 
 
@@ -119,9 +155,9 @@ def _write(path: Path, plan: Plan) -> None:
         partial.write_text(json.dumps(dataclasses.asdict(plan)))
 
 
-def explain(policy: Policy, tolerance: float = TOLERANCE, fidelity: str = "seed") -> None:
+def explain(policy: Policy, tolerance: float = TOLERANCE, fidelity: str = "seed", bound: float = BOUND) -> None:
     """Print which sampler ``load_policy(sampler="auto")`` takes here, and the measurements behind the choice."""
-    print(make_plan(policy, tolerance=tolerance, fidelity=fidelity))
+    print(make_plan(policy, tolerance=tolerance, fidelity=fidelity, bound=bound))
 
 
 def made_up_observations(policy: Policy, count: int) -> list[dict[str, np.ndarray]]:
@@ -141,38 +177,58 @@ def _made_up(policy: Policy, key: str, feature: Feature, generator: torch.Genera
     return policy.normalizer.unnormalize(key, normal).cpu().numpy()
 
 
-def _samplers(policy: Policy, tolerance: float, fidelity: str) -> dict[str, Sampler]:
-    """The candidates."""
+def _samplers(policy: Policy, tolerance: float, fidelity: str, bound: float) -> dict[str, Sampler]:
+    """The candidates; each of them keeps the distribution."""
     steps = len(policy.schedule)
     candidates: dict[str, Sampler] = {"sequential": Sequential()}
     for window in [*(w for w in WINDOWS if w < steps), steps]:
         candidates[f"window {window}"] = Secant(window, tolerance)
-    if fidelity == "distribution":
-        candidates |= {f"collocation {window}": Collocation(NODES, window) for window in NODE_WINDOWS}
+    if fidelity == "distribution" and (nodes := find_nodes(policy, bound)) is not None:
+        windows = dict.fromkeys(min(window, nodes) for window in NODE_WINDOWS)
+        candidates |= {f"collocation {nodes}/{window}": Collocation(nodes, window) for window in windows}
     return candidates
 
 
 def _measure(
-    policy: Policy, observations: Sequence[Mapping[str, Any]], tolerance: float, fidelity: str = "seed"
+    policy: Policy,
+    observations: Sequence[Mapping[str, Any]],
+    tolerance: float,
+    fidelity: str = "seed",
+    bound: float = BOUND,
+    batch: int = 1,
 ) -> Plan:
-    samplers = _samplers(policy, tolerance, fidelity)
+    samplers = _samplers(policy, tolerance, fidelity, bound)
     candidates = {name: dataclasses.replace(policy, sampler=sampler) for name, sampler in samplers.items()}
+    together = [
+        stack_observations([observations[(i + k) % len(observations)] for k in range(batch)])
+        for i in range(len(observations))
+    ]
     for candidate in candidates.values():
-        candidate.predict(observations[0])
+        candidate.predict(together[0])
     seconds: dict[str, list[float]] = {name: [] for name in candidates}
-    rounds: dict[str, list[int]] = {name: [] for name in candidates}
-    for seed, observation in enumerate(observations):
+    rounds: dict[str, list[float]] = {name: [] for name in candidates}
+    for seed, observation in enumerate(together):
         for name, candidate in candidates.items():
             stats = candidate.predict(observation, seed=seed).stats
             seconds[name].append(stats.seconds)
-            rounds[name].append(stats.rounds)
+            rounds[name].append(float(stats.rounds.max()))
     milliseconds = {name: 1e3 * statistics.median(values) for name, values in seconds.items()}
-    return Plan(milliseconds, {name: statistics.fmean(values) for name, values in rounds.items()}, tolerance, fidelity)
+    mean = {name: statistics.fmean(values) for name, values in rounds.items()}
+    return Plan(milliseconds, mean, tolerance, fidelity, bound, batch)
 
 
-def _key(policy: Policy, observations: Sequence[Mapping[str, Any]] | None, tolerance: float, fidelity: str) -> str:
+def _key(
+    policy: Policy,
+    observations: Sequence[Mapping[str, Any]] | None,
+    tolerance: float,
+    fidelity: str,
+    bound: float,
+    batch: int,
+) -> str:
     """A digest of all that a plan depends on."""
     device = torch.cuda.get_device_name(policy.device) if policy.device.type == "cuda" else str(policy.device)
     machine = (device, torch.__version__, torch.get_num_threads())
-    solved = (policy.schedule.solver, policy.schedule.timesteps, policy.engine.name, tolerance, fidelity)
-    return digest([machine, solved, policy.network.state_dict(), list(observations or ())])[:16]
+    solved = (policy.schedule.solver, policy.schedule.timesteps, policy.engine.name, tolerance, fidelity, bound, batch)
+    calibration = policy.schedule.calibration if fidelity == "distribution" else None
+    kept = [] if calibration is None else [calibration.modes, calibration.response, dict(calibration.nodes)]
+    return digest([machine, solved, policy.network.state_dict(), list(observations or ()), kept])[:16]

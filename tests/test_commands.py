@@ -176,6 +176,17 @@ def test_calibrate_writes_what_collocation_takes_from_then_on(
     policy = parapolicy.load_policy(folder, sampler="collocation", nodes=12, device="cpu")
     assert policy.schedule.calibration is not None
     assert policy.predict(made_up_observations(policy, 1)[0]).stats.evaluations < 40
+    before = policy.schedule.calibration
+    assert set(before.distances) == {12, 15, 19}
+    main(["calibrate", str(folder), "--chunks", "4", "--draws", "2", "--keep"])
+    after = parapolicy.load_policy(folder, device="cpu").schedule.calibration
+    assert after is not None
+    assert after.nodes == before.nodes
+    assert torch.equal(after.response, before.response)
+    assert after.distances != before.distances
+    (folder / FILE).unlink()
+    with pytest.raises(SystemExit, match="has no calibration of its own"):
+        main(["calibrate", str(folder), "--keep"])
 
 
 def test_a_calibration_of_other_weights_is_measured_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

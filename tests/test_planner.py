@@ -11,6 +11,7 @@ import torch
 import parapolicy
 from parapolicy import planner
 from parapolicy.samplers import Collocation, Secant, Sequential
+from parapolicy.schedule import Calibration
 from tests.conftest import SHIPPED
 from tests.helpers import small_policy
 
@@ -128,14 +129,48 @@ def test_a_user_without_a_home_plans(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_a_plan_for_the_distribution_knows_collocation(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     policy = small_policy()
     plan = parapolicy.make_plan(policy, cache=tmp_path, fidelity="distribution")
-    assert {"sequential", "window 20", "collocation 1", "collocation 12"} < set(plan.milliseconds)
-    fastest = dataclasses.replace(plan, milliseconds={**plan.milliseconds, "collocation 3": 1e-9})
-    assert fastest.apply(policy).sampler == Collocation(planner.NODES, 3)
-    assert "collocation 3" not in parapolicy.make_plan(policy, cache=tmp_path).milliseconds
+    assert {"sequential", "window 20", "collocation 20/1", "collocation 20/12"} < set(plan.milliseconds)
+    fastest = dataclasses.replace(plan, milliseconds={**plan.milliseconds, "collocation 20/3": 1e-9})
+    assert fastest.apply(policy).sampler == Collocation(20, 3)
+    assert "collocation 20/3" not in parapolicy.make_plan(policy, cache=tmp_path).milliseconds
     monkeypatch.setattr(planner, "_measure", lambda *a: pytest.fail("measured again"))
     assert parapolicy.make_plan(policy, cache=tmp_path, fidelity="distribution") == plan
     with pytest.raises(ValueError, match="fidelity is 'reward'"):
         parapolicy.make_plan(policy, cache=tmp_path, fidelity="reward")
+
+
+def measured_policy(distances: dict[int, float]) -> parapolicy.Policy:
+    policy = small_policy()
+    calibration = Calibration(torch.eye(16), torch.zeros(20, 16), {}, distances)
+    return dataclasses.replace(policy, schedule=dataclasses.replace(policy.schedule, calibration=calibration))
+
+
+def test_the_fewest_nodes_within_the_bound_are_taken(tmp_path: Path) -> None:
+    distances = {6: 0.03, 8: 0.004, 12: 0.001}
+    policy = measured_policy(distances)
+    found = [planner.find_nodes(policy, bound) for bound in (0.05, 0.01, 0.002, 1e-4)]
+    assert found == [6, 8, 12, None]
+    plan = parapolicy.make_plan(policy, cache=tmp_path, fidelity="distribution")
+    assert {name for name in plan.milliseconds if name.startswith("col")} == {
+        f"collocation 8/{window}" for window in (1, 3, 6, 8)
+    }
+    strict = parapolicy.make_plan(policy, cache=tmp_path, fidelity="distribution", bound=1e-4)
+    assert set(strict.milliseconds) == {"sequential", "window 16", "window 20"}
+    assert planner.find_nodes(small_policy()) == 20  # nothing was measured: many nodes
+    with pytest.raises(ValueError, match="bound is 0, expected a number above 0"):
+        parapolicy.make_plan(policy, fidelity="distribution", bound=0)
+
+
+def test_a_plan_is_of_a_batch(tmp_path: Path) -> None:
+    policy, sizes = small_policy(), []
+    policy.network.register_forward_pre_hook(lambda network, inputs: sizes.append(len(inputs[0])))
+    plan = parapolicy.make_plan(policy, cache=tmp_path, batch=3)
+    assert sizes[0] == 3
+    assert plan.batch == 3
+    assert parapolicy.make_plan(policy, cache=tmp_path, batch=3) == plan
+    assert parapolicy.make_plan(policy, cache=tmp_path).batch == 1
+    with pytest.raises(ValueError, match="batch is 0"):
+        parapolicy.make_plan(policy, batch=0)
 
 
 def test_load_policy_calibrates_for_the_distribution(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

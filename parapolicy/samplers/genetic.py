@@ -79,8 +79,8 @@ class GeneticRounds(Rounds):
                 parent = self.score.argmin(1, keepdim=True).expand_as(parent)
             self.x, self.u, u = self.x[element, parent], self.u[element, parent], u[element, parent]
             self.estimates, self.score = self.estimates[element, parent], self.score[element, parent]
-        moved = [value.flatten(0, 1) for value in (self.x, u, self.u, self.noise[j + 1])]
-        self.x = self.schedule.step(*moved, step).view_as(self.x)
+        flat = self.x.flatten(0, 1), u.flatten(0, 1), self.u.flatten(0, 1), self.noise[j + 1].flatten(0, 1)
+        self.x = self.schedule.step(*flat, step).view_as(self.x)
         self.u, self.steps_taken = u, j + 1
 
     def result(self) -> Sample:

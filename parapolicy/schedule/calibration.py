@@ -1,7 +1,7 @@
 """What a policy's estimates do along a schedule, measured once; the sampler ``collocation`` works better with it."""
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
@@ -17,11 +17,14 @@ class Calibration:
         modes: Q, (S, S), orthogonal, one mode in each column.
         response: (T, S), from 0 (the state tells nothing) to below 1.
         nodes: number of nodes -> their steps, increasing, the last one T - 1.
+        distances: number of nodes -> how far ``collocation`` may be from the policy's distribution, as measured on
+            other chunks: the upper end of the energy distance's interval, in mean distances of two chunks.
     """
 
     modes: Tensor
     response: Tensor
     nodes: Mapping[int, tuple[int, ...]]
+    distances: Mapping[int, float] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         steps, size = self.response.shape
@@ -34,4 +37,4 @@ class Calibration:
                 raise ValueError(f"nodes are {nodes}, expected {count} increasing steps up to {steps - 1}")
 
     def to(self, device: torch.device | str) -> "Calibration":
-        return Calibration(self.modes.to(device), self.response.to(device), self.nodes)
+        return Calibration(self.modes.to(device), self.response.to(device), self.nodes, self.distances)

@@ -6,10 +6,12 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from scipy.spatial.distance import pdist
 
 from parapolicy.calibrate import attach, calibrate
 from parapolicy.evaluate.measure.chunk_error import normalized_error
 from parapolicy.evaluate.measure.fidelity import draw_chunks, paired_energy_distance
+from parapolicy.evaluate.measure.statistics import mean_interval
 from parapolicy.noise import mix_seeds
 from parapolicy.observation import stack_observations
 from parapolicy.policy import Policy
@@ -18,12 +20,12 @@ from parapolicy.schedule import Calibration
 COUNTS = (12, 15, 19, 24, 32)  # numbers of nodes that are measured
 RIVALS = (16,)  # steps of DDIM that are measured beside them
 QUANTILES = {"median": 0.5, "p95": 0.95, "p99": 0.99, "max": 1.0}
-SITUATIONS = 8  # held-out observations for which distributions are compared
+SITUATIONS = 16  # held-out observations for which distributions are compared
 HELD_OUT = 1 << 32  # seeds from here on are not those of calibration
 
 
 def measure_calibration(
-    policy: Policy, observations: Sequence[Mapping[str, np.ndarray]], chunks: int, draws: int
+    policy: Policy, observations: Sequence[Mapping[str, np.ndarray]], chunks: int, draws: int, keep: bool = False
 ) -> tuple[Calibration, list[dict[str, Any]]]:
     """Calibrate on the first half of the observations, and measure on the second.
 
@@ -32,21 +34,30 @@ def measure_calibration(
         observations: {key: (To, …)} each.
         chunks: chunks to calibrate on, and as many to measure errors on.
         draws: chunks per situation and set of the energy distances.
+        keep: measure the policy's own calibration instead, on all observations, which it has not seen.
 
     Returns:
         The calibration, and one row per number of nodes: ``rounds`` and ``evaluations`` (means), ``error`` (quantiles
         of the largest absolute difference from the sequential chunk, normalised), ``energy`` (mean of the paired energy
-        distance over situations) and ``energy_ci95`` (its interval over them).
+        distance over situations), ``energy_ci95`` (its interval over them) and ``spread`` (mean distance between two
+        sequential chunks).
+
+    Raises:
+        ValueError: too few observations, or nothing to keep.
     """
-    half = len(observations) // 2
-    if half < 1:
+    half = 0 if keep else len(observations) // 2
+    if keep and policy.schedule.calibration is None:
+        raise ValueError("the policy has no calibration of its own; calibrate it first")
+    if len(observations) - half < 1 or (half < 1 and not keep):
         raise ValueError(f"there are {len(observations)} observations, expected at least 2: half are held out")
-    calibration = calibrate(policy, observations[:half], chunks)
+    if policy.schedule.calibration is not None and keep:
+        calibration = policy.schedule.calibration
+    else:
+        calibration = calibrate(policy, observations[:half], chunks)
     held_out = observations[half:]
     calibrated = attach(policy, calibration)
-    candidates: dict[str, Policy] = {}
-    for count in (count for count in COUNTS if count <= len(policy.schedule)):
-        candidates[f"{count} nodes"] = calibrated.with_sampler("collocation", nodes=count)
+    counts = {f"{count} nodes": count for count in COUNTS if count <= len(policy.schedule)}
+    candidates = {label: calibrated.with_sampler("collocation", nodes=count) for label, count in counts.items()}
     for steps in (steps for steps in RIVALS if policy.schedule.solver == "ddpm" and steps < len(policy.schedule)):
         candidates[f"DDIM-{steps}"] = policy.with_schedule("ddim", steps).with_sampler("sequential")
     sequential = policy.with_sampler("sequential")
@@ -55,27 +66,30 @@ def measure_calibration(
     seeds = [mix_seeds(HELD_OUT, i) for i in range(chunks)]
     reference = sequential.predict(batch, seed=seeds)
     energies: dict[str, list[float]] = {label: [] for label in candidates}
+    spread = []
     for i, observation in enumerate(held_out[:: max(1, len(held_out) // SITUATIONS)][:SITUATIONS]):
         noise = [mix_seeds(HELD_OUT + i, k) for k in range(draws)]
         target = draw_chunks(sequential, observation, draws, noise)
+        spread.append(float(pdist(target).mean()))
         for label, candidate in candidates.items():
             energies[label].append(paired_energy_distance(draw_chunks(candidate, observation, draws, noise), target))
-    rows = []
+    rows: list[dict[str, Any]] = []
     for label, candidate in candidates.items():
         chunk = candidate.predict(batch, seed=seeds)
         errors = normalized_error(policy, chunk.trajectory, reference.trajectory)
-        energy = np.array(energies[label])
-        spread = 1.96 * energy.std(ddof=1) / len(energy) ** 0.5 if len(energy) > 1 else float("nan")
         rows.append(
             {
                 "sampler": label,
                 "rounds": float(chunk.stats.rounds.mean()),
                 "evaluations": float(chunk.stats.evaluations.mean()),
                 "error": {name: float(np.quantile(errors, q)) for name, q in QUANTILES.items()},
-                "energy": float(energy.mean()),
-                "energy_ci95": [float(energy.mean() - spread), float(energy.mean() + spread)],
+                "energy": float(np.mean(energies[label])),
+                "energy_ci95": list(mean_interval(energies[label])),
+                "spread": float(np.mean(spread)),
             }
         )
+        if label in counts:
+            rows[-1]["nodes"] = counts[label]
     return calibration, rows
 
 
