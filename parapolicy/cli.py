@@ -130,6 +130,7 @@ def calibrate(arguments: Sequence[str]) -> None:
     )
     parser.add_argument("--chunks", type=int, default=60, help="sequential chunks to calibrate on, and to measure")
     parser.add_argument("--draws", type=int, default=60, help="chunks per observation for the energy distance")
+    parser.add_argument("--engine", default="eager", help="that computes the chunks")
     parser.add_argument(
         "--keep", action="store_true", help="measure the calibration that is there, on observations it has not seen"
     )
@@ -145,7 +146,7 @@ def calibrate(arguments: Sequence[str]) -> None:
     from parapolicy.evaluate.measure.calibrated import measure_calibration, present, read_observations
     from parapolicy.planner import made_up_observations
 
-    policy = load_policy(parsed.folder, device="cpu")
+    policy = load_policy(parsed.folder, device="cpu", engine=parsed.engine)
     if parsed.observations is None:
         observations = made_up_observations(policy, 2 * parsed.chunks)
     else:

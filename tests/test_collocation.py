@@ -10,11 +10,19 @@ from torch import Tensor
 
 import parapolicy
 from parapolicy.calibrate import calibrate
+from parapolicy.episode import Request
+from parapolicy.launch import start_workers
+from parapolicy.observation import stack_observations
 from parapolicy.planner import made_up_observations
+from parapolicy.policy import Chunk
 from parapolicy.samplers import Collocation, Sequential, make_sampler
 from parapolicy.samplers.collocation import default_nodes, log_snr, make_tables
 from parapolicy.schedule import Calibration, Schedule, make_schedule
-from tests.helpers import DDPM_CONFIG, Waits, flat_noise, run_sampler
+from parapolicy.serve.server import PolicyServer
+from parapolicy.serve.settings import ServeConfig
+from tests.conftest import SHIPPED
+from tests.helpers import DDPM_CONFIG, Waits, flat_noise, run_sampler, some_observation
+from tests.serving import infer, running, served_policy
 
 SCHEDULE = make_schedule(DDPM_CONFIG)
 
@@ -201,3 +209,48 @@ def test_a_round_waits_for_nothing(calibration: Calibration | None) -> None:
         torch.testing.assert_close(found.x, expected.x, rtol=0, atol=1e-6)
         assert found.rounds.tolist() == expected.rounds.tolist()
         assert found.evaluations.tolist() == expected.evaluations.tolist()
+
+
+def batch_of(policy: parapolicy.Policy, count: int) -> dict[str, np.ndarray]:
+    return stack_observations(made_up_observations(policy, count))
+
+
+@pytest.mark.parametrize("window", [3, 12])
+def test_two_processes_share_its_rounds(window: int, calibrated: parapolicy.Policy) -> None:
+    alone = calibrated.with_sampler("collocation", nodes=15, window=window)
+    with start_workers(SHIPPED, 2) as joined:
+        ours = dataclasses.replace(alone, engine=joined.engine)
+        for batch in (1, 3):
+            chunk, expected = (policy.predict(batch_of(alone, batch), seed=4) for policy in (ours, alone))
+            np.testing.assert_array_equal(chunk.stats.evaluations, expected.stats.evaluations)
+            np.testing.assert_allclose(chunk.trajectory, expected.trajectory, rtol=0, atol=0.1)  # of 499
+
+
+def test_robots_that_are_served_together_get_their_own_chunks() -> None:
+    policy = served_policy().with_sampler("collocation", nodes=12, window=4)
+    histories = [some_observation(policy.spec, seed=i) for i in range(6)]
+    requests = [Request(history, number=0, seed=i, begin=0) for i, history in enumerate(histories)]
+    outcomes = PolicyServer(policy, ServeConfig()).batcher._compute(requests)
+    for i, (outcome, history) in enumerate(zip(outcomes, histories, strict=True)):
+        assert isinstance(outcome, Chunk)
+        alone = policy.predict(history, seed=i)
+        np.testing.assert_allclose(outcome.actions, alone.actions, rtol=1e-5, atol=1e-3)
+        assert outcome.stats.evaluations == alone.stats.evaluations
+
+
+def test_a_server_s_deadline_gives_the_estimate_so_far() -> None:
+    policy = served_policy().with_sampler("collocation", nodes=12, window=4)
+    with running(policy, deadline_ms=0.001) as server, server.connect() as client:
+        client.recv()
+        answer = infer(client, some_observation(policy.spec))
+    assert (answer["rounds"], answer["complete"]) == (1, False)
+    assert np.isfinite(answer["actions"]).all()
+
+
+def test_many_robots_cost_fewer_evaluations_than_secant(calibrated: parapolicy.Policy) -> None:
+    observation = batch_of(calibrated, 16)
+    spent = {
+        name: calibrated.with_sampler(name).predict(observation, seed=1).stats.evaluations.sum()
+        for name in ("collocation", "secant")
+    }
+    assert spent["secant"] > 4 * spent["collocation"]
