@@ -13,7 +13,7 @@ from parapolicy.schedule import Schedule
 
 @dataclass(frozen=True)
 class Genetic(Sampler):
-    """Genetic denoising (Clemente et al., NeurIPS 2025), written from the paper's description, not from its code.
+    """After the idea of genetic denoising (Clemente et al., NeurIPS 2025); its details may differ from the paper's.
 
     A population is denoised along a schedule of two to five steps with little noise (DDIM with an eta). Before each
     step its members are drawn anew, the likelier the nearer the noise in their state is to what noise should be; at the

@@ -2,8 +2,8 @@
 
 The chunk before, shifted by the executed actions, is taken for a state near the end of the schedule, so that only the
 last steps remain. What is sampled then depends on that chunk, and follows no distribution that the policy was trained
-for. Both methods are written from the papers' descriptions, not from their code. An episode's first chunk runs all
-steps.
+for. Both are of our own making after the ideas of the papers: what they do in detail may differ from the papers' own
+code, of which only RTI-DP's settings were looked at. An episode's first chunk runs all steps.
 """
 
 from dataclasses import dataclass
