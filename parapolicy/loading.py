@@ -11,9 +11,8 @@ from parapolicy.checkpoint import read_checkpoint
 from parapolicy.checkpoint.native import write_checkpoint
 from parapolicy.engine import make_engine
 from parapolicy.errors import CheckpointError
-from parapolicy.planner import make_plan
+from parapolicy.planner import make_first_sampler, make_plan
 from parapolicy.policy import Policy
-from parapolicy.samplers import make_sampler
 from parapolicy.schedule import make_schedule
 
 
@@ -47,10 +46,7 @@ def load_policy(
         CheckpointError: a file is missing, damaged, or does not match the other one.
         ValueError: an unknown sampler, parameter, engine or device, or ``sharded`` outside of ``torchrun``.
     """
-    unknown = sorted(set(parameters) - {"tolerance", "fidelity", "bound"})
-    if sampler == "auto" and unknown:
-        raise ValueError(f"sampler 'auto' has no parameters {unknown}, only tolerance, fidelity and bound")
-    chosen = make_sampler("secant") if sampler == "auto" else make_sampler(sampler, **parameters)
+    chosen = make_first_sampler(sampler, **parameters)
     target = pick_device(device)
     made = make_engine("compiled" if engine == "sharded" else engine, target)
     spec, network, normalizer = read_checkpoint(folder, ema)

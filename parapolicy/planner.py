@@ -18,7 +18,7 @@ from parapolicy.digest import digest
 from parapolicy.files import cache_folder, replacing
 from parapolicy.observation import stack_observations
 from parapolicy.policy import Policy
-from parapolicy.samplers import Collocation, Sampler, Secant, Sequential
+from parapolicy.samplers import Collocation, Sampler, Secant, Sequential, make_sampler
 from parapolicy.samplers.base import check_count
 from parapolicy.spec import Feature
 
@@ -67,6 +67,19 @@ class Plan:
             spent, rounds = self.milliseconds[candidate], self.rounds[candidate]
             lines.append(f"  {candidate:<16} {spent:8.1f} ms  {rounds:6.1f} rounds of {spent / rounds:.1f} ms")
         return "\n".join(lines)
+
+
+def make_first_sampler(name: str, **parameters: Any) -> Sampler:
+    """As :func:`parapolicy.samplers.make_sampler`; for ``auto`` a sampler that stands there until a plan is made.
+
+    Raises:
+        ValueError: an unknown sampler or parameter; ``auto`` takes those of :func:`make_plan` that say what to keep.
+    """
+    if name != "auto":
+        return make_sampler(name, **parameters)
+    if unknown := sorted(set(parameters) - {"tolerance", "fidelity", "bound"}):
+        raise ValueError(f"sampler 'auto' has no parameters {unknown}, only tolerance, fidelity and bound")
+    return Secant()
 
 
 def make_plan(

@@ -137,6 +137,7 @@ def test_the_asynchronous_server_moves_a_robot(tmp_path: Path) -> None:
     [
         (["--sampler=nothing", "lerobot-eval"], "nothing"),
         (["--sampler=sequential", "--tolerance=0.1", "lerobot-eval"], "tolerance"),
+        (["--engine=sharded", "lerobot-eval"], "engine is 'sharded', expected one of"),
         (["lerobot-nothing"], "'lerobot-nothing' is neither an installed command nor a module with main()"),
     ],
 )

@@ -20,12 +20,11 @@ from torch import Tensor, nn
 
 from parapolicy.checkpoint.lerobot_config import FINAL_GROUPS, UNET
 from parapolicy.checkpoint.lerobot_folder import COMPILED, published_name
-from parapolicy.engine import Engine, make_engine
+from parapolicy.engine import ENGINES, make_engine
 from parapolicy.networks import Network, build_network
 from parapolicy.normalizer import Affine, Normalizer
-from parapolicy.planner import make_plan
+from parapolicy.planner import make_first_sampler, make_plan
 from parapolicy.policy import ChunkStats, Policy
-from parapolicy.samplers import make_sampler
 from parapolicy.schedule import Schedule, make_schedule
 from parapolicy.spec import Feature, PolicySpec
 
@@ -47,13 +46,12 @@ class Accelerated:
 
     def __init__(self, sampler: str, engine: str, verify: bool, parameters: dict[str, Any]) -> None:
         self.settings = sampler, engine, verify, parameters
-        if sampler != "auto":
-            make_sampler(sampler, **parameters)  # refuses what is wrong now
-        make_engine(engine, torch.device("cpu"))
+        make_first_sampler(sampler, **parameters)  # refuses what is wrong now
+        if engine not in ENGINES or engine == "sharded":
+            raise ValueError(f"engine is {engine!r}, expected one of {[e for e in ENGINES if e != 'sharded']}")
         self.policy: Policy | None = None
         self.recent: deque[ChunkStats] = deque(maxlen=RECENT)
         self.verify = verify
-        self._engine: Engine | None = None
         self._built: tuple[Any, ...] = ()
         self._lock = threading.RLock()
 
@@ -110,13 +108,12 @@ def _build(
         key: Affine(one.expand(shape).clone(), torch.zeros(shape)) for key, shape in spec.normalizer_shapes.items()
     }
     schedule = make_schedule(spec.scheduler, sample_shape=spec.sample_shape, **spec.inference).to(device)
-    chosen = make_sampler("secant" if sampler == "auto" else sampler, **({} if sampler == "auto" else parameters))
     policy = Policy(
         spec=spec,
         network=_adopt(spec, model.unet),
         normalizer=Normalizer(plain).to(device),
         schedule=schedule,
-        sampler=chosen,
+        sampler=make_first_sampler(sampler, **parameters),
         device=device,
         engine=make_engine(engine, device),
     )
