@@ -28,9 +28,9 @@ def environment() -> dict[str, str]:
     return {**os.environ, "PYTHONPATH": str(ROOT), "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"}
 
 
-def run(*arguments: str, check: bool = True) -> "subprocess.CompletedProcess[str]":
+def run(*arguments: str, check: bool = True, cwd: Path = ROOT) -> "subprocess.CompletedProcess[str]":
     command = [str(PYTHON), *arguments]
-    done = subprocess.run(command, env=environment(), capture_output=True, text=True, cwd=ROOT, timeout=PATIENCE)
+    done = subprocess.run(command, env=environment(), capture_output=True, text=True, cwd=cwd, timeout=PATIENCE)
     assert not check or done.returncode == 0, done.stderr
     return done
 
@@ -114,14 +114,14 @@ def test_the_asynchronous_server_moves_a_robot(tmp_path: Path) -> None:
     log = tmp_path / "server.log"
     with log.open("w") as stream:
         command = [str(PYTHON), "-m", "parapolicy.lerobot", *arguments]
-        server = subprocess.Popen(command, env=environment(), stdout=stream, stderr=stream, cwd=ROOT)
+        server = subprocess.Popen(command, env=environment(), stdout=stream, stderr=stream, cwd=tmp_path)
     try:
         begin = time.monotonic()
         while "PolicyServer started" not in log.read_text() and time.monotonic() < begin + PATIENCE:
             assert server.poll() is None, log.read_text()
             time.sleep(0.1)
         folder = tmp_path / "two_cameras_ddim10" / "pretrained_model"
-        done = run("-m", "tests.lerobot_async", str(folder), str(port), "20")
+        done = run("-m", "tests.lerobot_async", str(folder), str(port), "20", cwd=tmp_path)  # LeRobot writes its logs there
     finally:
         server.kill()
         server.wait()
