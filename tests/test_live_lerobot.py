@@ -121,7 +121,8 @@ def test_the_asynchronous_server_moves_a_robot(tmp_path: Path) -> None:
             assert server.poll() is None, log.read_text()
             time.sleep(0.1)
         folder = tmp_path / "two_cameras_ddim10" / "pretrained_model"
-        done = run("-m", "tests.lerobot_async", str(folder), str(port), "20", cwd=tmp_path)  # LeRobot writes its logs there
+        # LeRobot writes its logs into the folder it runs in.
+        done = run("-m", "tests.lerobot_async", str(folder), str(port), "20", cwd=tmp_path)
     finally:
         server.kill()
         server.wait()
