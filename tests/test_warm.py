@@ -99,3 +99,20 @@ def test_a_state_that_does_not_fit_is_refused() -> None:
         policy.predict(some_observation(policy.spec), warm=state)
     with pytest.raises(ValueError, match="same policy, schedule"):
         policy.with_schedule("ddim", 5).predict(some_observation(policy.spec, batch=2), warm=state)
+
+
+@pytest.mark.parametrize("executed", [1, 2, 3])
+def test_the_guess_is_the_estimates_later_and_the_last_one_repeated(executed: int) -> None:
+    estimates = torch.arange(2 * 3 * 4 * 2.0).view(2, 3, 4, 2)
+    guess = WarmState(estimates, torch.zeros(4, 2, 4, 2)).guess(executed)
+    expected = [estimates[:, :, min(h + executed, 3)] for h in range(4)]
+    torch.testing.assert_close(guess, torch.stack(expected, 2), rtol=0, atol=0)
+
+
+@pytest.mark.parametrize("name", ["estimates", "noise"])
+def test_either_part_of_a_wrong_shape_is_refused(name: str) -> None:
+    good = WarmState(torch.zeros(1, 3, 4, 2), torch.zeros(4, 1, 4, 2))
+    good.check((4, 1, 4, 2))
+    bad = dataclasses.replace(good, **{name: torch.zeros(1, 3, 4, 3)})
+    with pytest.raises(ValueError, match=r"warm state's .* expected \(1, 3, 4, 2\) and \(4, 1, 4, 2\)"):
+        bad.check((4, 1, 4, 2))
