@@ -19,7 +19,7 @@ from envs import make_env
 from envs.inference_delay import InferenceDelay
 from parapolicy.control import SimulatedClock
 from parapolicy.evaluate.report.plots import plot_latency_reward, plot_simulated_latency
-from parapolicy.evaluate.report.terminal import print_table
+from parapolicy.evaluate.report.terminal import advise, print_tables
 from parapolicy.evaluate.run.evaluation import evaluate
 from parapolicy.evaluate.run.run_folder import job_folder, note_failure
 from parapolicy.spec import PolicySpec
@@ -40,8 +40,8 @@ def main(config: DictConfig) -> None:
         plot_latency_reward(results, folder / "latency_reward.png")
         if any("control" in row for row in results["samplers"].values()):
             plot_simulated_latency(results, folder / "simulated_latency.png")
-        print_table(results)
-        print(f"wrote {folder}")
+        print_tables(results)
+        print(f"{advise(folder)}\nwrote {folder}")
         return results
 
     try:

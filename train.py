@@ -87,7 +87,7 @@ def run(config: DictConfig) -> None:
 
     score = None
     if config.score.episodes:
-        trained = parapolicy.load_policy(folder, sampler="sequential", device=str(device))
+        trained = parapolicy.load_policy(folder, sampler="sequential", device=str(device), engine="eager")
         seeds = range(config.score.seed, config.score.seed + config.score.episodes)
         with tqdm(total=len(seeds), desc="score", unit="episode") as bar:
             episodes = []

@@ -37,7 +37,7 @@ def inspect(arguments: Sequence[str]) -> None:
     from parapolicy import load_policy
     from parapolicy.describe import describe, present
 
-    facts = describe(load_policy(parsed.checkpoint, device="cpu", ema=parsed.ema))
+    facts = describe(load_policy(parsed.checkpoint, device="cpu", engine="eager", ema=parsed.ema))
     print(json.dumps(facts, indent=2) if parsed.json else present(parsed.checkpoint, facts))
 
 
@@ -82,7 +82,7 @@ def convert(arguments: Sequence[str]) -> None:
 
     from parapolicy import load_policy, save_policy
 
-    policy = load_policy(parsed.checkpoint, device="cpu", ema=parsed.ema)
+    policy = load_policy(parsed.checkpoint, device="cpu", engine="eager", ema=parsed.ema)
     if parsed.control_hz is not None:
         if policy.spec.control_hz not in (None, parsed.control_hz):
             raise ValueError(f"control_hz is {parsed.control_hz:g}, and the file says {policy.spec.control_hz:g}")

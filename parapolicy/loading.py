@@ -11,16 +11,16 @@ from parapolicy.checkpoint import read_checkpoint
 from parapolicy.checkpoint.native import write_checkpoint
 from parapolicy.engine import make_engine
 from parapolicy.errors import CheckpointError
-from parapolicy.planner import make_first_sampler, make_plan
+from parapolicy.planner import default_sampler, make_first_sampler, make_plan
 from parapolicy.policy import Policy
 from parapolicy.schedule import make_schedule
 
 
 def load_policy(
     folder: str | os.PathLike[str],
-    sampler: str = "secant",
+    sampler: str | None = None,
     device: str = "auto",
-    engine: str = "eager",
+    engine: str = "auto",
     ema: bool = False,
     **parameters: Any,
 ) -> Policy:
@@ -32,7 +32,8 @@ def load_policy(
         sampler: one of :func:`parapolicy.list_samplers`; ``parameters`` are its own. ``collocation`` is calibrated
             at the first load, in seconds, where no calibration stands beside the weights. ``auto``: the one that
             :func:`parapolicy.make_plan` finds fastest here, at the ``tolerance``, ``fidelity`` and ``bound`` given (or
-            the plan's own defaults).
+            the plan's own defaults). Left out: ``collocation`` where a calibration beside the weights has measured
+            that it keeps the policy's distribution, as those of the shipped policies have, and else ``secant``.
         engine: one of :data:`parapolicy.engine.ENGINES`. ``compiled`` compiles at the first call, for about a minute
             where torch's cache on disk does not know the network yet. ``compiled_bfloat16`` rounds the factors of its
             matrix products to bfloat16: faster on CPUs with instructions for it. ``fused`` computes the UNet in C++,
@@ -44,9 +45,12 @@ def load_policy(
 
     Raises:
         CheckpointError: a file is missing, damaged, or does not match the other one.
-        ValueError: an unknown sampler, parameter, engine or device, or ``sharded`` outside of ``torchrun``.
+        ValueError: an unknown sampler, parameter, engine or device, ``sharded`` outside of ``torchrun``, or parameters
+            without the name of a sampler.
     """
-    chosen = make_first_sampler(sampler, **parameters)
+    if sampler is None and parameters:
+        raise ValueError(f"{sorted(parameters)} are parameters of a sampler, and none is named; add sampler='secant'")
+    chosen = make_first_sampler(sampler or "secant", **parameters)
     target = pick_device(device)
     made = make_engine("compiled" if engine == "sharded" else engine, target)
     spec, network, normalizer = read_checkpoint(folder, ema)
@@ -62,6 +66,8 @@ def load_policy(
         policy = dataclasses.replace(policy, engine=join(policy))
     calibrated = chosen.uses_calibration or parameters.get("fidelity") == "distribution"
     policy = with_calibration(policy, folder, measure=calibrated)
+    if sampler is None:
+        return dataclasses.replace(policy, sampler=default_sampler(policy))
     return make_plan(policy, **parameters).apply(policy) if sampler == "auto" else policy
 
 

@@ -20,12 +20,12 @@ from parapolicy.observation import stack_observations
 from parapolicy.policy import Policy
 from parapolicy.samplers import Collocation, Sampler, Secant, Sequential, make_sampler
 from parapolicy.samplers.base import check_count
+from parapolicy.samplers.collocation import BOUND, NODES
 from parapolicy.spec import Feature
 
 WINDOWS = (16, 24, 40, 100)
 NODE_WINDOWS = (1, 3, 6, 12)  # of collocation
 UNMEASURED_NODES = 32  # where no distance from the policy's distribution was measured
-BOUND = 0.01  # of that distance, as a part of the mean distance between two chunks
 FIDELITIES = ("seed", "distribution")
 TOLERANCE = 0.015  # of whose chunks the error's 95th percentile was seen to be within it on Push-T
 
@@ -140,10 +140,21 @@ def find_nodes(policy: Policy, bound: float = BOUND) -> int | None:
     distance's interval must be within the bound. Where nothing was measured it is a cautious number, and None where no
     number of nodes is within the bound.
     """
-    measured = {} if policy.schedule.calibration is None else policy.schedule.calibration.distances
-    if not measured:
+    calibration = policy.schedule.calibration
+    if calibration is None or not calibration.distances:
         return min(UNMEASURED_NODES, len(policy.schedule))
-    return min((count for count, distance in measured.items() if distance <= bound), default=None)
+    return calibration.fewest_nodes(bound)
+
+
+def default_sampler(policy: Policy) -> Sampler:
+    """The sampler of a policy that was loaded without the name of one.
+
+    It is ``collocation`` where the policy's calibration has measured that it keeps the distribution at its default
+    number of nodes (:data:`BOUND`), and else ``secant``.
+    """
+    calibration = policy.schedule.calibration
+    measured = {} if calibration is None else calibration.distances
+    return Collocation() if measured.get(NODES, math.inf) <= BOUND else Secant()
 
 
 def _read(path: Path, policy: Policy, tolerance: float, fidelity: str, bound: float, batch: int) -> Plan:

@@ -78,9 +78,9 @@ def truncate(name: str, keep: float) -> Callable[[Path], None]:
 
 
 def test_round_trip_is_exact(folder: Path, tmp_path: Path) -> None:
-    first = parapolicy.load_policy(folder, device="cpu")
+    first = parapolicy.load_policy(folder, device="cpu", engine="eager")
     parapolicy.save_policy(first, tmp_path / "again")
-    second = parapolicy.load_policy(tmp_path / "again", device="cpu")
+    second = parapolicy.load_policy(tmp_path / "again", device="cpu", engine="eager")
     assert first.spec == second.spec
     for name, value in first.network.state_dict().items():
         assert torch.equal(value, second.network.state_dict()[name])
@@ -92,7 +92,7 @@ def test_round_trip_is_exact(folder: Path, tmp_path: Path) -> None:
 def test_film_without_scale_round_trips(tmp_path: Path) -> None:
     network = {**small_spec().network, "cond_predict_scale": False}
     parapolicy.save_policy(small_policy(network=network), tmp_path)
-    assert parapolicy.load_policy(tmp_path).spec.network["cond_predict_scale"] is False
+    assert parapolicy.load_policy(tmp_path, engine="eager").spec.network["cond_predict_scale"] is False
 
 
 DAMAGES = {
@@ -180,7 +180,7 @@ def test_damage_is_named(old_folder: Path, damage: str) -> None:
     edit, message = DAMAGES[damage]
     edit(old_folder)
     with pytest.raises(parapolicy.CheckpointError, match=message) as caught:
-        parapolicy.load_policy(old_folder)
+        parapolicy.load_policy(old_folder, engine="eager")
     assert len(str(caught.value)) < 500 + len(str(old_folder))
 
 
@@ -217,22 +217,22 @@ def test_random_damage_is_refused_or_changes_nothing(case: str, tmp_path: Path) 
 
 
 def test_an_edited_config_says_how_to_change_a_policy(folder: Path, tmp_path: Path) -> None:
-    policy = parapolicy.load_policy(folder, device="cpu")
+    policy = parapolicy.load_policy(folder, device="cpu", engine="eager")
     edit_config(lambda config: config["spec"].update(control_hz=20))(folder)
     with pytest.raises(parapolicy.CheckpointError, match=r"config.json is not what .* parapolicy.save_policy\(replace"):
-        parapolicy.load_policy(folder)
+        parapolicy.load_policy(folder, engine="eager")
     spec = dataclasses.replace(policy.spec, control_hz=20)
     parapolicy.save_policy(dataclasses.replace(policy, spec=spec), folder)
-    assert parapolicy.load_policy(folder, device="cpu").spec.control_hz == 20
+    assert parapolicy.load_policy(folder, device="cpu", engine="eager").spec.control_hz == 20
 
 
 def test_a_rewritten_layout_is_the_same_policy(folder: Path) -> None:
     """Keys in another order, other white space, 1 for 1.0: what tools do that read and write JSON."""
-    expected = parapolicy.load_policy(folder, device="cpu")
+    expected = parapolicy.load_policy(folder, device="cpu", engine="eager")
     config = json.loads((folder / "config.json").read_text())
     config["spec"]["control_hz"] = 10.0
     (folder / "config.json").write_text(json.dumps(config, sort_keys=True))
-    loaded = parapolicy.load_policy(folder, device="cpu")
+    loaded = parapolicy.load_policy(folder, device="cpu", engine="eager")
     assert list(loaded.spec.observation) == ["position", "points"]
     fuzzing.assert_equal(loaded, expected)
 
@@ -247,7 +247,7 @@ def test_sorted_keys_of_version_1_beside_new_weights_are_refused(folder: Path, d
         del config["weights_sha256"]
     (folder / "config.json").write_text(json.dumps(config, sort_keys=True))
     with pytest.raises(parapolicy.CheckpointError, match="spec_sha256 differs"):
-        parapolicy.load_policy(folder)
+        parapolicy.load_policy(folder, engine="eager")
 
 
 def test_a_digest_left_out_is_refused(folder: Path, tmp_path: Path) -> None:
@@ -257,7 +257,7 @@ def test_a_digest_left_out_is_refused(folder: Path, tmp_path: Path) -> None:
     for name in written:
         fuzzing.write(folder, {**written, name: old[name]})
         with pytest.raises(parapolicy.CheckpointError, match="weights_sha256 is missing or differs"):
-            parapolicy.load_policy(folder)
+            parapolicy.load_policy(folder, engine="eager")
 
 
 def test_the_digest_is_that_of_sha256sum(folder: Path) -> None:
@@ -272,7 +272,7 @@ def test_minus_infinity_of_diffusers_is_left_out(tmp_path: Path) -> None:
     assert scheduler["lambda_min_clipped"] == -np.inf
     policy = small_policy(scheduler=scheduler)
     parapolicy.save_policy(policy, tmp_path)
-    fuzzing.assert_equal(parapolicy.load_policy(tmp_path, sampler="sequential", device="cpu"), policy)
+    fuzzing.assert_equal(parapolicy.load_policy(tmp_path, sampler="sequential", device="cpu", engine="eager"), policy)
 
 
 def test_too_long_a_config_is_not_saved(folder: Path) -> None:
@@ -285,7 +285,7 @@ def test_too_long_a_config_is_not_saved(folder: Path) -> None:
 
 def test_no_folder_is_named(tmp_path: Path) -> None:
     with pytest.raises(parapolicy.CheckpointError, match=r"no checkpoint at .*nowhere"):
-        parapolicy.load_policy(tmp_path / "nowhere")
+        parapolicy.load_policy(tmp_path / "nowhere", engine="eager")
 
 
 def test_diverged_weights_are_not_saved(folder: Path) -> None:
@@ -332,10 +332,10 @@ def test_the_shipped_policy_is_small_and_complete(shipped: parapolicy.Policy) ->
 
 def test_files_with_observations_in_a_map_keep_loading(old_folder: Path) -> None:
     """Version 1 kept them so; their order counts."""
-    expected = parapolicy.load_policy(old_folder, device="cpu")
+    expected = parapolicy.load_policy(old_folder, device="cpu", engine="eager")
     path = old_folder / "config.json"
     config = json.loads(path.read_text())
     config["version"] = 1
     config["spec"]["observation"] = {entry["key"]: entry["shape"] for entry in config["spec"]["observation"]}
     path.write_text(json.dumps(config))
-    fuzzing.assert_equal(parapolicy.load_policy(old_folder, device="cpu"), expected)
+    fuzzing.assert_equal(parapolicy.load_policy(old_folder, device="cpu", engine="eager"), expected)

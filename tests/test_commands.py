@@ -20,7 +20,7 @@ from tests.lerobot_folders import made_up
 
 
 def respecified(folder: Path, **changes: Any) -> parapolicy.Policy:
-    policy = parapolicy.load_policy(folder, device="cpu")
+    policy = parapolicy.load_policy(folder, device="cpu", engine="eager")
     return dataclasses.replace(policy, spec=dataclasses.replace(policy.spec, **changes))
 
 
@@ -50,12 +50,12 @@ def test_inspect_prints_the_same_as_json(capsys: pytest.CaptureFixture[str]) -> 
     assert facts["executed"] == [1, 9]
     assert facts["warnings"] == []
     assert facts["network"]["parameters"] == sum(
-        p.numel() for p in parapolicy.load_policy(SHIPPED, device="cpu").network.parameters()
+        p.numel() for p in parapolicy.load_policy(SHIPPED, device="cpu", engine="eager").network.parameters()
     )
 
 
 def test_inspect_says_what_is_not_normalised(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    policy = parapolicy.load_policy(folder, device="cpu")
+    policy = parapolicy.load_policy(folder, device="cpu", engine="eager")
     position, action = Affine(torch.ones(2), torch.zeros(2)), Affine(torch.ones(2), torch.zeros(2), torch.zeros(2))
     maps = {**policy.normalizer.maps, "position": position, "action": action}
     parapolicy.save_policy(dataclasses.replace(policy, normalizer=Normalizer(maps)), folder)
@@ -97,7 +97,7 @@ def test_check_runs_every_sampler(folder: Path, capsys: pytest.CaptureFixture[st
     main(["check", str(folder), "--chunks", "2", "--device", "cpu"])
     rows = {line.split()[0]: line.split() for line in capsys.readouterr().out.splitlines()[2:]}
     assert set(rows) == set(parapolicy.list_samplers())
-    steps = len(parapolicy.load_policy(folder, device="cpu").schedule)
+    steps = len(parapolicy.load_policy(folder, device="cpu", engine="eager").schedule)
     assert float(rows["sequential"][1]) == float(rows["sequential"][2]) == steps
     assert float(rows["secant"][1]) < steps
     assert rows["speculative"][3:5] == ["another", "draw"]
@@ -105,7 +105,7 @@ def test_check_runs_every_sampler(folder: Path, capsys: pytest.CaptureFixture[st
 
 def test_convert_keeps_answers_to_the_bit(folder: Path, tmp_path: Path) -> None:
     main(["convert", str(folder), str(tmp_path / "out")])
-    before, after = (parapolicy.load_policy(path, device="cpu") for path in (folder, tmp_path / "out"))
+    before, after = (parapolicy.load_policy(path, device="cpu", engine="eager") for path in (folder, tmp_path / "out"))
     assert before.spec == after.spec
     for observation in made_up_observations(before, 2):
         np.testing.assert_array_equal(before.predict(observation).trajectory, after.predict(observation).trajectory)
@@ -119,7 +119,7 @@ def test_averaged_weights_are_taken_where_they_are_asked_for(
     for name, flags in (("plain", []), ("ema", ["--ema"])):
         main(["convert", str(path), str(tmp_path / name), *flags])
         converted, policy = (
-            parapolicy.load_policy(folder, device="cpu", ema=ema).network.state_dict()
+            parapolicy.load_policy(folder, device="cpu", ema=ema, engine="eager").network.state_dict()
             for folder, ema in ((tmp_path / name, False), (path, bool(flags)))
         )
         assert all(torch.equal(value, policy[key]) for key, value in converted.items())
@@ -144,9 +144,11 @@ def test_a_calibration_is_written_into_a_folder(tmp_path: Path) -> None:
 def test_convert_adds_a_control_rate_and_contradicts_none(folder: Path, tmp_path: Path) -> None:
     parapolicy.save_policy(respecified(folder, control_hz=None), folder)
     with pytest.raises(ValueError, match="control_hz is not known"):
-        parapolicy.Controller(parapolicy.load_policy(folder, device="cpu"))
+        parapolicy.Controller(parapolicy.load_policy(folder, device="cpu", engine="eager"))
     main(["convert", str(folder), str(tmp_path / "out"), "--control-hz", "12.5"])
-    assert parapolicy.Controller(parapolicy.load_policy(tmp_path / "out", device="cpu")).control_hz == 12.5
+    assert (
+        parapolicy.Controller(parapolicy.load_policy(tmp_path / "out", device="cpu", engine="eager")).control_hz == 12.5
+    )
     with pytest.raises(SystemExit, match="control_hz is 20, and the file says 12"):
         main(["convert", str(tmp_path / "out"), str(tmp_path / "other"), "--control-hz", "20"])
 
@@ -173,13 +175,13 @@ def test_calibrate_writes_what_collocation_takes_from_then_on(
     assert "12 nodes" in shown
     assert "DDIM-16" in shown
     monkeypatch.setattr("parapolicy.calibrate.calibrate", lambda policy: pytest.fail("measured again"))
-    policy = parapolicy.load_policy(folder, sampler="collocation", nodes=12, device="cpu")
+    policy = parapolicy.load_policy(folder, sampler="collocation", nodes=12, device="cpu", engine="eager")
     assert policy.schedule.calibration is not None
     assert policy.predict(made_up_observations(policy, 1)[0]).stats.evaluations < 40
     before = policy.schedule.calibration
     assert set(before.distances) == {12, 15, 19}
     main(["calibrate", str(folder), "--chunks", "4", "--draws", "2", "--keep"])
-    after = parapolicy.load_policy(folder, device="cpu").schedule.calibration
+    after = parapolicy.load_policy(folder, device="cpu", engine="eager").schedule.calibration
     assert after is not None
     assert after.nodes == before.nodes
     assert torch.equal(after.response, before.response)
@@ -196,12 +198,15 @@ def test_a_calibration_of_other_weights_is_measured_again(tmp_path: Path, monkey
         parapolicy.save_policy(small_policy(), folder)  # random weights each
     main(["calibrate", str(one), "--chunks", "4", "--draws", "2"])
     (one / FILE).rename(other / FILE)
-    assert parapolicy.load_policy(other, device="cpu").schedule.calibration is None
-    policy = parapolicy.load_policy(other, sampler="collocation", device="cpu")
+    assert parapolicy.load_policy(other, device="cpu", engine="eager").schedule.calibration is None
+    policy = parapolicy.load_policy(other, sampler="collocation", device="cpu", engine="eager")
     assert policy.schedule.calibration is not None
     assert len(list((tmp_path / "cache").glob("calibration-*.safetensors"))) == 1
     monkeypatch.setattr("parapolicy.calibrate.calibrate", lambda policy: pytest.fail("measured again"))
-    assert parapolicy.load_policy(other, sampler="collocation", device="cpu").schedule.calibration is not None
+    assert (
+        parapolicy.load_policy(other, sampler="collocation", device="cpu", engine="eager").schedule.calibration
+        is not None
+    )
 
 
 def test_observations_for_calibration_are_checked(folder: Path, tmp_path: Path) -> None:

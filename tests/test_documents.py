@@ -38,7 +38,7 @@ class Robot:
     """The robot of docs/embedding.md: Push-T's simulator."""
 
     def __init__(self) -> None:
-        self.env = make_env("pusht", parapolicy.load_policy(SHIPPED, device="cpu").spec)
+        self.env = make_env("pusht", parapolicy.load_policy(SHIPPED, device="cpu", engine="eager").spec)
         self.observation, _ = self.env.reset(seed=0)
         self.actions: list[np.ndarray] = []
 

@@ -1,5 +1,6 @@
 """Closed-loop episodes, their statistics, and the two commands as a user runs them."""
 
+import io
 import json
 import subprocess
 import sys
@@ -12,6 +13,7 @@ import pytest
 import torch
 import zarr
 from hydra.errors import HydraException
+from rich.console import Console
 
 import parapolicy
 import train
@@ -19,6 +21,7 @@ from envs import make_env
 from parapolicy.evaluate.measure.statistics import mean_interval, proportion_interval
 from parapolicy.evaluate.measure.timing import count_evaluations, measure_chunks
 from parapolicy.evaluate.measure.upstream import upstream_chunk
+from parapolicy.evaluate.report.terminal import print_tables
 from parapolicy.evaluate.run.evaluation import evaluate
 from parapolicy.evaluate.run.results import compare_to_baseline, summarize_chunks, summarize_episodes
 from parapolicy.evaluate.run.rollout import EpisodeRecord, rollout
@@ -201,9 +204,16 @@ def test_eval_command(tmp_path: Path) -> None:
         f"hydra.run.dir={tmp_path}",
     )
     assert done.returncode == 0, done.stderr
-    for text in ("semi_implicit", "mean max reward", "speed-up", str(tmp_path)):
+    for text in ("semi_implicit", "mean max reward", "speed-up", "No sampler is shown to keep", str(tmp_path)):
         assert text in done.stdout
     results = json.loads((tmp_path / "results.json").read_text())
+    narrow = Console(width=80, file=io.StringIO())
+    long = dict(zip(("sequential", "semi_implicit_window_10_and_more"), results["samplers"].values(), strict=True))
+    print_tables({**results, "samplers": long}, narrow)
+    text = narrow.file.getvalue()
+    assert "…" not in text
+    low, high = results["samplers"]["semi_implicit"]["mean_max_reward_ci95"]
+    assert f"[{low:.3f}, {high:.3f}]" in text
     assert results["seeds"] == [100_000, 100_001]
     assert {"machine", "versions", "env", "checkpoint", "test/mean_score"} <= results.keys()
     row = results["samplers"]["semi_implicit"]
@@ -315,7 +325,7 @@ def test_train_command_then_eval(tmp_path: Path) -> None:
     ]
     done = run(*command)
     assert done.returncode == 0, done.stderr
-    policy = parapolicy.load_policy(tmp_path / "policy")
+    policy = parapolicy.load_policy(tmp_path / "policy", engine="eager")
     assert dict(policy.spec.observation) == {"state": Feature((5,), "state")}
     card = (tmp_path / "policy" / "README.md").read_text()
     for text in ("data=pusht_state", "over 2 episodes, seeds from 100000", "steps 4", "seed 0"):
@@ -359,4 +369,6 @@ def test_train_errors_name_the_value(overrides: list[str], message: str, tmp_pat
 @pytest.mark.parametrize("env", ["pusht", "lift"])
 def test_an_environments_shipped_policy_is_what_is_evaluated(env: str) -> None:
     folder = ROOT / configured("eval", f"env={env}").checkpoint
-    assert parapolicy.load_policy(folder, device="cpu").spec.control_hz == {"pusht": 10, "lift": 20}[env]
+    assert (
+        parapolicy.load_policy(folder, device="cpu", engine="eager").spec.control_hz == {"pusht": 10, "lift": 20}[env]
+    )

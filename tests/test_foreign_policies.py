@@ -53,7 +53,7 @@ def checkpoint(kind: str) -> Path:
 
 @functools.cache
 def policy(kind: str) -> Policy:
-    return parapolicy.load_policy(checkpoint(kind), "sequential", "cpu")
+    return parapolicy.load_policy(checkpoint(kind), "sequential", "cpu", engine="eager")
 
 
 def normalized(policy: Policy, chunk: parapolicy.Chunk) -> np.ndarray:

@@ -54,7 +54,7 @@ def stacked(policy: parapolicy.Policy, steps: Steps) -> dict[str, np.ndarray]:
 
 def sample(name: str, sampler: str) -> tuple[np.ndarray, int]:
     """The normalised trajectory (H, Da) of seed 0, and its rounds."""
-    policy = parapolicy.load_policy(ROOT / "checkpoints" / name, sampler=sampler, device="cpu")
+    policy = parapolicy.load_policy(ROOT / "checkpoints" / name, sampler=sampler, device="cpu", engine="eager")
     chunk = policy.predict(stacked(policy, made_up_steps(name)), seed=0)
     scale, offset = affine(name, "action")
     return chunk.trajectory * scale + offset, int(chunk.stats.rounds)
@@ -68,7 +68,7 @@ def test_the_condition_is_what_a_hand_computes(name: str) -> None:
         for key in KEYS[name]:
             scale, offset = affine(name, key)
             parts.append((step[key] * scale + offset).ravel())
-    policy = parapolicy.load_policy(ROOT / "checkpoints" / name, device="cpu")
+    policy = parapolicy.load_policy(ROOT / "checkpoints" / name, device="cpu", engine="eager")
     condition = received_condition(policy, stacked(policy, steps))
     np.testing.assert_allclose(condition.numpy(), np.concatenate(parts), rtol=0, atol=1e-5)
 

@@ -66,9 +66,9 @@ def test_hostile_folders_are_refused_by_name(tmp_path: Path) -> None:
         folder = tmp_path / "hostile" / name / "pretrained_model"
         _restore_links(folder)
         with pytest.raises(parapolicy.CheckpointError, match=matter) as caught:
-            parapolicy.load_policy(folder, device="cpu")
+            parapolicy.load_policy(folder, device="cpu", engine="eager")
         assert str(folder) in str(caught.value), name
-    policy = parapolicy.load_policy(hostile / "sound", "sequential", "cpu")
+    policy = parapolicy.load_policy(hostile / "sound", "sequential", "cpu", engine="eager")
     assert_answers(policy, hostile / "sound.npz")
     assert not MARKER.exists()
 
@@ -181,7 +181,7 @@ def test_damage_is_named(folder: Path, damage: str) -> None:
     change, message = DAMAGES[damage]
     change(folder)
     with pytest.raises(parapolicy.CheckpointError, match=message) as caught:
-        parapolicy.load_policy(folder, device="cpu")
+        parapolicy.load_policy(folder, device="cpu", engine="eager")
     assert str(folder) in str(caught.value)
     assert len(str(caught.value)) < 1000
 
@@ -190,7 +190,7 @@ def test_other_coordinates_are_refused(tmp_path: Path) -> None:
     path = made_up(tmp_path / "policy", input_features=CAMERAS)[0]
     weights(lambda t: t["diffusion.rgb_encoder.pool.pos_grid"].mul_(-1))(path)
     with pytest.raises(parapolicy.CheckpointError, match="pos_grid holds other coordinates"):
-        parapolicy.load_policy(path, device="cpu")
+        parapolicy.load_policy(path, device="cpu", engine="eager")
 
 
 def test_a_snapshot_of_the_hubs_cache_loads_and_no_other_link(folder: Path, tmp_path: Path) -> None:
@@ -200,8 +200,8 @@ def test_a_snapshot_of_the_hubs_cache_loads_and_no_other_link(folder: Path, tmp_
     snapshot.mkdir(parents=True)
     for file in folder.iterdir():
         (snapshot / file.name).symlink_to(f"../../blobs/{file.name}")
-    expected = parapolicy.load_policy(folder, device="cpu").network.state_dict()
-    found = parapolicy.load_policy(snapshot, device="cpu").network.state_dict()
+    expected = parapolicy.load_policy(folder, device="cpu", engine="eager").network.state_dict()
+    found = parapolicy.load_policy(snapshot, device="cpu", engine="eager").network.state_dict()
     assert all(torch.equal(found[name], expected[name]) for name in expected)
 
     elsewhere = tmp_path / "elsewhere"
@@ -210,7 +210,7 @@ def test_a_snapshot_of_the_hubs_cache_loads_and_no_other_link(folder: Path, tmp_
         (elsewhere / file.name).unlink()
         (elsewhere / file.name).symlink_to(cache / "blobs" / file.name)
     with pytest.raises(parapolicy.CheckpointError, match="out of the folder"):
-        parapolicy.load_policy(elsewhere, device="cpu")
+        parapolicy.load_policy(elsewhere, device="cpu", engine="eager")
     for name in ("", ".", "..", "a/b", "a\\b", "a\0b", "x" * 256, None, 3):
         with pytest.raises(parapolicy.CheckpointError, match="expected a plain name"):
             find_file(folder, name)
@@ -224,7 +224,9 @@ def test_hub_names(folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
         return str(folder)
 
     monkeypatch.setattr("huggingface_hub.snapshot_download", download)
-    assert parapolicy.load_policy("hf://lerobot/diffusion_pusht@v1.0", device="cpu").spec.action_dim == 2
+    assert (
+        parapolicy.load_policy("hf://lerobot/diffusion_pusht@v1.0", device="cpu", engine="eager").spec.action_dim == 2
+    )
     assert (asked["repository"], asked["revision"]) == ("lerobot/diffusion_pusht", "v1.0")
     assert not any(pattern.endswith(("*", ".py", ".pt", ".bin", ".ckpt")) for pattern in asked["allow_patterns"])
     assert hub.resolve("hf://owner/name").name == "pretrained_model"

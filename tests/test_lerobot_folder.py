@@ -25,7 +25,7 @@ PACKED = ("pusht_image", "two_cameras_ddim10", "v06_two_cameras")
 @pytest.mark.parametrize("name", PLAIN)
 def test_low_dim_policies_answer_as_lerobot(name: str) -> None:
     folder = oracle_folder("lerobot")
-    policy = parapolicy.load_policy(folder / name / "pretrained_model", "sequential", "cpu")
+    policy = parapolicy.load_policy(folder / name / "pretrained_model", "sequential", "cpu", engine="eager")
     assert_answers(policy, folder / f"{name}.npz")
 
 
@@ -34,7 +34,7 @@ def test_image_policies_answer_as_lerobot(name: str, tmp_path: Path) -> None:
     folder = oracle_folder("lerobot")
     with tarfile.open(folder / f"{name}.tar.xz") as packed:
         packed.extractall(tmp_path, filter="data")
-    policy = parapolicy.load_policy(tmp_path / name, "sequential", "cpu")
+    policy = parapolicy.load_policy(tmp_path / name, "sequential", "cpu", engine="eager")
     assert policy.spec.control_hz is None
     assert_answers(policy, folder / f"{name}.npz")
 
@@ -57,7 +57,7 @@ MAPS: dict[str, Callable[..., Any]] = {
 def test_every_mode_normalises_as_the_processor_says(tmp_path: Path, mode: str) -> None:
     mapping = {"STATE": mode, "ENV": mode, "ACTION": mode}
     path, values, _ = made_up(tmp_path / "policy", normalization_mapping=mapping)
-    policy = parapolicy.load_policy(path, device="cpu")
+    policy = parapolicy.load_policy(path, device="cpu", engine="eager")
     for key in ("observation.state", "observation.environment_state", "action"):
         own = {name.rsplit(".", 1)[1]: value for name, value in values.items() if name.startswith(f"{key}.")}
         x = torch.randn(5, len(own["min"]))
@@ -68,7 +68,7 @@ def test_every_mode_normalises_as_the_processor_says(tmp_path: Path, mode: str) 
 
 def test_weights_are_told_apart_and_the_order_is_state_then_environment(folder: Path, tmp_path: Path) -> None:
     path, _, own = made_up(tmp_path / "again", use_film_scale_modulation=False, noise_scheduler_type="DDPM")
-    policy = parapolicy.load_policy(path, device="cpu")
+    policy = parapolicy.load_policy(path, device="cpu", engine="eager")
     assert list(policy.spec.observation) == ["observation.state", "observation.environment_state"]
     assert policy.schedule.solver == "ddpm"
     assert len(policy.schedule) == 5
@@ -83,7 +83,7 @@ def test_weights_are_told_apart_and_the_order_is_state_then_environment(folder: 
 def test_cameras_keep_the_order_of_the_file(tmp_path: Path, separate: bool) -> None:
     changes = {"resize_shape": [52, 44], "crop_ratio": 0.9, "use_group_norm": not separate}
     path, values, own = made_up(tmp_path / "policy", separate, input_features=CAMERAS, **changes)
-    policy = parapolicy.load_policy(path, device="cpu")
+    policy = parapolicy.load_policy(path, device="cpu", engine="eager")
     wrist, front = "observation.images.wrist", "observation.images.front"
     assert list(policy.spec.observation) == ["observation.state", wrist, front]
     camera = policy.spec.network["encoder"]["cameras"][wrist]
@@ -114,14 +114,14 @@ def test_a_number_that_never_moved_is_seen_as_lerobot_sees_it(tmp_path: Path) ->
         values[f"{value}.max"][0] = values[f"{value}.min"][0] = 0.3
     for name in ("policy_preprocessor_step_4_normalizer", "policy_postprocessor_step_0_unnormalizer"):
         save_file(values, path / f"{name}_processor.safetensors")
-    policy = parapolicy.load_policy(path, device="cpu")
+    policy = parapolicy.load_policy(path, device="cpu", engine="eager")
     still, near = (policy.normalizer.normalize("observation.state", torch.tensor([x, 0.0]))[0] for x in (0.3, 0.4))
     assert still == -1
     np.testing.assert_allclose(near, 2 * (np.float32(0.4) - np.float32(0.3)) / 1e-8 - 1, rtol=1e-5)
     actions = policy.normalizer.unnormalize("action", torch.tensor([[-1.0, 0], [1, 0], [0.5, 0]]))
     np.testing.assert_allclose(actions[:, 0], 0.3, rtol=1e-6)
     parapolicy.save_policy(policy, tmp_path / "native")
-    again = parapolicy.load_policy(tmp_path / "native", device="cpu")
+    again = parapolicy.load_policy(tmp_path / "native", device="cpu", engine="eager")
     observation = some_observation(policy.spec)
     assert (again.predict(observation).actions == policy.predict(observation).actions).all()
 
@@ -144,7 +144,7 @@ def test_statistics_among_the_weights(tmp_path: Path, clone: bool) -> None:
     path, values, _ = made_up(tmp_path / "policy")
     values["observation.state.max"][0] = values["observation.state.min"][0] + 1e-6
     to_former(path, values, {"observation.state": "MIN_MAX", "action": "MIN_MAX"}, clone)
-    policy = parapolicy.load_policy(path, device="cpu")
+    policy = parapolicy.load_policy(path, device="cpu", engine="eager")
     low, high = values["observation.state.min"], values["observation.state.max"]
     x = low + 0.25 * (high - low)
     expected = (x - low) / (high - low + 1e-8) * 2 - 1
@@ -171,7 +171,7 @@ def test_the_hub_layout_of_2024(tmp_path: Path) -> None:
         "output_normalization_modes": {"action": "mean_std"},
     }
     (path / "config.json").write_text(json.dumps(config, sort_keys=True))
-    policy = parapolicy.load_policy(path, device="cpu")
+    policy = parapolicy.load_policy(path, device="cpu", engine="eager")
     mean, std = values["action.mean"], values["action.std"]
     torch.testing.assert_close(policy.normalizer.unnormalize("action", torch.ones(2)), std + mean)
     mean, std = values["observation.environment_state.mean"], values["observation.environment_state.std"]
@@ -184,13 +184,15 @@ def test_observations_are_given_under_the_names_before_renaming(folder: Path) ->
     steps[0]["config"]["rename_map"] = {"joints": "observation.state", "elsewhere": "other"}
     steps.insert(1, step("tokenizer_processor", {"max_length": 48}))
     write_steps(folder, "policy_preprocessor", *steps)
-    spec = parapolicy.load_policy(folder, device="cpu").spec
+    spec = parapolicy.load_policy(folder, device="cpu", engine="eager").spec
     assert list(spec.observation) == ["joints", "observation.environment_state"]
 
 
 def test_inputs_that_the_network_never_sees_are_named(tmp_path: Path) -> None:
     features = FEATURES | {"observation.velocity": {"type": "STATE", "shape": [7]}}
-    policy = parapolicy.load_policy(made_up(tmp_path / "policy", input_features=features)[0], device="cpu")
+    policy = parapolicy.load_policy(
+        made_up(tmp_path / "policy", input_features=features)[0], device="cpu", engine="eager"
+    )
     assert "observation.velocity" not in policy.spec.observation
     assert "observation.velocity" in policy.spec.provenance["warnings"][0]
 
@@ -198,27 +200,27 @@ def test_inputs_that_the_network_never_sees_are_named(tmp_path: Path) -> None:
 def test_averaged_weights_are_a_sibling(tmp_path: Path) -> None:
     path, _, own = made_up(tmp_path / "last" / "pretrained_model")
     with pytest.raises(parapolicy.CheckpointError, match="has no averaged weights: pretrained_model_ema is missing"):
-        parapolicy.load_policy(path, device="cpu", ema=True)
+        parapolicy.load_policy(path, device="cpu", ema=True, engine="eager")
     _, _, averaged = made_up(tmp_path / "last" / "pretrained_model_ema")
     for given in (path, tmp_path / "last"):
         for ema, expected in ((False, own), (True, averaged)):
-            found = parapolicy.load_policy(given, device="cpu", ema=ema).network.state_dict()
+            found = parapolicy.load_policy(given, device="cpu", ema=ema, engine="eager").network.state_dict()
             assert all(torch.equal(found[name], expected[name]) for name in expected)
 
 
 def test_half_precision_weights_are_widened(folder: Path) -> None:
     path = folder / "model.safetensors"
     save_file({name: value.bfloat16() for name, value in load_file(path).items()}, path)
-    network = parapolicy.load_policy(folder, device="cpu").network
+    network = parapolicy.load_policy(folder, device="cpu", engine="eager").network
     assert {value.dtype for value in network.state_dict().values()} == {torch.float32}
 
 
 def test_formats_are_told_apart_by_content(folder: Path, tmp_path: Path) -> None:
-    native = parapolicy.load_policy(folder, device="cpu")
+    native = parapolicy.load_policy(folder, device="cpu", engine="eager")
     parapolicy.save_policy(native, tmp_path / "native")
     assert lerobot_folder.recognises(folder)
     assert not lerobot_folder.recognises(tmp_path / "native")
     assert not lerobot_folder.recognises(tmp_path / "nowhere")
-    again = parapolicy.load_policy(tmp_path / "native", device="cpu")
+    again = parapolicy.load_policy(tmp_path / "native", device="cpu", engine="eager")
     observation = some_observation(native.spec)
     assert (again.predict(observation).actions == native.predict(observation).actions).all()

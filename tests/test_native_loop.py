@@ -70,7 +70,7 @@ def assert_equal(expected: Chunk, found: Chunk, exact: bool) -> None:
 @pytest.mark.parametrize("batch", [1, 5])
 def test_a_shipped_policy_s_chunk_is_the_same(name: str, batch: int, native_calls: list[Any]) -> None:
     folder = ROOT / "checkpoints" / name
-    policy = with_calibration(parapolicy.load_policy(folder, device="cpu"), folder, measure=False)
+    policy = with_calibration(parapolicy.load_policy(folder, device="cpu", engine="eager"), folder, measure=False)
     observations = made_up_observations(policy, batch)
     observation = {key: np.stack([one[key] for one in observations]) for key in observations[0]}
     ways = {

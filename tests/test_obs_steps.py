@@ -113,7 +113,7 @@ def test_the_server_takes_them_stacked_or_step_by_step() -> None:
 def test_a_folder_keeps_them(tmp_path: Path) -> None:
     policy = policy_of()
     parapolicy.save_policy(policy, tmp_path / "x")
-    again = parapolicy.load_policy(tmp_path / "x", sampler="sequential", device="cpu")
+    again = parapolicy.load_policy(tmp_path / "x", sampler="sequential", device="cpu", engine="eager")
     assert again.spec == policy.spec
     (observation,) = made_up_observations(policy, 1)
     np.testing.assert_array_equal(again.predict(observation).actions, policy.predict(observation).actions)

@@ -10,7 +10,7 @@ import torch
 
 import parapolicy
 from parapolicy import planner
-from parapolicy.samplers import Collocation, Secant, Sequential
+from parapolicy.samplers import Collocation, Secant, Sequential, make_sampler
 from parapolicy.schedule import Calibration
 from tests.conftest import SHIPPED
 from tests.helpers import small_policy
@@ -67,7 +67,7 @@ def test_load_policy_plans(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caps
     parapolicy.explain(policy, tolerance=0.02)
     assert "is the fastest of what was measured here" in capsys.readouterr().out
     with pytest.raises(ValueError, match=r"no parameters \['window'\]"):
-        parapolicy.load_policy(SHIPPED, sampler="auto", window=3)
+        parapolicy.load_policy(SHIPPED, sampler="auto", window=3, engine="eager")
 
 
 @pytest.mark.parametrize(
@@ -176,5 +176,35 @@ def test_a_plan_is_of_a_batch(tmp_path: Path) -> None:
 def test_load_policy_calibrates_for_the_distribution(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("PARAPOLICY_CACHE", str(tmp_path / "cache"))
     parapolicy.save_policy(small_policy(), tmp_path / "policy")
-    policy = parapolicy.load_policy(tmp_path / "policy", sampler="auto", fidelity="distribution", device="cpu")
+    policy = parapolicy.load_policy(
+        tmp_path / "policy", sampler="auto", fidelity="distribution", device="cpu", engine="eager"
+    )
     assert policy.schedule.calibration is not None
+
+
+@pytest.mark.parametrize(
+    ("distances", "name"), [({24: 0.004}, "Collocation"), ({24: 0.04, 32: 0.001}, "Secant"), ({}, "Secant")]
+)
+def test_a_policy_is_interpolated_by_default_only_where_that_was_measured(
+    distances: dict[int, float], name: str
+) -> None:
+    assert type(planner.default_sampler(measured_policy(distances))).__name__ == name
+
+
+def test_a_policy_is_loaded_with_its_default_sampler_and_no_calibration_is_made(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    assert parapolicy.load_policy(SHIPPED, device="cpu", engine="eager").sampler == Collocation(24, 3)
+    monkeypatch.setattr("parapolicy.calibrate.calibrate", lambda *a: pytest.fail("calibrated"))
+    parapolicy.save_policy(small_policy(), tmp_path)
+    assert parapolicy.load_policy(tmp_path, device="cpu", engine="eager").sampler == Secant()
+    with pytest.raises(ValueError, match=r"\['window'\] are parameters of a sampler, and none is named"):
+        parapolicy.load_policy(tmp_path, device="cpu", window=8)
+
+
+def test_auto_nodes_are_the_fewest_that_were_measured_to_be_within_the_bound() -> None:
+    schedule = measured_policy({6: 0.03, 8: 0.004, 12: 0.001}).schedule
+    assert len(make_sampler("collocation", nodes="auto").tables(schedule).nodes) == 8
+    for unmeasured in (small_policy(), measured_policy({6: 0.03})):
+        with pytest.raises(ValueError, match="no number of nodes was measured to keep"):
+            make_sampler("collocation", nodes="auto").tables(unmeasured.schedule)

@@ -34,7 +34,7 @@ def unpacked(path: Path, folder: Path) -> Path:
 @pytest.mark.parametrize("name", ["lift_lowdim.pth", "lift_lowdim_no_ema_ddim10.pth", "lift_image.pth.xz"])
 def test_policies_answer_as_robomimic(name: str, tmp_path: Path) -> None:
     folder = oracle_folder("robomimic")
-    policy = parapolicy.load_policy(unpacked(folder / name, tmp_path), "sequential", "cpu")
+    policy = parapolicy.load_policy(unpacked(folder / name, tmp_path), "sequential", "cpu", engine="eager")
     assert policy.spec.control_hz == 20
     assert_answers(policy, folder / f"{name.split('.')[0]}.npz")
 
@@ -64,9 +64,9 @@ def test_hostile_files_are_refused_by_name(tmp_path: Path) -> None:
     for name, matter in MATTERS.items():
         path = unpacked(hostile / f"{name}.pth.xz", tmp_path)
         with pytest.raises(parapolicy.CheckpointError, match=matter) as caught:
-            parapolicy.load_policy(path, device="cpu")
+            parapolicy.load_policy(path, device="cpu", engine="eager")
         assert str(path) in str(caught.value), name
-    policy = parapolicy.load_policy(unpacked(hostile / "sound.pth.xz", tmp_path), "sequential", "cpu")
+    policy = parapolicy.load_policy(unpacked(hostile / "sound.pth.xz", tmp_path), "sequential", "cpu", engine="eager")
     assert_answers(policy, hostile / "sound.npz")
     assert not MARKER.exists()
 
@@ -166,7 +166,7 @@ def save(payload: dict[str, Any], path: Path) -> Path:
 
 
 def load(payload: dict[str, Any], folder: Path) -> parapolicy.Policy:
-    return parapolicy.load_policy(save(payload, folder / "model.pth"), "sequential", "cpu")
+    return parapolicy.load_policy(save(payload, folder / "model.pth"), "sequential", "cpu", engine="eager")
 
 
 def test_averaged_weights_act_and_sizes_come_from_the_tensors(tmp_path: Path) -> None:

@@ -663,3 +663,27 @@ def test_the_spacing_of_diffusers_is_kept_to_the_letter_where_asked() -> None:
 def test_a_spacing_that_does_not_fit_is_refused(config: dict, settings: dict, words: str) -> None:
     with pytest.raises(ValueError, match=words):
         make_schedule(config, **settings)
+
+
+def leading(offset: int) -> dict[str, Any]:
+    return {**DDPM_CONFIG, "_class_name": "DDIMScheduler", "timestep_spacing": "leading", "steps_offset": offset}
+
+
+@pytest.mark.parametrize("spacing", ["diffusers", "diffusers-0.11"])
+def test_a_timestep_one_beyond_the_last_is_refused(spacing: str) -> None:
+    assert make_schedule(leading(9), steps=10, spacing=spacing).timesteps[0] == 99
+    with pytest.raises(ValueError, match=r"steps_offset 10 (do not give|begins beyond)"):
+        make_schedule(leading(10), steps=10, spacing=spacing)
+
+
+@pytest.mark.parametrize("setting", ["use_dynamic_shifting", "stochastic_sampling", "invert_sigmas"])
+def test_what_flow_matching_does_not_support_is_named(setting: str) -> None:
+    config = {"_class_name": "FlowMatchEulerDiscreteScheduler", "num_train_timesteps": 100, setting: True}
+    with pytest.raises(ValueError, match=f"{setting} is on"):
+        make_schedule(config, steps=10)
+
+
+def test_times_of_flow_matching_that_fall_together_are_refused() -> None:
+    config = {"_class_name": "FlowMatchEulerDiscreteScheduler", "num_train_timesteps": 100, "shift": 1e9}
+    with pytest.raises(ValueError, match="distinct times from 1 to 0"):
+        make_schedule(config, steps=10)

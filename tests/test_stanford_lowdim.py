@@ -34,7 +34,7 @@ def test_a_made_up_file_acts_as_its_network(tmp_path: Path) -> None:
     assert loaded.spec.control_hz is None
     assert loaded.spec.provenance["weights"] == "ema_model"
     assert torch.equal(loaded.normalizer.normalize("obs", torch.ones(3)), torch.full((3,), 0.75))
-    policy = parapolicy.load_policy(tmp_path / "x.ckpt", device="cpu", sampler="sequential")
+    policy = parapolicy.load_policy(tmp_path / "x.ckpt", device="cpu", sampler="sequential", engine="eager")
     assert policy.predict({"obs": np.zeros((2, 3), np.float32)}).actions.shape == (4, 2)
 
 
@@ -175,7 +175,7 @@ def schedule_of(tmp_path: Path, **options: Any) -> Any:
     _, built = files.network_of(files.UNET, OBSERVATION)
     state = files.model_state(built) | files.normaliser_state(obs=3, action=2)
     files.save(tmp_path / "x.ckpt", files.lowdim_config(**options), state)
-    return parapolicy.load_policy(tmp_path / "x.ckpt", device="cpu").schedule
+    return parapolicy.load_policy(tmp_path / "x.ckpt", device="cpu", engine="eager").schedule
 
 
 def test_schedules_are_those_of_diffusers_0_11(tmp_path: Path) -> None:
@@ -305,7 +305,7 @@ def test_odd_values_in_the_config_are_errors_that_name_the_file(tmp_path: Path) 
         inner[place[-1]] = value
         path = files.save(tmp_path / "odd.ckpt", config, state, model={})
         try:
-            parapolicy.load_policy(path, device="cpu")
+            parapolicy.load_policy(path, device="cpu", engine="eager")
         except CheckpointError as error:
             if "odd.ckpt" not in str(error):
                 pytest.fail(f"{place} {value!r}: {error}")

@@ -130,7 +130,7 @@ def test_transformers(tmp_path: Path, model_name: str, backbone: dict[str, Any])
     assert "at random at evaluation, too (RandomCrop, ColorJitter)" in drawn
     assert "parapolicy.pose makes" in poses
     assert "all 8 actions" in executed
-    policy = parapolicy.load_policy(path, sampler="sequential", device="cpu")
+    policy = parapolicy.load_policy(path, sampler="sequential", device="cpu", engine="eager")
     assert policy.schedule.timesteps.tolist() == list(range(45, -1, -3))
     (observation,) = parapolicy.planner.made_up_observations(policy, 1)
     assert policy.predict(observation).actions.shape == (8, 10)

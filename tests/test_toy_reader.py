@@ -36,17 +36,17 @@ def test_it_is_recognised_and_loaded(tmp_path: Path, monkeypatch: pytest.MonkeyP
     monkeypatch.setattr(checkpoint, "READERS", (*checkpoint.READERS, Seeds()))
     path = tmp_path / "policy.seed"
     path.write_text("7")
-    policy = parapolicy.load_policy(path, device="cpu")
+    policy = parapolicy.load_policy(path, device="cpu", engine="eager")
     observation = some_observation(policy.spec)
     assert np.isfinite(policy.predict(observation).trajectory).all()
     parapolicy.save_policy(policy, tmp_path / "native")
-    native = parapolicy.load_policy(tmp_path / "native", device="cpu")
+    native = parapolicy.load_policy(tmp_path / "native", device="cpu", engine="eager")
     np.testing.assert_array_equal(native.predict(observation).trajectory, policy.predict(observation).trajectory)
     path.write_text("seven")
     with pytest.raises(parapolicy.CheckpointError, match="expected a whole number"):
-        parapolicy.load_policy(path)
+        parapolicy.load_policy(path, engine="eager")
     with pytest.raises(parapolicy.CheckpointError, match="no checkpoint at"):
-        parapolicy.load_policy(tmp_path / "policy.sead")
+        parapolicy.load_policy(tmp_path / "policy.sead", engine="eager")
 
 
 MODULE = """
@@ -80,7 +80,7 @@ import sys, dataclasses, parapolicy, numpy as np
 from envs import make_env
 from parapolicy.networks import build_network
 from tests.test_toy_network import OBSERVATION
-policy = parapolicy.load_policy(sys.argv[1], device="cpu")
+policy = parapolicy.load_policy(sys.argv[1], device="cpu", engine="eager")
 print(policy.predict({"position": np.zeros((2, 2)), "points": np.zeros((2, 3, 2))}).actions.shape)
 spec = dataclasses.replace(policy.spec, observation=OBSERVATION, network={"name": "toy", "width": 4})
 print(type(build_network(spec)).__name__)

@@ -95,7 +95,7 @@ def test_episodes_too_short_for_the_horizon_are_named(buffer: Path, tmp_path: Pa
 
 
 def weights(folder: Path) -> dict[str, torch.Tensor]:
-    return parapolicy.load_policy(folder, device="cpu").network.state_dict()
+    return parapolicy.load_policy(folder, device="cpu", engine="eager").network.state_dict()
 
 
 def test_an_interrupted_run_ends_with_the_same_weights(
@@ -159,7 +159,7 @@ def test_training_and_sampling_compute_the_same_condition(buffer: Path, tmp_path
     with network_inputs() as calls:
         train(spec, data, config, tmp_path, torch.device("cpu"))
     ((samples, conditions),) = calls
-    policy = parapolicy.load_policy(tmp_path, device="cpu")
+    policy = parapolicy.load_policy(tmp_path, device="cpu", engine="eager")
     actions = policy.normalizer.normalize("action", data.arrays["action"])  # (N, Da)
     expected, history = [], parapolicy.ObservationHistory(spec)
     for step in range(len(actions)):
@@ -194,7 +194,9 @@ def test_a_run_goes_on_from_a_trained_policy(buffer: Path, tmp_path: Path) -> No
     shifted = Demonstrations({key: value + 1 for key, value in data.arrays.items()}, data.episode_ends)
     still = dataclasses.replace(CONFIG, steps=2, learning_rate=0.0, init=str(first))
     train(small_spec(), shifted, still, tmp_path / "second", cpu)
-    before, after = (parapolicy.load_policy(tmp_path / name, device="cpu") for name in ("first", "second"))
+    before, after = (
+        parapolicy.load_policy(tmp_path / name, device="cpu", engine="eager") for name in ("first", "second")
+    )
     assert all(
         torch.equal(value, after.network.state_dict()[name]) for name, value in before.network.state_dict().items()
     )
@@ -288,7 +290,7 @@ def test_an_action_that_never_moves_comes_out_as_its_constant(tmp_path: Path) ->
     arrays["action"][:, 3] = torch.tensor(rng.uniform(-1e-6, 1e-6, 40))  # next to nothing
     spec = small_spec(action_dim=4)
     train(spec, Demonstrations(arrays, np.array([40])), CONFIG, tmp_path, torch.device("cpu"))
-    policy = parapolicy.load_policy(tmp_path, device="cpu")
+    policy = parapolicy.load_policy(tmp_path, device="cpu", engine="eager")
     normalised = policy.normalizer.normalize("action", arrays["action"])
     assert normalised.abs().max() < 1 + 1e-5
     assert normalised[:, 1:3].abs().max() == 0
@@ -316,7 +318,7 @@ def test_short_episodes_are_named_and_left_out_of_the_fit(buffer: Path, tmp_path
     data = read_zarr(buffer, SOURCES)
     with pytest.warns(UserWarning, match=r"1 of 3 episodes are left out.* less than 6 steps.*: \[0\]"):
         train(small_spec(horizon=10, n_action_steps=4, n_obs_steps=2), data, CONFIG, tmp_path, torch.device("cpu"))
-    scale = parapolicy.load_policy(tmp_path, device="cpu").normalizer.maps["action"].scale
+    scale = parapolicy.load_policy(tmp_path, device="cpu", engine="eager").normalizer.maps["action"].scale
     assert scale.min() > 2 / 520
 
 

@@ -62,7 +62,7 @@ def main() -> None:
     parser.add_argument("--threads", type=int, default=2)
     given = parser.parse_args()
     torch.set_num_threads(given.threads)
-    shipped = parapolicy.load_policy(FOLDER, device="cpu")
+    shipped = parapolicy.load_policy(FOLDER, device="cpu", engine="eager")
     own = in_lerobot(shipped)
     short = copy.deepcopy(own)
     short.diffusion.num_inference_steps = 10

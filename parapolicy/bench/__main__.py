@@ -47,7 +47,7 @@ def main() -> None:
         if getattr(arguments, name) < 1:
             parser.error(f"--{name} is {getattr(arguments, name)}, expected at least 1")
     try:
-        policy = load_policy(arguments.checkpoint, device=arguments.device)
+        policy = load_policy(arguments.checkpoint, device=arguments.device, engine="eager")
         if arguments.widen > 1:
             policy = widen(policy, arguments.widen)
         engines = {name: make_engine(name, policy.device) for name in arguments.engines}

@@ -19,6 +19,8 @@ from torch import Tensor
 from parapolicy.samplers.base import DenoiserLike, Rounds, Sample, Sampler, check_count, root_mean_square
 from parapolicy.schedule import Schedule
 
+NODES = 24
+BOUND = 0.01  # of the distance from the policy's distribution, as a part of the mean distance between two chunks
 ROUNDS = 4  # most rounds per node: near a bifurcation a state may go to and fro
 LOG_SNR = 14.0  # beyond, nothing changes
 EARLY = -7.0  # before, a state is noise and the network says the mean
@@ -36,6 +38,7 @@ class Collocation(Sampler):
 
     Attributes:
         nodes: how many steps the network is asked at, or which ones, increasing; the last step is one of them.
+            ``auto``: the fewest that the policy's calibration has measured to keep its distribution.
         window: nodes asked per round, at most. 1 is sequential over the nodes; a few more halve the rounds for a few
             evaluations more; many save rounds where a batch costs little more than a row.
         settle: a node is asked again when its state has moved since by more than this many standard deviations of the
@@ -44,18 +47,18 @@ class Collocation(Sampler):
 
     uses_calibration: ClassVar[bool] = True
 
-    nodes: int | tuple[int, ...] = 19
+    nodes: int | str | tuple[int, ...] = NODES
     window: int = 3
     settle: float = 0.15
 
     def __post_init__(self) -> None:
         if isinstance(self.nodes, int):
             check_count("nodes", self.nodes)
-        else:
-            nodes = tuple(self.nodes)
+        elif self.nodes != "auto":
+            nodes: tuple[Any, ...] = tuple(self.nodes)
             whole = all(isinstance(n, int) and not isinstance(n, bool) and n >= 0 for n in nodes)
             if not nodes or not whole or list(nodes) != sorted(set(nodes)):
-                raise ValueError(f"nodes is {self.nodes!r}, expected their number, or increasing steps from 0 on")
+                raise ValueError(f"nodes is {self.nodes!r}, expected 'auto', their number, or increasing steps from 0")
             object.__setattr__(self, "nodes", nodes)  # a list, from a configuration, cannot be hashed
         check_count("window", self.window)
         if isinstance(self.settle, bool) or not isinstance(self.settle, int | float) or not 0 < self.settle < 100:
@@ -65,7 +68,8 @@ class Collocation(Sampler):
         """The rounds of a batch.
 
         Raises:
-            ValueError: nodes that are no steps of the schedule, or do not end with its last one.
+            ValueError: nodes that are no steps of the schedule, or do not end with its last one; ``auto`` where no
+                calibration has measured a number of nodes that keeps the distribution.
         """
         return CollocationRounds(self, self.tables(schedule), noise)
 
@@ -74,13 +78,20 @@ class Collocation(Sampler):
         return make_tables(schedule, self._nodes(schedule))
 
     def _nodes(self, schedule: Schedule) -> tuple[int, ...]:
-        steps = len(schedule)
-        if isinstance(self.nodes, int):
-            calibrated = {} if schedule.calibration is None else schedule.calibration.nodes
-            return calibrated.get(self.nodes) or default_nodes(schedule, min(self.nodes, steps))
-        if self.nodes[-1] != steps - 1:
-            raise ValueError(f"nodes end at {self.nodes[-1]}, expected the schedule's last step, {steps - 1}")
-        return self.nodes
+        steps, calibration, nodes = len(schedule), schedule.calibration, self.nodes
+        if isinstance(nodes, str):
+            nodes = (calibration and calibration.fewest_nodes(BOUND)) or 0
+            if not nodes:
+                raise ValueError(
+                    "nodes is 'auto', and no number of nodes was measured to keep this policy's distribution; "
+                    "run parapolicy calibrate on it, or give a number"
+                )
+        if isinstance(nodes, int):
+            calibrated = {} if calibration is None else calibration.nodes
+            return calibrated.get(nodes) or default_nodes(schedule, min(nodes, steps))
+        if nodes[-1] != steps - 1:
+            raise ValueError(f"nodes end at {nodes[-1]}, expected the schedule's last step, {steps - 1}")
+        return nodes
 
 
 class Tables(NamedTuple):

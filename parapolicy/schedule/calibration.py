@@ -36,5 +36,9 @@ class Calibration:
             if len(nodes) != count or list(nodes) != sorted(set(nodes)) or nodes[0] < 0 or nodes[-1] != steps - 1:
                 raise ValueError(f"nodes are {nodes}, expected {count} increasing steps up to {steps - 1}")
 
+    def fewest_nodes(self, bound: float) -> int | None:
+        """The fewest nodes whose measured distance is at most the bound; None where no number of nodes is."""
+        return min((count for count, distance in self.distances.items() if distance <= bound), default=None)
+
     def to(self, device: torch.device | str) -> "Calibration":
         return Calibration(self.modes.to(device), self.response.to(device), self.nodes, self.distances)

@@ -39,9 +39,9 @@ class ServeConfig:
     checkpoint: str = "checkpoints/pusht_lowdim"
     host: str = "127.0.0.1"
     port: int = 8000
-    sampler: str = "secant"
+    sampler: str | None = None
     device: str = "auto"
-    engine: str = "eager"
+    engine: str = "auto"
     warm_start: bool = False
     deadline_ms: float | None = None
     episode_pause_s: float | None = None

@@ -77,7 +77,7 @@ def load(path: Path, characters: int = CHARACTERS) -> parapolicy.Policy | None:
     """
     begin, policy, message = time.process_time(), None, ""
     try:
-        policy = parapolicy.load_policy(path, sampler="sequential", device="cpu")
+        policy = parapolicy.load_policy(path, sampler="sequential", device="cpu", engine="eager")
     except parapolicy.CheckpointError as error:
         message = str(error).replace(str(path), "")
     assert len(message) < characters, f"a message of {len(message)} characters"

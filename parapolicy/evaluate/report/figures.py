@@ -10,8 +10,6 @@ import plotly.graph_objects as go
 from plotly.colors import qualitative
 from plotly.subplots import make_subplots
 
-from parapolicy.evaluate.report.summary import pareto
-
 COLORS = [color for color in qualitative.D3 + qualitative.T10 if color not in ("#2CA02C", "#54A24B")]
 CHOSEN = "#1b8a5a"  # green, which no other sampler gets
 
@@ -29,29 +27,25 @@ def legend_entries(task: pd.DataFrame, chosen: str | None) -> list[tuple[pd.Seri
     """(record, color, legend text) of each timed sampler, fastest first."""
     colors = sampler_colors(task, chosen)
     timed = task.dropna(subset=["p50_ms"]).sort_values("p50_ms")
-    return [(row, colors[row["sampler"]], f"{row['sampler']}: {row['p50_ms']:.0f} ms") for _, row in timed.iterrows()]
+    return [(row, colors[row["sampler"]], f"{row['sampler']}: {row['p50_ms']:.3g} ms") for _, row in timed.iterrows()]
 
 
-def pareto_figure(task: pd.DataFrame, chosen: str | None) -> go.Figure:
-    """Reward and success against chunk latency, with the Pareto front."""
-    figure = make_subplots(rows=1, cols=2, subplot_titles=("mean maximum reward", "success rate"))
-    for column, score in enumerate(("reward", "success"), 1):
-        front = task.set_index("sampler").loc[pareto(task, score)]
-        figure.add_scatter(
-            x=front["p50_ms"],
-            y=front[score],
-            mode="lines",
-            line={"color": "#bbb", "dash": "dot", "shape": "hv"},
-            row=1,
-            col=column,
-            showlegend=False,
-            hoverinfo="skip",
-        )
+def latency_figure(task: pd.DataFrame, chosen: str | None) -> go.Figure:
+    """What each sampler keeps, against its chunk latency.
+
+    Reward and success are differences to the sequential sampler by seed, whose intervals are those of the comparison;
+    where there is none to compare with, they are means. Beside them stands the distance from the policy's distribution
+    with equal noise, where it was measured.
+    """
+    panels = _panels(task)
+    figure = make_subplots(rows=1, cols=len(panels), subplot_titles=[title for title, _ in panels])
+    for column, (_, score) in enumerate(panels, 1):
         for row, color, text in legend_entries(task, chosen):
+            value, low, high = _interval(row, score)
             best = row["sampler"] == chosen
             figure.add_scatter(
                 x=[row["p50_ms"]],
-                y=[row[score]],
+                y=[value],
                 mode="markers+text",
                 text=[row["sampler"] if best or row["baseline"] else ""],
                 textposition="bottom center",
@@ -64,29 +58,54 @@ def pareto_figure(task: pd.DataFrame, chosen: str | None) -> go.Figure:
                     "color": color,
                     "symbol": "star" if best else "x" if row["upstream"] else "circle",
                 },
-                error_x={
-                    "type": "data",
-                    "symmetric": False,
-                    "array": [row["p99_ms"] - row["p50_ms"]],
-                    "arrayminus": [0],
-                    "color": color,
-                    "thickness": 1,
-                },
-                error_y={
-                    "type": "data",
-                    "symmetric": False,
-                    "array": [row[f"{score}_high"] - row[score]],
-                    "arrayminus": [row[score] - row[f"{score}_low"]],
-                    "color": color,
-                    "thickness": 1,
-                },
+                error_x=_error_bar(row["p50_ms"], row["p50_ms"], row["p99_ms"], color),
+                error_y=_error_bar(value, low, high, color),
                 hovertemplate=f"{row['sampler']}<br>p50 %{{x:.1f}} ms, p99 {row['p99_ms']:.1f} ms<br>{score} "
-                f"%{{y:.3f}} [{row[f'{score}_low']:.3f}, {row[f'{score}_high']:.3f}]<extra></extra>",
+                f"%{{y:.3g}} [{low:.3g}, {high:.3g}]<extra></extra>",
                 row=1,
                 col=column,
             )
-    figure.update_xaxes(type="log", title="chunk latency, ms (dot: p50, whisker: to p99)", dtick="D2")
-    return figure.update_layout(height=480, template="simple_white", margin={"t": 40, "l": 50, "r": 20})
+        if score.endswith("difference"):
+            figure.add_hline(y=0, line={"color": "#bbb", "dash": "dot"}, row=1, col=column)
+        if score == "energy":
+            figure.update_yaxes(**_log_axis(task["energy"]), row=1, col=column)
+    latencies = pd.concat([task["p50_ms"], task["p99_ms"]])
+    figure.update_xaxes(title="chunk latency, ms (dot: p50, whisker: to p99)", **_log_axis(latencies))
+    legend = {"orientation": "h", "y": -0.25}
+    return figure.update_layout(height=520, template="simple_white", margin={"t": 40, "l": 50, "r": 20}, legend=legend)
+
+
+def _panels(task: pd.DataFrame) -> list[tuple[str, str]]:
+    """(title, score) of each."""
+    compared = "difference" in task and task["difference"].notna().any()
+    panels = [
+        ("reward, difference by seed", "difference") if compared else ("mean maximum reward", "reward"),
+        ("success, difference by seed", "success_difference") if compared else ("success rate", "success"),
+    ]
+    measured = "energy" in task and (task["energy"] > 0).any()
+    return [*panels, ("energy distance from the policy, same noise", "energy")] if measured else panels
+
+
+def _interval(row: pd.Series, score: str) -> tuple[float, float, float]:
+    """Value, low and high; the sequential sampler's differences to itself, and those of its copies, are 0."""
+    if score.endswith("difference") and pd.isna(row[score]) and (row["baseline"] or row["upstream"]):
+        return 0.0, 0.0, 0.0
+    return row[score], row[f"{score}_low"], row[f"{score}_high"]
+
+
+def _error_bar(value: float, low: float, high: float, color: str) -> dict[str, Any]:
+    bar = {"type": "data", "symmetric": False, "color": color, "thickness": 1}
+    return bar | {"array": [high - value], "arrayminus": [value - low]}
+
+
+def _log_axis(values: pd.Series) -> dict[str, Any]:
+    """A logarithmic axis whose labels are whole numbers: plotly's own leave out the decade."""
+    positive = values[values > 0]
+    first, last = (int(np.floor(np.log10(bound))) for bound in (positive.min(), positive.max()))
+    decades = range(first, last + 1)
+    digits = (1, 2, 5) if len(decades) < 4 else (1,)
+    ticks = [digit * 10.0**decade for decade in decades for digit in digits]
+    return {"type": "log", "tickvals": ticks, "ticktext": [f"{tick:g}" for tick in ticks]}
 
 
 def cost_figure(
@@ -99,8 +118,9 @@ def cost_figure(
         evaluated: sampler -> timesteps, and a chunk's mean number of evaluations at each.
         colors: of the samplers.
     """
-    titles = ("rounds per chunk", "mean rounds along the episode", "mean evaluations of each diffusion step")
-    figure = make_subplots(rows=1, cols=3, subplot_titles=titles)
+    titles = ["rounds per chunk", "mean rounds along the episode", "mean evaluations of each diffusion step"]
+    titles = titles if evaluated else titles[:2]
+    figure = make_subplots(rows=1, cols=len(titles), subplot_titles=titles)
     for sampler, group in chunks.groupby("sampler", sort=False):
         name, same = str(sampler), {"legendgroup": str(sampler), "marker_color": colors.get(str(sampler))}
         figure.add_box(y=group["rounds"], name=name, showlegend=False, boxpoints=False, row=1, col=1, **same)
@@ -110,10 +130,11 @@ def cost_figure(
             timesteps, counts = evaluated[name]
             mode = "lines" if len(timesteps) > 20 else "markers"
             figure.add_scatter(x=timesteps, y=counts, name=name, mode=mode, showlegend=False, row=1, col=3, **same)
-    figure.update_yaxes(type="log", row=1, col=1)
-    figure.update_yaxes(type="log", row=1, col=2)
+    for column in (1, 2):
+        figure.update_yaxes(**_log_axis(chunks["rounds"]), row=1, col=column)
     figure.update_xaxes(title="chunk", row=1, col=2)
-    figure.update_xaxes(title="timestep (sampling goes from left to right)", autorange="reversed", row=1, col=3)
+    if evaluated:
+        figure.update_xaxes(title="timestep (sampling goes from left to right)", autorange="reversed", row=1, col=3)
     return figure.update_layout(height=420, template="simple_white", margin={"t": 40, "l": 50, "r": 20})
 
 
@@ -165,5 +186,5 @@ def profiles_figure(episodes: pd.DataFrame) -> go.Figure:
 
 def embed(figure: go.Figure) -> str:
     """A figure as HTML, without plotly's script, which the page includes once."""
-    text: str = figure.to_html(full_html=False, include_plotlyjs=False)
+    text: str = figure.to_html(full_html=False, include_plotlyjs=False, config={"displayModeBar": False})
     return text

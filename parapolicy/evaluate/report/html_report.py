@@ -7,7 +7,6 @@ import html
 from collections.abc import Sequence
 from pathlib import Path
 
-import numpy as np
 import pandas as pd
 import plotly.graph_objects as go
 
@@ -16,7 +15,7 @@ from parapolicy.evaluate.report.figures import (
     calibration_figure,
     cost_figure,
     embed,
-    pareto_figure,
+    latency_figure,
     profiles_figure,
     sampler_colors,
 )
@@ -34,22 +33,25 @@ from parapolicy.evaluate.report.markdown import markdown
 from parapolicy.evaluate.report.plots import plot_pareto
 from parapolicy.evaluate.report.summary import MARGINS, Margins, recommend, summarize
 
-STYLE = """body{font:15px/1.5 system-ui,sans-serif;max-width:1100px;margin:2em auto;padding:0 1em;color:#222}
-h1{font-size:1.5em}h2{font-size:1.2em;margin-top:2em}.answer{font-size:1.25em;background:#eef6ee;padding:.8em 1em;
+STYLE = """body{font:15px/1.5 system-ui,sans-serif;max-width:1260px;margin:2em auto;padding:0 1em;color:#222}
+h1{font-size:1.5em}h2{font-size:1.2em;margin-top:2em}table{margin-bottom:1.5em}small{white-space:nowrap}
+.answer{font-size:1.25em;background:#eef6ee;padding:.8em 1em;
 border-left:5px solid #2a7}table{border-collapse:collapse;font-size:.9em;display:block;overflow-x:auto}
 th,td{padding:.3em .7em;text-align:right;
 border-bottom:1px solid #ddd}th:first-child,td:first-child{text-align:left}.best{background:#eef6ee}footer{color:#777;
 font-size:.85em;margin-top:3em}.failed{color:#a22}"""
 
 
-COLUMNS = (  # heading, column of the summary, number format, whether it has an interval
+SCORES = (  # heading, column of the summary, number format, whether it has an interval
     ("reward", "reward", ".3f", True),
-    ("success", "success", ".2f", True),
     ("difference of reward", "difference", "+.3f", True),
     ("equivalent, p", "equivalence_p", ".2g", False),
+    ("success", "success", ".2f", True),
     ("difference of success", "success_difference", "+.2f", True),
     ("equivalent, p", "success_equivalence_p", ".2g", False),
     ("episodes needed", "episodes_needed", ".0f", False),
+)
+COSTS = (
     ("p50 ms", "p50_ms", ".1f", False),
     ("p99 ms", "p99_ms", ".1f", False),
     ("rounds", "rounds", ".1f", False),
@@ -62,14 +64,16 @@ COLUMNS = (  # heading, column of the summary, number format, whether it has an 
 )
 
 
-def _table(task: pd.DataFrame, chosen: str | None) -> str:
-    headings = ["sampler", "episodes", *(heading for heading, *_ in COLUMNS)]
+def _table(task: pd.DataFrame, chosen: str | None, columns: Sequence[tuple[str, str, str, bool]]) -> str:
+    """A line per sampler, without the columns that nothing was measured for."""
+    shown = [column for column in columns if column[1] in task and task[column[1]].notna().any()]
+    headings = ["sampler", "episodes", *(heading for heading, *_ in shown)]
     lines = ["<tr>" + "".join(f"<th>{heading}</th>" for heading in headings) + "</tr>"]
     for _, row in task.iterrows():
         name = html.escape(str(row["sampler"]))
         cells = [f"<i>{name}</i>" if row["other"] else name, str(row["episodes"])]
-        for _, name, form, has_interval in COLUMNS:
-            if pd.isna(row.get(name, np.nan)):
+        for _, name, form, has_interval in shown:
+            if pd.isna(row[name]):
                 cells.append("–")
             elif has_interval:
                 low, high = row[f"{name}_low"], row[f"{name}_high"]
@@ -125,9 +129,9 @@ def write_report(folders: Sequence[Path], output: Path, margins: Margins = MARGI
         name = f"{env}, {checkpoint}"
         parts.append(f"<h2>{html.escape(name)}</h2><p class='answer'>{html.escape(sentence)}</p>")
         if "p50_ms" in task and task["p50_ms"].notna().any():
-            parts.append(embed(pareto_figure(task, chosen)))
+            parts.append(embed(latency_figure(task, chosen)))
             plot_pareto(task, chosen, name, output / f"pareto_{env}_{Path(str(checkpoint)).name}.png")
-        parts.append(_table(task, chosen))
+        parts += [_table(task, chosen, columns) for columns in (SCORES, COSTS)]
         colors, measured = sampler_colors(task, chosen), select_latencies(latencies, str(env), str(checkpoint))
         if not chunks.empty:
             own = chunks[(chunks["env"] == env) & (chunks["checkpoint"] == checkpoint)]

@@ -1,56 +1,79 @@
-"""The table of one run on the terminal."""
+"""The tables of one run on the terminal."""
 
 import os
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any
 
 from rich.console import Console
 from rich.table import Table
 
+from parapolicy.evaluate.report.gather import episode_table, gather_fidelities, gather_latencies, gather_runs
+from parapolicy.evaluate.report.summary import MARGINS, recommend, summarize
 
-def print_table(results: Mapping[str, Any], console: Console | None = None) -> None:
-    """Print a table of one ``results.json``, with a line per sampler."""
+
+def print_tables(results: Mapping[str, Any], console: Console | None = None) -> None:
+    """Print the tables of one ``results.json``, with a line per sampler: what it scores, and what it costs."""
+    # Into a pipe, rich would wrap at 80 columns whatever stands there.
+    console = console or Console(width=None if os.isatty(1) else 100)
+    console.print(_score_table(results))
+    console.print(_cost_table(results))
+    if measured := next(iter(results["samplers"].values())).get("energy_distance"):
+        console.print(_fidelity_table(results, measured["resampling_mean"]))
+
+
+def advise(folder: Path) -> str:
+    """What to take from a finished run: the sentence that the report's page has on it."""
+    runs = gather_runs([folder])
+    measured = gather_latencies(runs, [folder]), MARGINS, gather_fidelities(runs, [folder])
+    return recommend(summarize(episode_table(runs), *measured).dropna(axis=1, how="all"), MARGINS)[1]
+
+
+def _table(headings: str, **settings: Any) -> Table:
+    """Long names are folded, and numbers are never cut."""
+    table = Table(**settings)
+    for i, heading in enumerate(headings.split("|")):
+        table.add_column(heading, justify="right" if i else "left", no_wrap=i > 0, overflow="fold")
+    return table
+
+
+def _score_table(results: Mapping[str, Any]) -> Table:
     title = f"{results['env']}, {results['checkpoint']}: {results['episodes']} episodes from seed {results['seeds'][0]}"
-    table = Table(title=title, caption="[ ]: 95 % intervals; chunk latency in ms at batch 1")
-    headings = "sampler|mean max reward|success|paired diff|ms p50|p95|p99|speed-up|rounds (p95)|evals (p95)|error p95"
-    _add_columns(table, headings)
+    caption = "[ ]: 95 % intervals; difference of reward, by seed"
+    failed = sum("error" in episode for row in results["samplers"].values() for episode in row["per_episode"])
+    if failed:
+        caption += f"\n{failed} episodes ended with an error and count as failures; see episodes.jsonl"
+    table = _table("sampler|mean max reward|success|difference", title=title, caption=caption)
     for name, row in results["samplers"].items():
         low, high = row["mean_max_reward_ci95"]
-        latency, error = row.get("chunk_ms"), row.get("chunk_error")
         difference = row.get("paired_reward_difference")
         paired = "—"
         if difference and difference["to"] != name:
             paired = "{:+.3f} [{:+.3f}, {:+.3f}]".format(difference["mean"], *difference["ci95"])
         table.add_row(
+            name, f"{row['mean_max_reward']:.3f} [{low:.3f}, {high:.3f}]", f"{row['success_rate']:.2f}", paired
+        )
+    return table
+
+
+def _cost_table(results: Mapping[str, Any]) -> Table:
+    headings = "sampler|ms p50|p95|p99|speed-up|rounds (p95)|evals (p95)|error p95"
+    table = _table(headings, caption="chunk latency at batch 1")
+    for name, row in results["samplers"].items():
+        latency, error = row.get("chunk_ms"), row.get("chunk_error")
+        table.add_row(
             name,
-            f"{row['mean_max_reward']:.3f} [{low:.3f}, {high:.3f}]",
-            f"{row['success_rate']:.2f}",
-            paired,
             *(f"{latency[percentile]:.1f}" if latency else "—" for percentile in ("p50", "p95", "p99")),
             f"{row['speedup_p50']:.2f}×" if "speedup_p50" in row else "—",
             *("{mean:.1f} ({p95:.0f})".format(**row[cost]) for cost in ("rounds", "evaluations")),
             f"{error['p95']:.1e}" if error else "—",
         )
-    failed = sum("error" in episode for row in results["samplers"].values() for episode in row["per_episode"])
-    if failed:
-        table.caption = (
-            f"{table.caption}\n{failed} episodes ended with an error and count as failures; see episodes.jsonl"
-        )
-    # Into a pipe, rich would wrap the table at 80 columns.
-    console = console or Console(width=None if os.isatty(1) else 160)
-    console.print(table)
-    if measured := next(iter(results["samplers"].values())).get("energy_distance"):
-        console.print(_fidelity_table(results, measured["resampling_mean"]))
-
-
-def _add_columns(table: Table, headings: str) -> None:
-    for i, heading in enumerate(headings.split("|")):
-        table.add_column(heading, justify="right" if i else "left")
+    return table
 
 
 def _fidelity_table(results: Mapping[str, Any], resampling: float) -> Table:
-    table = Table(caption="[ ]: 95 % intervals; of chunks, normalised, from the sequential sampler's")
-    _add_columns(table, f"sampler|energy distance (resampling {resampling:.4f})|same noise")
+    headings = f"sampler|energy distance (resampling {resampling:.4f})|same noise"
+    table = _table(headings, caption="[ ]: 95 % intervals; of chunks, normalised, from the sequential sampler's")
     for name, row in results["samplers"].items():
         names = ("energy_distance", "paired_energy_distance")
         table.add_row(name, *(_distance(row[kind]) if kind in row else "—" for kind in names))
