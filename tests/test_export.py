@@ -6,6 +6,7 @@ import math
 import shlex
 import shutil
 import subprocess
+import warnings
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -38,6 +39,7 @@ from tests.embedded import (
 )
 from tests.helpers import DDPM_CONFIG, small_policy, some_observation
 
+OTHER_FLAGS = ("-shared", "-fPIC", native_library.NATIVE)  # of a library, or of the processor
 pytestmark = pytest.mark.skipif(shutil.which("g++") is None, reason="no g++ here")
 
 
@@ -200,15 +202,19 @@ def test_the_command_writes_a_plan(embedded: Embedded, tmp_path: Path, capsys: p
             main(["export", str(SHIPPED), *arguments])
 
 
-def test_the_program_in_c_samples_the_same_chunks(tmp_path: Path) -> None:
-    """It is built as docs/embedding.md says."""
-    policy = shipped_policy("pusht_lowdim").with_sampler("collocation", nodes=15)
-    export.write_plan(policy, tmp_path / "plan")
+def build_program(path: Path, *compiler: str) -> None:
+    """As docs/embedding.md says; by another compiler, and its flag for the processor, where one is given."""
     documented = next(line for line in (ROOT / "docs" / "embedding.md").read_text().splitlines() if "g++ -O3" in line)
     command = documented.strip().removesuffix("-o push_t")
-    assert set(native_library.FLAGS) - {"-shared", "-fPIC"} <= set(shlex.split(command))
-    subprocess.run(f"{command} -o {shlex.quote(str(tmp_path / 'push_t'))}", shell=True, check=True, cwd=ROOT)
+    assert {"-march=native", *native_library.FLAGS} - {*OTHER_FLAGS} <= set(shlex.split(command))
+    if compiler:
+        command = command.replace("g++", compiler[0]).replace("-march=native", compiler[1])
+    subprocess.run(f"{command} -o {shlex.quote(str(path))}", shell=True, check=True, cwd=ROOT)
 
+
+def write_inputs(policy: parapolicy.Policy, folder: Path) -> np.ndarray:
+    """The program's files for two chunks, and the chunks of Python."""
+    export.write_plan(policy, folder / "plan")
     steps = made_up_observations(policy, 9)
     history, requests = ObservationHistory(policy.spec), []
     for step in steps:
@@ -216,16 +222,41 @@ def test_the_program_in_c_samples_the_same_chunks(tmp_path: Path) -> None:
         requests.append(history.stacked())
     observed = np.stack([flat(policy.spec, step)[0] for step in steps])
     noise = [parapolicy.draw_noise(policy.schedule, seed=seed) for seed in range(2)]
-    observed.tofile(tmp_path / "observations")
-    np.stack([value.numpy() for value in noise]).tofile(tmp_path / "noise")
+    observed.tofile(folder / "observations")
+    np.stack([value.numpy() for value in noise]).tofile(folder / "noise")
+    asked = zip((requests[0], requests[8]), noise, strict=True)
+    return np.stack([policy.predict(request, noise=value).trajectory for request, value in asked])
+
+
+def test_the_program_in_c_samples_the_same_chunks(tmp_path: Path) -> None:
+    build_program(tmp_path / "push_t")
+    expected = write_inputs(shipped_policy("pusht_lowdim").with_sampler("collocation", nodes=15), tmp_path)
     names = [str(tmp_path / name) for name in ("push_t", "plan", "observations", "chunks", "noise")]
     done = subprocess.run(names, capture_output=True, text=True, timeout=600)
     assert (done.returncode, done.stderr) == (0, "")
     assert done.stdout.startswith("2 chunks; 900 ticks of 1 ms, ")
-    found = np.fromfile(tmp_path / "chunks", np.float32).reshape(2, 16, 2)
-    for i, request in enumerate((requests[0], requests[8])):
-        assert np.array_equal(found[i], policy.predict(request, noise=noise[i]).trajectory)
+    assert np.array_equal(np.fromfile(tmp_path / "chunks", np.float32).reshape(2, 16, 2), expected)
 
     (tmp_path / "plan").write_bytes((tmp_path / "plan").read_bytes()[:-64])
     done = subprocess.run(names, capture_output=True, text=True, timeout=600)
     assert (done.returncode, done.stderr) == (1, "error: the plan file is damaged; export it anew\n")
+
+
+ARM_COMPILER, ARM_EMULATOR = "aarch64-linux-gnu-g++", "qemu-aarch64"
+MISSING = [name for name in (ARM_COMPILER, ARM_EMULATOR) if shutil.which(name) is None]
+
+
+@pytest.mark.skipif(bool(MISSING), reason=f"no {' and no '.join(MISSING)} here")
+def test_on_arm_it_samples_them_too(tmp_path: Path) -> None:
+    """Vectors have another width there, so that sums have another order; three steps show bfloat16's roundings most."""
+    build_program(tmp_path / "push_t", ARM_COMPILER, "-march=armv8.6-a -static")  # with instructions for bfloat16
+    names = [str(tmp_path / name) for name in ("push_t", "plan", "observations", "chunks", "noise")]
+    for engine, tolerance in (("fused", 1e-5), ("fused_bfloat16", 0.03)):
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # where float32 takes the place of bfloat16
+            policy = shipped_policy("pusht_lowdim", engine).with_schedule("ddim", 3).with_sampler("sequential")
+            expected = write_inputs(policy, tmp_path)
+        subprocess.run([ARM_EMULATOR, *names], check=True, timeout=600, stdout=subprocess.DEVNULL)
+        found = np.fromfile(tmp_path / "chunks", np.float32).reshape(2, 16, 2)
+        scale = policy.normalizer.maps["action"].scale.numpy()
+        np.testing.assert_allclose(found * scale, expected * scale, rtol=0, atol=tolerance)

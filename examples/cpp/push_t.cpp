@@ -50,6 +50,10 @@ int main(int count, char** arguments) {
     std::future<Floats> next;
     Floats chunk;
     int64_t sampled = 0, asked_at = 0, begun_at = 0, late = 0, held = 0;
+    const auto take = [&] {
+        chunk = next.get(), begun_at = asked_at;
+        chunks.write(reinterpret_cast<const char*>(chunk.data()), chunk.size() * sizeof(float));
+    };
     const Clock::time_point begin = Clock::now();
     for (int64_t tick = 0; tick < control_steps * per_step; tick++) {
         const Clock::time_point due = begin + std::chrono::milliseconds(tick);
@@ -68,15 +72,14 @@ int main(int count, char** arguments) {
                 std::copy(&given[from], &given[from] + size.noise, noise.begin());
             next = std::async(std::launch::async, sample, observation, noise), asked_at = step;
         }
-        if (next.valid() && (chunk.empty() || next.wait_for(std::chrono::seconds(0)) == std::future_status::ready)) {
-            chunk = next.get(), begun_at = asked_at;  // the first one is waited for
-            chunks.write(reinterpret_cast<const char*>(chunk.data()), chunk.size() * sizeof(float));
-        }
+        if (next.valid() && (chunk.empty() || next.wait_for(std::chrono::seconds(0)) == std::future_status::ready))
+            take();  // the first one is waited for
         const int64_t index = size.first_action + step - begun_at;
         held += index >= size.horizon;
         const float* action = &chunk[std::min(index, size.horizon - 1) * size.action_dim];
         (void)action;  // to the robot's servos
     }
+    if (next.valid()) take();  // which still reads the policy
     std::printf("%lld chunks; %lld ticks of 1 ms, %lld late, %lld without an action\n", (long long)sampled,
                 (long long)(control_steps * per_step), (long long)late, (long long)held);
     parapolicy_free(policy);

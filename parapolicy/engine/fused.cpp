@@ -257,7 +257,7 @@ int64_t compute(const Network& network, const Films& films, const float* x, cons
 
 // Whether products of bfloat16 have an instruction here.
 extern "C" int64_t parapolicy_multiplies_bfloat16() {
-#ifdef __AVX512BF16__
+#if defined(__AVX512BF16__) || defined(__ARM_FEATURE_BF16_VECTOR_ARITHMETIC)
     return 1;
 #else
     return 0;

@@ -17,7 +17,8 @@ FOLDER = Path(__file__).parent
 SOURCES = ("fused.cpp", "work_sharing.cpp", "chunk.cpp", "plan_file.cpp", "embedding.cpp")
 HEADERS = ("fused.h", "vectors.h", "convolution.h", "work_sharing.h", "chunk.h", "plan_file.h", "parapolicy_fused.h")
 # No -ffast-math: sums keep their order, and what is not finite stays so.
-FLAGS = ("-O3", "-march=native", "-ffp-contract=fast", "-fopenmp-simd", "-std=c++17", "-shared", "-fPIC", "-pthread")
+NATIVE = "-mcpu=native" if platform.machine() in ("aarch64", "arm64") else "-march=native"
+FLAGS = ("-O3", NATIVE, "-ffp-contract=fast", "-fopenmp-simd", "-std=c++17", "-shared", "-fPIC", "-pthread")
 PATIENCE = 300  # seconds of compiling
 
 
@@ -68,7 +69,7 @@ def _version(compiler: str) -> str:
 
 
 def _processor() -> str:
-    """What -march=native looks at."""
+    """What the compiler looks at for ``native``."""
     try:
         lines = Path("/proc/cpuinfo").read_text().split("\n\n")[0].splitlines()
     except OSError:

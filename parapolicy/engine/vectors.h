@@ -5,6 +5,9 @@
 #ifdef __AVX512F__
 #include <immintrin.h>
 #endif
+#ifdef __ARM_FEATURE_BF16_VECTOR_ARITHMETIC
+#include <arm_neon.h>
+#endif
 
 // Hidden: two libraries in one process, built with other flags, would share what templates keep.
 namespace parapolicy __attribute__((visibility("hidden"))) {
@@ -43,6 +46,8 @@ inline void store(float* p, Vector v) { std::memcpy(p, &v, sizeof v); }
 inline void store_rounded(uint16_t* p, Vector v) {
 #ifdef __AVX512BF16__
     const Halves halves = (Halves)_mm512_cvtneps_pbh((__m512)v);
+#elif defined(__ARM_FEATURE_BF16_VECTOR_ARITHMETIC)
+    const Halves halves = (Halves)vcvt_bf16_f32((float32x4_t)v);
 #else
     const Bits bits = (Bits)v, rounded = (bits + 0x7fff + (bits >> 16 & 1)) >> 16;
     const Halves halves = __builtin_convertvector(v != v ? Bits{} + 0x7fc0 : rounded, Halves);
@@ -61,10 +66,15 @@ struct Float32 {
 
 struct Bfloat16 {
     static constexpr int INPUTS = 2;
-#ifdef __AVX512BF16__
+#if defined(__AVX512BF16__)
     static constexpr int ROWS = 6;
     static Vector multiply_add(Vector sum, Words weight, int32_t input) {
         return (Vector)_mm512_dpbf16_ps((__m512)sum, (__m512bh)(__m512i)weight, (__m512bh)_mm512_set1_epi32(input));
+    }
+#elif defined(__ARM_FEATURE_BF16_VECTOR_ARITHMETIC)
+    static constexpr int ROWS = 6;
+    static Vector multiply_add(Vector sum, Words weight, int32_t input) {
+        return (Vector)vbfdotq_f32((float32x4_t)sum, (bfloat16x8_t)weight, (bfloat16x8_t)(input - Words{}));
     }
 #else
     static constexpr int ROWS = 4;
