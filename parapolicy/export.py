@@ -9,13 +9,14 @@ from torch import Tensor
 
 from parapolicy.engine import Fused
 from parapolicy.engine.fused import Bound
+from parapolicy.engine.lowered.fused_unet1d import FusedUnet1D
 from parapolicy.engine.native_loop import PREDICTIONS, node_tables
 from parapolicy.files import replacing
 from parapolicy.policy import Policy
 from parapolicy.samplers import Collocation, Sequential
 from parapolicy.samplers.collocation import Tables
 
-MAGIC, VERSION, ALIGNMENT = b"parafuse", 1, 64
+MAGIC, VERSION, ALIGNMENT = b"parafuse", 2, 64
 HEADER = "<8sIIq" + 22 * "q" + 6 * "d"  # Header of engine/plan_file.h
 CHECKSUM_AT = 12
 
@@ -34,16 +35,16 @@ def write_plan(policy: Policy, path: Path) -> None:
         ValueError: what the native library does not do.
         OSError: there is no compiler here, or the file cannot be written.
     """
-    bound = _bind(policy)
+    bound, network = _bind(policy)
     spec, schedule, sampler = policy.spec, policy.schedule, policy.sampler
-    plan = bound.network.plan(*spec.sample_shape)
+    plan = network.plan(*spec.sample_shape)
     tables = [schedule.A, schedule.B, schedule.C, schedule.S, schedule.alpha, schedule.sigma, schedule.overshoot]
     arrays = [
         plan.layers,
         plan.weights,
         plan.values,
         bound.steps,
-        bound.network.condition_weight,
+        network.condition_weight,
         *tables,
         *_normalizer(policy),
     ]
@@ -83,7 +84,7 @@ def _node_arrays(tables: Tables) -> list[Tensor | None]:
     return [tables.nodes, tables.modes, *values]
 
 
-def _bind(policy: Policy) -> Bound:
+def _bind(policy: Policy) -> tuple[Bound, FusedUnet1D]:
     """The native network at the schedule's steps."""
     engine, spec = policy.engine, policy.spec
     if not isinstance(engine, Fused):
@@ -98,9 +99,9 @@ def _bind(policy: Policy) -> Bound:
     nothing = {key: torch.zeros(1, *shape) for key, shape in spec.obs_shapes.items()}
     with policy.engine.exclusive():
         bound = engine.bind(policy.network, policy.schedule.timesteps, nothing)
-    if not isinstance(bound, Bound):
-        raise ValueError(f"the network {spec.network['name']!r} has no native form here")
-    return bound
+    if not isinstance(bound, Bound) or not isinstance(bound.network, FusedUnet1D):
+        raise ValueError(f"the network {spec.network['name']!r} has no native form here, or is no UNet")
+    return bound, bound.network
 
 
 def _normalizer(policy: Policy) -> list[Tensor]:

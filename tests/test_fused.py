@@ -15,7 +15,7 @@ import torch
 import parapolicy
 from parapolicy.engine import Compiled, Fused, make_engine, native_library
 from parapolicy.engine.lowered.fused_unet1d import FusedUnet1D
-from parapolicy.engine.lowered.unet1d_plan import place_buffers
+from parapolicy.engine.lowered.plan import place_buffers
 from parapolicy.networks import ConditionalUnet1D
 from tests.helpers import small_policy, some_observation
 
@@ -116,7 +116,7 @@ def test_other_instructions_compute_the_same(
     # The same sums in other orders. In bfloat16 a sum at the edge of two of its values goes to either.
     tolerance = 1e-5 if dtype == FLOAT32 else float((found - expected).abs().max())
     library = native_library.load_library((*native_library.FLAGS, *flags))
-    monkeypatch.setattr("parapolicy.engine.lowered.fused_unet1d.load_library", lambda: library)
+    monkeypatch.setattr("parapolicy.engine.lowered.fused_network.load_library", lambda: library)
     other = networks(network, dtype)(x, step, element)[1]
     torch.testing.assert_close(other, found, rtol=0, atol=tolerance)
 

@@ -11,7 +11,7 @@ import pytest
 
 import parapolicy
 from parapolicy import export
-from parapolicy.engine.lowered.unet1d_plan import Layer
+from parapolicy.engine.lowered.plan import Layer
 from tests.embedded import BAD_RESULT, DAMAGED, NO_PLAN, OK, OTHER_VERSION, Embedded, Options, flat, native, sealed
 from tests.helpers import small_policy, some_observation
 

@@ -54,7 +54,8 @@ void convolve(const Layer& l, const int32_t* source, int64_t rows, const int32_t
               const Part& part, float* sums) {
     const int64_t width = part.channels, words = l.inputs / P::INPUTS, row_words = l.source_stride / P::INPUTS;
     for (int64_t i = 0; i < l.target_length * part.rows; i++)
-        std::memcpy(sums + i * width, values + l.bias + part.channel, width * sizeof(float));
+        std::memcpy(sums + i * width, values + l.bias + i / part.rows * l.bias_pitch + part.channel,
+                    width * sizeof(float));
     source += (l.source * rows + l.source_channel) / P::INPUTS + part.row * row_words;
     const int64_t vectors = l.strip / LANES, step_vectors = std::min<int64_t>(vectors, VECTORS);
     for (int64_t c = 0; c < width; c += l.strip)

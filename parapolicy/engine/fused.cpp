@@ -1,4 +1,5 @@
-// The conditional 1-D UNet of a Diffusion Policy in one call: an interpreter of layers, for few rows on few cores.
+// The conditional 1-D UNet, or the transformer, of a Diffusion Policy in one call: an interpreter of layers, for few rows
+// on few cores.
 //
 // A layer is computed in parts: some channels, with all of their groups, of some rows. A part is convolved into sums
 // that stay in a core's cache, then normalised and written. A row's sums are formed in the same order whatever the
@@ -13,6 +14,7 @@
 #include <memory>
 #include <new>
 
+#include "attention.h"
 #include "convolution.h"
 #include "work_sharing.h"
 
@@ -103,7 +105,7 @@ void normalise(const Layer& l, const float* values, const Part& part, const floa
 void finish(const Call& call, const Layer& l, const Part& part, const float* sums, float* scratch) {
     const int64_t rows = call.rows, length = l.target_length, pitch = part.rows * part.channels;
     const int64_t target_pitch = rows * l.target_stride, residual_pitch = rows * l.residual_stride;
-    const bool norm = l.group > 0, film = l.film >= 0, residual = l.residual >= 0, exact = l.exact, rounded = l.rounded;
+    const bool norm = l.group > 0, gelus = l.gelu, film = l.film >= 0, residual = l.residual >= 0, exact = l.exact, rounded = l.rounded;
     float *scale = scratch, *shift = scratch + part.channels;
     for (int64_t i = 0; i < part.rows; i++) {
         const int64_t r = part.row + i;
@@ -136,6 +138,7 @@ void finish(const Call& call, const Layer& l, const Part& part, const float* sum
             for (int64_t p = 0; p < length; p++) {
                 Vector y = load(row + p * pitch + c);
                 if (norm) y = mish(y * a + b);
+                if (gelus) y = gelu(y);
                 if (film) y = y * gain + offset;
                 if (residual) y += load(past + p * residual_pitch);
                 if (exact) store(to + p * target_pitch, y);
@@ -159,11 +162,36 @@ struct Parts {
         return {unit * l.unit, l.unit, row, (range + 1) * rows / ranges - row};
     }
     int64_t scratch(const Layer& l, int64_t rows) const {  // floats that a part needs
+        if (l.kind == ATTENTION) return attention_scratch(l);
         return (l.target_length * ((rows + ranges - 1) / ranges) + 2) * l.unit;
     }
 };
 
+// LayerNorm or attention of a part's rows.
+void mix_tokens(const Call& call, const Layer& l, const Part& part, float* scratch) {
+    const int64_t pitch = call.rows * l.source_stride, target_pitch = call.rows * l.target_stride;
+    const int64_t film = call.network.film;
+    for (int64_t r = part.row; r < part.row + part.rows; r++) {
+        const float* tokens = call.exact + l.source * call.rows + r * l.source_stride;
+        const int64_t at = l.target * call.rows + r * l.target_stride;
+        const Target target{l.exact ? call.exact + at : nullptr, l.rounded ? call.rounded + at : nullptr};
+        if (l.kind == ATTENTION) {
+            const float* by_step = l.memory ? call.films.by_step + call.step[r] * film + l.film : nullptr;
+            const bool both = l.memory && call.films.by_element;
+            const float* by_element = both ? call.films.by_element + call.element[r] * film + l.film : nullptr;
+            attend(l, tokens, pitch, by_step, by_element, scratch, target, target_pitch);
+            continue;
+        }
+        for (int64_t p = 0; p < l.target_length; p++) {
+            const Target there{l.exact ? target.exact + p * target_pitch : nullptr,
+                               l.rounded ? target.rounded + p * target_pitch : nullptr};
+            normalise_token(l, call.network.values, tokens + p * pitch, there);
+        }
+    }
+}
+
 void compute_part(const Call& call, const Layer& l, const Part& part, float* sums) {
+    if (l.kind != CONVOLUTION) return mix_tokens(call, l, part, sums);
     const int32_t* weights = static_cast<const int32_t*>(call.network.weights);
     const float* values = call.network.values;
     if (l.precision == BFLOAT16)

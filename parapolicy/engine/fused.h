@@ -4,7 +4,7 @@
 
 namespace parapolicy {
 
-// One convolution and what follows it. Widths and strides are in channels; ``source``, ``target`` and ``residual`` say
+// One convolution and what follows it; or a LayerNorm of each position, or attention among them. Widths and strides are in channels; ``source``, ``target`` and ``residual`` say
 // where in a row's activations a buffer begins. Buffers begin at multiples of 64 and, but for the input's, hold
 // multiples of 16 channels, of which those beyond a layer's outputs are 0.
 struct Layer {
@@ -18,8 +18,14 @@ struct Layer {
     int64_t residual, residual_channel, residual_stride;  // residual -1: none
     int64_t exact, rounded;       // which forms of the target are read: float32, and bfloat16
     int64_t precision;            // of the weights, and of the source as they multiply it
+    int64_t kind, gelu;           // gelu: follows the sums
+    int64_t bias_pitch;           // from a position's bias to the next one's; 0: they have the same
+    int64_t heads;                // of attention
+    int64_t memory, seen;         // tokens whose keys and values are FiLM values, 0: attention is among positions; a
+                                  // position p attends to the first p + seen tokens
 };
 
+enum Kind : int64_t { CONVOLUTION = 0, LAYER_NORM = 1, ATTENTION = 2 };
 enum Precision : int64_t { FLOAT32 = 0, BFLOAT16 = 1 };
 
 struct Network {

@@ -4,6 +4,7 @@ import threading
 import warnings
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -11,13 +12,20 @@ from torch import Tensor
 from parapolicy.denoiser import Denoiser, Evaluate
 from parapolicy.engine.base import Engine
 from parapolicy.engine.compiled import Compiled
+from parapolicy.engine.lowered.fused_network import FusedNetwork
+from parapolicy.engine.lowered.fused_transformer1d import FusedTransformer1D
 from parapolicy.engine.lowered.fused_unet1d import FusedUnet1D
 from parapolicy.engine.native_library import load_library
 from parapolicy.engine.native_loop import sample_natively
 from parapolicy.networks import Network
+from parapolicy.networks.transformer1d import TransformerForDiffusion
 from parapolicy.networks.unet1d import ConditionalUnet1D
 from parapolicy.samplers import Sample, Sampler
 
+NATIVE: dict[type[Network], Callable[[Any, torch.dtype], FusedNetwork]] = {
+    ConditionalUnet1D: FusedUnet1D,
+    TransformerForDiffusion: FusedTransformer1D,
+}
 CACHED = 8  # schedules whose FiLM values are kept
 
 
@@ -25,7 +33,7 @@ CACHED = 8  # schedules whose FiLM values are kept
 class Bound:
     """The network at a schedule's steps and a batch's condition."""
 
-    network: FusedUnet1D
+    network: FusedNetwork
     steps: Tensor
     condition: Tensor
 
@@ -34,10 +42,10 @@ class Bound:
 
 
 class Fused(Engine):
-    """The conditional UNet in C++, compiled in seconds at the first use on a machine; see ``fused.cpp``.
+    """The conditional UNet or the transformer in C++, compiled in seconds at the first use on a machine.
 
-    A call is shared by as many threads as torch has; see ``work_sharing.h``. A row's result is the same to the bit
-    whatever the number of rows and threads. For other networks, and without a C++ compiler,
+    See ``fused.cpp``. A call is shared by as many threads as torch has; see ``work_sharing.h``. A row's result is the
+    same to the bit whatever the number of rows and threads. For other networks, and without a C++ compiler,
     :class:`parapolicy.engine.Compiled` takes its place, with one warning.
 
     Args:
@@ -49,7 +57,7 @@ class Fused(Engine):
     def __init__(self, dtype: torch.dtype = torch.float32, told: bool = False) -> None:
         self.name = "fused_bfloat16" if dtype == torch.bfloat16 else "fused"
         self.dtype, self.told = dtype, told
-        self._fused: tuple[Network, FusedUnet1D] | None = None  # of the newest network
+        self._fused: tuple[Network, FusedNetwork] | None = None  # of the newest network
         self._steps: dict[Tensor, Tensor] = {}  # timesteps -> their FiLM values, of the newest schedules
         self._fallback: Compiled | None = None
         self._lock = threading.Lock()
@@ -81,15 +89,15 @@ class Fused(Engine):
             sample = sample_natively(bound.network, bound.steps, bound.condition, sampler, denoiser, noise, stop)
         return super().run(sampler, denoiser, noise, stop, guess) if sample is None else sample
 
-    def _find(self, network: Network) -> FusedUnet1D | None:
+    def _find(self, network: Network) -> FusedNetwork | None:
         """The network in C++; None where there is none."""
         if self._fallback is not None:
             return None
         if self._fused is None or self._fused[0] is not network:
             try:
-                if not isinstance(network, ConditionalUnet1D):
+                if type(network) not in NATIVE:
                     raise ValueError(f"a {type(network).__name__} has no native form")
-                self._fused, self._steps = (network, FusedUnet1D(network, self._find_dtype())), {}
+                self._fused, self._steps = (network, NATIVE[type(network)](network, self._find_dtype())), {}
             except (ValueError, OSError) as error:
                 self._fallback = Compiled(self.dtype)
                 self._warn(self._fallback.name, error)

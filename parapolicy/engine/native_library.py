@@ -15,7 +15,16 @@ from parapolicy.files import cache_folder, replacing
 
 FOLDER = Path(__file__).parent
 SOURCES = ("fused.cpp", "work_sharing.cpp", "chunk.cpp", "plan_file.cpp", "embedding.cpp")
-HEADERS = ("fused.h", "vectors.h", "convolution.h", "work_sharing.h", "chunk.h", "plan_file.h", "parapolicy_fused.h")
+HEADERS = (
+    "fused.h",
+    "vectors.h",
+    "convolution.h",
+    "attention.h",
+    "work_sharing.h",
+    "chunk.h",
+    "plan_file.h",
+    "parapolicy_fused.h",
+)
 # No -ffast-math: sums keep their order, and what is not finite stays so.
 NATIVE = "-mcpu=native" if platform.machine() in ("aarch64", "arm64") else "-march=native"
 FLAGS = ("-O3", NATIVE, "-ffp-contract=fast", "-fopenmp-simd", "-std=c++17", "-shared", "-fPIC", "-pthread")

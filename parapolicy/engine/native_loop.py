@@ -12,7 +12,7 @@ from torch import Tensor
 
 from parapolicy.denoiser import Denoiser
 from parapolicy.engine.base import Deadline
-from parapolicy.engine.lowered.fused_unet1d import FusedUnet1D
+from parapolicy.engine.lowered.fused_network import FusedNetwork
 from parapolicy.samplers import Collocation, Sample, Sampler, Sequential
 from parapolicy.samplers.base import root_mean_square
 from parapolicy.samplers.collocation import ROUNDS
@@ -62,7 +62,7 @@ class Costs(Struct):
 
 
 def sample_natively(
-    network: FusedUnet1D,
+    network: FusedNetwork,
     steps: Tensor,
     condition: Tensor,
     sampler: Sampler,
@@ -79,7 +79,7 @@ def sample_natively(
         steps, condition: (T, F) and (B, F).
     """
     loop, schedule, batch = LOOPS.get(type(sampler)), denoiser.schedule, noise.shape[1]
-    if loop is None or network.condition != "global":
+    if loop is None or network.inpaints:
         return None
     expected = len(schedule) + 1, batch, math.prod(denoiser.sample_shape)
     if noise.shape != expected or len(steps) != len(schedule) or len(condition) < batch:

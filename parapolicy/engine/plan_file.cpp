@@ -94,6 +94,7 @@ bool check_buffer(const Network& n, int64_t at, int64_t channel, int64_t stride,
 }
 
 bool check_layer(const Network& n, const Layer& l, int64_t weights, int64_t values) {
+    if (l.kind != CONVOLUTION || l.gelu || l.bias_pitch || l.heads || l.memory || l.seen) return false;  // a UNet
     const bool halves = l.precision == BFLOAT16;
     if (!within(l.precision, FLOAT32, n.precision) || !flag(l.transposed) || !within(l.taps, 1, MOST) || !within(l.stride, 1, MOST)) return false;
     if (!within(l.padding, 0, MOST) || !within(l.outputs, 1, MOST) || !within(l.inputs, 1, MOST)) return false;

@@ -12,7 +12,7 @@
 namespace parapolicy {
 
 constexpr char MAGIC[9] = "parafuse";
-constexpr uint32_t VERSION = 1;
+constexpr uint32_t VERSION = 2;
 constexpr int64_t ALIGNMENT = 64;
 
 struct Header {

@@ -105,6 +105,15 @@ inline Vector reciprocal(Vector x) {
 #endif
 }
 
+// x (1 + erf(x / sqrt 2)) / 2, to 1e-7 |x|: Abramowitz and Stegun, Handbook of Mathematical Functions, 7.1.26.
+inline Vector gelu(Vector x) {
+    const Vector z = (x < 0.f ? -x : x) * 0.70710678f, t = reciprocal(1.f + 0.3275911f * z), square = -z * z;
+    Vector y = 1.061405429f * t - 1.453152027f;
+    y = y * t + 1.421413741f, y = y * t - 0.284496736f, y = y * t + 0.254829592f;
+    const Vector rest = y * t * exponential(splat(-80.f) > square ? splat(-80.f) : square);  // 1 - erf(z)
+    return x * 0.5f * (x < 0.f ? rest : 2.f - rest);
+}
+
 inline Vector mish(Vector x) {  // x tanh(log(1 + e^x)), with one exponential; what is not a number stays so
     Vector low = splat(20.f) < x ? splat(20.f) : x;
     low = splat(-80.f) > low ? splat(-80.f) : low;
