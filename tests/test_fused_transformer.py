@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 import parapolicy
 from parapolicy import export
@@ -17,7 +17,6 @@ from parapolicy.engine.fused import Bound
 from parapolicy.engine.lowered.fused_transformer1d import FusedTransformer1D
 from parapolicy.networks.transformer1d import TransformerForDiffusion
 from tests.helpers import small_policy, some_observation
-from tests.test_transformer1d import grow
 
 pytestmark = pytest.mark.skipif(shutil.which("g++") is None, reason="no g++ here")
 FLOAT32, BFLOAT16 = torch.float32, torch.bfloat16
@@ -28,6 +27,14 @@ SIZES: list[dict[str, Any]] = [
     {"n_emb": 32, "horizon": 60, "steps": 20},  # as many tokens as there may be, but for a few
     {"n_emb": 32, "condition": "inpaint", "n_cond_layers": 1},
 ]
+
+
+def grow(network: nn.Module) -> None:
+    """Random weights, large enough that every part matters, and no sum hangs on its last bit."""
+    for name, parameter in network.named_parameters():
+        scales = name.endswith("weight") and ("norm" in name or "ln_f" in name)
+        nn.init.normal_(parameter, 1.0 if scales else 0.0, 0.15)
+    network.requires_grad_(False)
 
 
 def build(
@@ -66,8 +73,8 @@ def test_it_computes_what_the_network_does(sizes: dict[str, Any], dtype: torch.d
         expected = outputs(precise, x.double(), step, element, steps).float()
         found = outputs(fused, *given, steps)
         scale = float(expected.abs().max())
-        assert scale > 0.5
-        torch.testing.assert_close(found, expected, rtol=0, atol={FLOAT32: 2e-5, BFLOAT16: 0.15}[dtype] * scale)
+        assert scale > 0.3
+        torch.testing.assert_close(found, expected, rtol=0, atol={FLOAT32: 1e-5, BFLOAT16: 0.05}[dtype] * scale)
         if dtype == BFLOAT16:
             assert not torch.equal(found, outputs(FusedTransformer1D(network), *given, steps))
 
