@@ -12,11 +12,12 @@ from torch import Tensor, nn
 
 import parapolicy
 from parapolicy import export
-from parapolicy.engine import Fused, make_engine, native_loop
+from parapolicy.engine import Fused, make_engine, native_library, native_loop
 from parapolicy.engine.fused import Bound
 from parapolicy.engine.lowered.fused_transformer1d import FusedTransformer1D
 from parapolicy.networks.transformer1d import TransformerForDiffusion
 from tests.helpers import small_policy, some_observation
+from tests.test_fused import INSTRUCTIONS
 
 pytestmark = pytest.mark.skipif(shutil.which("g++") is None, reason="no g++ here")
 FLOAT32, BFLOAT16 = torch.float32, torch.bfloat16
@@ -92,6 +93,18 @@ def test_a_row_is_the_same_to_the_bit_among_any_others(dtype: torch.dtype, monke
             for begin in range(0, 40, count):
                 part = slice(begin, begin + count)
                 assert torch.equal(outputs(fused, x[part], step[part], element[part]), together[part])
+
+
+@pytest.mark.parametrize("flags", INSTRUCTIONS, ids=lambda flags: flags[0])
+@torch.inference_mode()
+def test_other_instructions_compute_the_same(flags: tuple[str, ...], monkeypatch: pytest.MonkeyPatch) -> None:
+    network = build(n_emb=48, n_head=3)
+    given = rows(5, network)
+    expected = outputs(network, *given)
+    library = native_library.load_library((*native_library.FLAGS, *flags))
+    monkeypatch.setattr("parapolicy.engine.lowered.fused_network.load_library", lambda: library)
+    found = outputs(FusedTransformer1D(network), *given)
+    torch.testing.assert_close(found, expected, rtol=0, atol=1e-5 * float(expected.abs().max()))
 
 
 @torch.inference_mode()
