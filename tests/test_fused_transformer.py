@@ -17,6 +17,7 @@ from parapolicy.engine.fused import Bound
 from parapolicy.engine.lowered.fused_transformer1d import FusedTransformer1D
 from parapolicy.networks.transformer1d import TransformerForDiffusion
 from tests.helpers import small_policy, some_observation
+from tests.oracles import oracle_folder
 from tests.test_fused import INSTRUCTIONS
 
 pytestmark = pytest.mark.skipif(shutil.which("g++") is None, reason="no g++ here")
@@ -181,3 +182,15 @@ def test_the_engine_takes_it() -> None:
     observation = {key: torch.zeros(1, *shape) for key, shape in made.spec.obs_shapes.items()}
     engine = make_engine("fused", torch.device("cpu"))
     assert isinstance(engine.bind(made.network, made.schedule.timesteps, observation), Bound)
+
+
+@torch.inference_mode()
+def test_it_computes_what_the_published_code_s_checkpoint_does() -> None:
+    made = parapolicy.load_policy(oracle_folder("real-stanford") / "transformer_lowdim_pusht.ckpt", device="cpu")
+    network, timesteps = made.network, made.schedule.timesteps
+    observation = {key: torch.rand(3, *shape) for key, shape in made.spec.obs_shapes.items()}
+    given = torch.randn(7, *made.spec.sample_shape), torch.arange(7), torch.arange(7) % 3
+    expected = network(given[0], network.embed_steps(timesteps), network.embed_condition(observation), *given[1:])
+    found = make_engine("fused", made.device).bind(network, timesteps, observation)(*given)
+    assert expected.abs().max() > 0.5
+    torch.testing.assert_close(found, expected, rtol=0, atol=1e-5)
