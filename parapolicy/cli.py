@@ -13,6 +13,7 @@ USAGE = """usage: parapolicy inspect CHECKPOINT [--json]
        parapolicy export CHECKPOINT OUT [--format fused] [--sampler sequential] [--engine fused]
        parapolicy calibrate FOLDER [--observations FILE.npz…] [--chunks 60] [--draws 60]
        parapolicy serve [checkpoint=FOLDER port=8000 …]
+       parapolicy ros2 SETTINGS.yaml [--ros-args …]
        parapolicy report FOLDER… [--output FOLDER] [--margin 0.03 --success-margin 0.05]
 
   inspect  what a policy is: what it wants to see, its actions, its schedule, what to beware of
@@ -21,6 +22,7 @@ USAGE = """usage: parapolicy inspect CHECKPOINT [--json]
   export   write a policy with its schedule and sampler as one file, for control stacks without Python
   calibrate  measure where the sampler collocation asks the network best, and what error it then has
   serve    answer openpi clients with action chunks of a policy; its settings: parapolicy.serve.settings.ServeConfig
+  ros2     run a ROS 2 node between topics of observations and of actions; its settings: docs/ros2.md
   report   put evaluation runs into one page, with tables and pictures
 
 A CHECKPOINT is a folder of parapolicy or LeRobot, hf://owner/name[@revision], a .ckpt of Diffusion Policy's published
@@ -184,6 +186,16 @@ def serve(arguments: Sequence[str]) -> None:
     run_server(config)
 
 
+def ros2(arguments: Sequence[str]) -> None:
+    """``parapolicy ros2``."""
+    if not arguments or arguments[0].startswith("-"):
+        raise ValueError("no settings file is given, expected the name of a YAML file")
+
+    from parapolicy.ros2.node import run_node
+
+    run_node(arguments[0], arguments[1:])
+
+
 def report(arguments: Sequence[str]) -> None:
     """``parapolicy report``."""
     parser = argparse.ArgumentParser("parapolicy report")
@@ -218,9 +230,10 @@ COMMANDS = {
     "export": export,
     "calibrate": calibrate,
     "serve": serve,
+    "ros2": ros2,
     "report": report,
 }
-EXTRAS = {"calibrate": "eval", "serve": "serve", "report": "eval"}  # of the commands that need one
+EXTRAS = {"calibrate": "eval", "serve": "serve", "ros2": "ros2", "report": "eval"}  # of the commands that need one
 
 
 def main(arguments: Sequence[str] | None = None) -> None:

@@ -1,0 +1,157 @@
+"""From the fields of messages to observations, and from actions to numbers of messages. Imports no ROS.
+
+What a message says about its own size is checked against what it holds, and against what is expected, before any of it
+is used.
+"""
+
+import io
+import math
+import warnings
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+from PIL import Image
+
+from parapolicy.errors import ObservationError
+from parapolicy.ros2.settings import COMPRESSED, IMAGE, JOINT_STATE, ActionSettings, SourceSettings
+from parapolicy.spec import Feature
+
+MAX_PIXELS = 1 << 24  # of a camera's image, 4096 × 4096
+MAX_NUMBERS = 100_000  # of a joint state or an array
+MAX_COMPRESSED = 1 << 26  # bytes
+_CHANNELS = {"rgb8": 3, "bgr8": 3, "rgba8": 4, "bgra8": 4, "mono8": 1, "8UC1": 1, "8UC3": 3}
+_RESIZING = {"bilinear": Image.Resampling.BILINEAR, "box": Image.Resampling.BOX}
+
+
+def observed_value(message: Any, source: SourceSettings, feature: Feature) -> np.ndarray:
+    """What a message says: float32 of the feature's shape, or uint8 (height, width, channels).
+
+    Raises:
+        ObservationError: the message does not hold it.
+    """
+    if source.type == IMAGE:
+        return _fit_image(_raw_image(message), source, feature)
+    if source.type == COMPRESSED:
+        return _fit_image(_compressed_image(message), source, feature)
+    numbers = _joint_numbers(message, source) if source.type == JOINT_STATE else _array_numbers(message, source)
+    size = math.prod(feature.shape)
+    if numbers.size != size:
+        raise ObservationError(f"the message has {numbers.size} numbers, expected {size}")
+    with np.errstate(over="ignore", invalid="ignore"):
+        value = (numbers * np.asarray(source.scale) + np.asarray(source.offset)).astype(np.float32)
+    if not np.isfinite(value).all():
+        index = int(np.argmin(np.isfinite(value)))
+        name = f"joint {source.names[index]!r}" if source.names else f"number {index}"
+        raise ObservationError(f"{name} is {numbers[index]}, expected a finite number")
+    return value.reshape(feature.shape)
+
+
+def action_numbers(actions: np.ndarray, target: ActionSettings) -> np.ndarray:
+    """Numbers of a message, (n, k) float64, of actions (n, Da)."""
+    taken = actions if target.indices is None else actions[:, target.indices]
+    return np.asarray(taken.astype(np.float64) * np.asarray(target.scale) + np.asarray(target.offset))
+
+
+def stamp_seconds(stamp: Any) -> float:
+    """Seconds of a header's time.
+
+    Raises:
+        ObservationError: it is zero, or no time.
+    """
+    if not 0 <= stamp.nanosec < 1_000_000_000 or stamp.sec < 0:
+        raise ObservationError(f"the stamp is {stamp.sec} s and {stamp.nanosec} ns, expected a time")
+    if stamp.sec == stamp.nanosec == 0:
+        raise ObservationError("the stamp is zero; have the driver fill it in, or set stamp: arrival")
+    return float(stamp.sec + 1e-9 * stamp.nanosec)
+
+
+def _joint_numbers(message: Any, source: SourceSettings) -> np.ndarray:
+    names: Sequence[str] = message.name
+    field = source.field or "position"
+    values = getattr(message, field)
+    assert source.names is not None  # of a JointState
+    if len(names) > MAX_NUMBERS or len(values) != len(names):
+        raise ObservationError(f"the message has {len(names)} names and {len(values)} numbers in {field!r}")
+    index = {name: i for i, name in enumerate(names)}
+    if len(index) < len(names):
+        raise ObservationError("the message names a joint twice")
+    missing = [name for name in source.names if name not in index]
+    if missing:
+        raise ObservationError(f"the message lacks the joints {missing}; it has {list(names)[:20]}")
+    return np.array([values[index[name]] for name in source.names], dtype=np.float64)
+
+
+def _array_numbers(message: Any, source: SourceSettings) -> np.ndarray:
+    if len(message.data) > MAX_NUMBERS:
+        raise ObservationError(f"the message has {len(message.data)} numbers, expected at most {MAX_NUMBERS}")
+    sizes = [dim.size for dim in message.layout.dim]
+    if message.layout.data_offset or (sizes and math.prod(sizes) != len(message.data)):
+        raise ObservationError(f"the message's layout says {sizes} for {len(message.data)} numbers")
+    numbers = np.array(message.data, dtype=np.float64)
+    if source.indices is None:
+        return numbers
+    if max(source.indices) >= len(numbers):
+        raise ObservationError(f"the message has {len(numbers)} numbers, and indices asks for {max(source.indices)}")
+    return numbers[source.indices]
+
+
+def _raw_image(message: Any) -> np.ndarray:
+    height, width, step, encoding = message.height, message.width, message.step, message.encoding
+    channels = _CHANNELS.get(encoding)
+    if channels is None:
+        raise ObservationError(f"the image's encoding is {encoding[:40]!r}, expected one of {list(_CHANNELS)}")
+    if not 0 < height * width <= MAX_PIXELS or step < width * channels or height * step != len(message.data):
+        raise ObservationError(
+            f"the image says {height} rows of {step} bytes for {width} pixels of {channels} bytes, and has "
+            f"{len(message.data)} bytes; expected them to agree, and at most {MAX_PIXELS} pixels"
+        )
+    rows = np.frombuffer(message.data, np.uint8).reshape(height, step)[:, : width * channels]
+    image = rows.reshape(height, width, channels)
+    return image[..., 2::-1] if encoding.startswith("bgr") else image[..., :3]
+
+
+def _compressed_image(message: Any) -> np.ndarray:
+    data = bytes(message.data) if len(message.data) <= MAX_COMPRESSED else b""
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # of sizes, which are checked here
+            with Image.open(io.BytesIO(data), formats=("JPEG", "PNG")) as image:
+                if not 0 < image.width * image.height <= MAX_PIXELS:
+                    raise ObservationError(
+                        f"the image is {image.width} × {image.height}, expected at most {MAX_PIXELS} pixels"
+                    )
+                if image.mode not in ("L", "RGB", "RGBA"):
+                    raise ObservationError(f"the image's mode is {image.mode!r}, expected 8 bits of grey, RGB or RGBA")
+                pixels = np.asarray(image)
+    except ObservationError:
+        raise
+    except Exception as error:  # of damaged files, Pillow raises many kinds
+        kind = f"{type(error).__name__}: {error!s:.100}"
+        raise ObservationError(f"{len(message.data)} bytes are no whole JPEG or PNG ({kind})") from error
+    return (pixels[..., None] if pixels.ndim == 2 else pixels)[..., :3]
+
+
+def _fit_image(image: np.ndarray, source: SourceSettings, feature: Feature) -> np.ndarray:
+    """Cropped, resized where that is asked for, and of the policy's shape."""
+    if source.crop is not None:
+        top, left, height, width = source.crop
+        if top + height > image.shape[0] or left + width > image.shape[1]:
+            raise ObservationError(f"the image is {image.shape[1]} × {image.shape[0]}, and crop is {source.crop}")
+        image = image[top : top + height, left : left + width]
+    height, width, channels = feature.shape
+    if image.shape[2] != channels:
+        raise ObservationError(f"the image has {image.shape[2]} channels, expected {channels}")
+    if source.resize is not None and image.shape != feature.shape:
+        if not math.isclose(image.shape[0] * width, image.shape[1] * height, rel_tol=0.02):
+            raise ObservationError(
+                f"the image is {image.shape[1]} × {image.shape[0]}, expected the aspect ratio of {width} × {height}; "
+                "crop it"
+            )
+        picture = Image.fromarray(np.ascontiguousarray(image[..., 0] if channels == 1 else image))
+        image = np.asarray(picture.resize((width, height), _RESIZING[source.resize])).reshape(feature.shape)
+    if image.shape != feature.shape:
+        raise ObservationError(
+            f"the image is {image.shape[1]} × {image.shape[0]}, expected {width} × {height}; crop or resize it"
+        )
+    return image.copy()

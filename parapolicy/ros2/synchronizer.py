@@ -1,0 +1,64 @@
+"""Values of several sources that belong to one moment."""
+
+from collections import deque
+from collections.abc import Iterable
+from dataclasses import dataclass
+
+import numpy as np
+
+MAX_SAMPLES = 1000  # of one source
+
+
+@dataclass(frozen=True)
+class Matched:
+    """One value of every source.
+
+    Attributes:
+        time: of the source that is the furthest behind, seconds.
+        spread: between the oldest value and the newest one, seconds.
+        values: {key: value}.
+    """
+
+    time: float
+    spread: float
+    values: dict[str, np.ndarray]
+
+
+class Synchronizer:
+    """Finds, of each source, the value that is nearest in time to the newest one of the source furthest behind.
+
+    Args:
+        keys: of the sources.
+        keep: seconds for which values are kept.
+    """
+
+    def __init__(self, keys: Iterable[str], keep: float) -> None:
+        self.keep = keep
+        self._samples: dict[str, deque[tuple[float, np.ndarray]]] = {key: deque(maxlen=MAX_SAMPLES) for key in keys}
+
+    def add(self, key: str, time: float, value: np.ndarray) -> None:
+        """Keep a value; a source's times must increase."""
+        samples = self._samples[key]
+        samples.append((time, value))
+        while samples[0][0] < time - self.keep:
+            samples.popleft()
+
+    def last_time(self, key: str) -> float | None:
+        """Of a source's newest value; None: there is none."""
+        return self._samples[key][-1][0] if self._samples[key] else None
+
+    def newest(self) -> Matched | None:
+        """The newest values that belong together; None where a source has none yet."""
+        if not all(self._samples.values()):
+            return None
+        time = min(samples[-1][0] for samples in self._samples.values())
+        nearest = {
+            key: min(samples, key=lambda sample: abs(sample[0] - time)) for key, samples in self._samples.items()
+        }
+        times = [found for found, _ in nearest.values()]
+        return Matched(time, max(times) - min(times), {key: value for key, (_, value) in nearest.items()})
+
+    def clear(self) -> None:
+        """Forget everything."""
+        for samples in self._samples.values():
+            samples.clear()
