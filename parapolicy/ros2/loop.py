@@ -29,8 +29,9 @@ class _Episode:
     observed: float = -np.inf  # its time
     step_time: float = -np.inf  # the time that the last step stands for
     due: float = -np.inf  # observation time of the next step
-    repeat_at: float = np.inf  # when the next step is taken without a new observation
-    fresh_at: float = -np.inf  # when the last new observation was taken
+    age: float = 0.0  # seconds from the last new observation's time to its being taken
+    fresh_at: float = -np.inf  # when that was
+    repeat_at: float = np.inf  # before it no step is taken without a new observation
 
 
 class ControlLoop:
@@ -94,7 +95,7 @@ class ControlLoop:
             stamp = now if stamp is None else stamp
             if self._publishers.setdefault(key, publisher) != publisher:
                 self._publishers[key] = publisher
-                self._break(f"the publisher of {key!r} is another one; it has restarted, or there are two")
+                self._break_source(key, f"the publisher of {key!r} is another one; it has restarted, or there are two")
             if now < self._not_before:
                 self._not_before = -np.inf
             if stamp > now + tolerance:
@@ -108,7 +109,7 @@ class ControlLoop:
                 if moment >= last - tolerance:
                     self.refuse(key, f"its stamp is not after the one before, by {1e3 * (last - moment):.1f} ms")
                     return
-                self._break(f"the time of {key!r} went back by {last - moment:.3f} s")
+                self._break_source(key, f"the time of {key!r} went back by {last - moment:.3f} s")
             self._synchronizer.add(key, moment, value)
         self.wake.set()
 
@@ -154,12 +155,12 @@ class ControlLoop:
             if self.state == "inactive":
                 return self.period
             observation = self._next_observation()
-            generation, begun = self._generation, self.monotonic()
+            generation, now = self._generation, self.monotonic()
         if observation is not None:
-            self._act(observation, generation, begun)
+            self._act(observation, generation)
             return 0.0
-        next_time = self._hold_at if self.state == "holding" else begun + self.period / 4
-        return float(min(max(next_time - begun, 0.0), self.period / 2))
+        wait = self._hold_at - now if self.state == "holding" else self.period / 4
+        return float(min(max(wait, 0.0), self.period / 2))
 
     def snapshot(self) -> dict[str, Any]:
         """What the node tells of itself; called by the thread that calls :meth:`step`."""
@@ -183,7 +184,7 @@ class ControlLoop:
         if matched is not None and running and matched.time - episode.observed > timeout:
             self._break(f"the time of the observations went ahead by {matched.time - episode.observed:.3f} s")
             return None
-        lost = running and self.timing.repeat and now >= episode.repeat_at
+        lost = running and self.timing.repeat and now >= episode.repeat_at and self._robot_clock() >= self._latest()
         if matched is not None and (not running or lost or self._is_due(matched.time)):
             if not running:
                 self._start_episode()
@@ -220,15 +221,19 @@ class ControlLoop:
         early, due = EARLY * self.period, self._episode.due
         return moment >= due - early or self._robot_clock() >= due + early
 
+    def _latest(self) -> float:
+        """When the next control step's observation is lost, if it has not come."""
+        return self._episode.due + self._episode.age + self.period / 2
+
     def _take(self, matched: Matched, now: float) -> None:
         """This is the observation of the control step."""
         episode = self._episode
         on_grid = matched.time <= episode.due + self.period / 2
         episode.due = (episode.due if on_grid else matched.time) + self.period
         episode.observation, episode.observed, episode.step_time = matched.values, matched.time, matched.time
-        episode.fresh_at = now
+        episode.fresh_at, episode.age = now, self._robot_clock() - matched.time
 
-    def _act(self, values: Mapping[str, np.ndarray], generation: int, begun: float) -> None:
+    def _act(self, values: Mapping[str, np.ndarray], generation: int) -> None:
         """Compute the control step's action and send it, unless it is not wanted any more."""
         observation = {key: values[key] for key in self.settings.observations}
         held = self.controller.record.held
@@ -244,8 +249,7 @@ class ControlLoop:
             if generation != self._generation:
                 self.counts["dropped"] += 1
                 return
-            end = self.monotonic()
-            self._episode.repeat_at = max(begun + self.period, end) + self.period / 2
+            self._episode.repeat_at = self.monotonic() + self.period / 2
             now = self._robot_clock()
             self.last_latency = now - self._episode.step_time
             if self.last_latency > self.timing.timeout_ms / 1e3:
@@ -277,6 +281,13 @@ class ControlLoop:
         ahead = 0 if latency is None else round((now + latency / 1e3 - self._episode.step_time) / self.period)
         first = min(max(ahead, 0), len(planned) - 1)
         return planned[first : first + self.points], ahead >= len(planned)
+
+    def _break_source(self, key: str, reason: str) -> None:
+        """One source's values do not go on from those before."""
+        if self.state == "running":
+            self._break(reason)
+        else:  # no history to lose; the others' values may be of the same moment as what comes now
+            self._synchronizer.clear(key)
 
     def _break(self, reason: str) -> None:
         """The history is broken: hold or stop, and begin anew with what comes."""

@@ -58,7 +58,7 @@ class Synchronizer:
         times = [found for found, _ in nearest.values()]
         return Matched(time, max(times) - min(times), {key: value for key, (_, value) in nearest.items()})
 
-    def clear(self) -> None:
-        """Forget everything."""
-        for samples in self._samples.values():
-            samples.clear()
+    def clear(self, key: str | None = None) -> None:
+        """Forget a source's values; None: of all."""
+        for each in self._samples if key is None else [key]:
+            self._samples[each].clear()
