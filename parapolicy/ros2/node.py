@@ -15,7 +15,9 @@ from rcl_interfaces.msg import SetParametersResult
 from rclpy.executors import SingleThreadedExecutor
 from rclpy.lifecycle import LifecycleNode, LifecycleState, TransitionCallbackReturn
 from rclpy.parameter import Parameter
+from rclpy.publisher import Publisher
 from rclpy.signals import SignalHandlerOptions
+from rclpy.subscription import Subscription
 from rclpy.utilities import remove_ros_args
 from std_msgs.msg import String
 from std_srvs.srv import Trigger
@@ -52,7 +54,8 @@ class PolicyNode(LifecycleNode):
         self._loop: ControlLoop | None = None
         self._closing = threading.Event()
         self._thread: threading.Thread | None = None
-        self._own: list[Any] = []  # subscriptions and publishers of the configured node
+        self._subscriptions_in: list[Subscription] = []
+        self._publishers_out: list[Publisher] = []
         self._heartbeat = self.create_publisher(String, "~/heartbeat", 1)
         self._diagnostics = Diagnostics(self, settings)
         self.create_service(Trigger, "~/reset", self._reset)
@@ -105,9 +108,12 @@ class PolicyNode(LifecycleNode):
         if self._thread is not None:
             self._thread.join()
         self._loop.controller.close()
-        for entity in self._own:
-            entity.destroy()
-        self._own, self._loop, self._thread = [], None, None
+        for subscription in self._subscriptions_in:
+            self.destroy_subscription(subscription)
+        for publisher in self._publishers_out:
+            self.destroy_publisher(publisher)
+        self._subscriptions_in, self._publishers_out = [], []
+        self._loop = self._thread = None
 
     def _configure(self) -> None:
         given, control = self.settings.policy, self.settings.control
@@ -118,12 +124,12 @@ class PolicyNode(LifecycleNode):
         controller = Controller(
             policy, control.control_hz, control.asynchronous, self._deadline_ms(), warm_start=control.warm_start
         )
-        send, publishers = action_sender(self, self.settings, 1 / controller.control_hz)
+        send, self._publishers_out = action_sender(self, self.settings, 1 / controller.control_hz)
         loop = ControlLoop(controller, self.settings, send, self._robot_time)
         self._loop, self._closing = loop, threading.Event()
         self._apply({parameter.name: parameter.value for parameter in self._run_time_parameters()})
         features = {**policy.spec.observation, **{key: each.feature for key, each in self.settings.monitors.items()}}
-        self._own = [*subscribe(self, self.settings, features, loop), *publishers]
+        self._subscriptions_in = subscribe(self, self.settings, features, loop)
         self._thread = threading.Thread(target=self._run, args=(loop, self._closing), name="parapolicy-control")
         self._thread.start()
 

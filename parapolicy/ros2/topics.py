@@ -66,7 +66,8 @@ def action_sender(
 ) -> tuple[Callable[[np.ndarray], None], list[Publisher]]:
     """A function that sends actions (n, Da), and its publishers.
 
-    A subscriber that is slow gets the newest action only, and none that is older than ``timeout_ms``.
+    A subscriber that is slow gets the newest action only. What could not be delivered for ``timeout_ms`` is not sent
+    again; what a subscriber has received and not taken expires only if it has a lifespan of its own.
     """
     profile = QoSProfile(
         history=QoSHistoryPolicy.KEEP_LAST,

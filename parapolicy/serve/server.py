@@ -109,6 +109,7 @@ class PolicyServer:
             "observation": {key: list(feature.shape) for key, feature in spec.observation.items()},
             "n_obs_steps": spec.n_obs_steps,
             "obs_steps": {key: spec.obs_steps(key) for key in spec.observation},
+            "kinds": {key: feature.kind for key, feature in spec.observation.items()},
             "n_action_steps": spec.n_action_steps,
             "action_horizon": spec.horizon - spec.executed.start,
             "action_dim": spec.action_dim,

@@ -1,0 +1,232 @@
+"""A client of a policy server that comes back after the connection was lost, and a policy that computes there.
+
+It speaks the protocol of openpi's client, and needs websockets, msgpack and numpy.
+"""
+
+import math
+import time
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import numpy as np
+import torch
+from websockets.exceptions import InvalidHandshake, InvalidURI, WebSocketException
+from websockets.sync.client import ClientConnection, connect
+
+from parapolicy.episode import checked_actions
+from parapolicy.policy import Chunk, ChunkStats
+from parapolicy.serve.wire import WireError, pack, unpack
+from parapolicy.spec import Feature, PolicySpec
+from parapolicy.warm import WarmState
+
+MAX_REPLY_BYTES = 1 << 24
+
+
+class PolicyClient:
+    """One robot's connection to a policy server.
+
+    A connection that is lost, or does not answer in time, is closed, and ``infer`` raises ``ConnectionError``. The next
+    ``infer`` connects again, with the observation of that moment: none is ever sent twice, because it would be old, and
+    no late answer can be taken for that to another observation. The first message of each connection announces a new
+    episode, so that the server joins it with nothing from before.
+
+    Not thread-safe.
+
+    Args:
+        uri: such as ``ws://127.0.0.1:8000``.
+        api_key: where the server asks for one.
+        timeout: seconds, for an answer.
+        connect_timeout: seconds, for a connection.
+
+    Attributes:
+        metadata: the server's, of the last connection.
+        connections: how many were made.
+    """
+
+    def __init__(
+        self, uri: str, api_key: str | None = None, timeout: float = 10.0, connect_timeout: float = 3.0
+    ) -> None:
+        for name, value in (("timeout", timeout), ("connect_timeout", connect_timeout)):
+            if not 0 < value < math.inf:
+                raise ValueError(f"{name} is {value}, expected a positive number of seconds")
+        self.uri, self.timeout, self.connect_timeout = uri, timeout, connect_timeout
+        self._headers = None if api_key is None else {"Authorization": f"Api-Key {api_key}"}
+        self._connection: ClientConnection | None = None
+        self._options: dict[str, Any] = {}
+        self.connections = 0
+        self.metadata: dict[str, Any] = {}
+
+    def connect(self) -> None:
+        """Connect, unless there is a connection.
+
+        Raises:
+            ConnectionError: the server cannot be reached.
+            PermissionError: it does not let this client in.
+            ValueError: ``uri`` is none.
+        """
+        if self._connection is not None:
+            return
+        end = time.monotonic() + self.connect_timeout
+        try:
+            self._connection = connect(
+                self.uri,
+                compression=None,
+                max_size=MAX_REPLY_BYTES,
+                open_timeout=self.connect_timeout,
+                close_timeout=0.2,
+                additional_headers=self._headers,
+                proxy=None,
+            )
+            self.metadata = self._receive(end - time.monotonic())
+        except InvalidURI as error:
+            raise ValueError(f"uri is {self.uri!r}, expected ws://host:port") from error
+        except InvalidHandshake as error:
+            self.close()
+            status = getattr(getattr(error, "response", None), "status_code", None)
+            if status in (401, 403):
+                raise PermissionError(f"{self.uri} does not let this client in: {error}; see api_key") from error
+            raise ConnectionError(f"{self.uri} refuses the connection: {error}") from error
+        except (OSError, WebSocketException, WireError, RuntimeError) as error:
+            self.close()
+            raise ConnectionError(f"{self.uri} cannot be reached: {error or type(error).__name__}") from error
+        self.connections += 1
+        self._options = {**self._options, "reset": True}
+
+    def infer(self, observation: Mapping[str, Any]) -> dict[str, Any]:
+        """The server's answer to an observation, or to a stacked history; ``actions`` are (n, Da).
+
+        Raises:
+            ConnectionError: the connection is lost, or could not be made; call again with a new observation.
+            RuntimeError: the server refused the observation, and says why; the connection stays.
+        """
+        self.connect()
+        assert self._connection is not None  # or connecting has raised
+        try:
+            self._connection.send(pack({**observation, **self._options}))
+            answer = self._receive(self.timeout)
+        except (OSError, WebSocketException, WireError) as error:
+            self.close()
+            raise ConnectionError(f"the connection to {self.uri} is lost: {error or type(error).__name__}") from error
+        if not isinstance(answer.get("actions"), np.ndarray):
+            self.close()
+            raise ConnectionError(f"{self.uri} answers without actions; expected a policy server")
+        self._options = {}
+        return answer
+
+    def reset(self, seed: int | None = None) -> None:
+        """Announce a new episode with the next observation, with noise of ``seed``, if it is given."""
+        self._options = {"reset": True} if seed is None else {"reset": True, "seed": seed}
+
+    def close(self) -> None:
+        """Close the connection, if there is one; ``infer`` opens another."""
+        if self._connection is not None:
+            connection, self._connection = self._connection, None
+            connection.close()
+
+    def __enter__(self) -> "PolicyClient":
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        self.close()
+
+    def _receive(self, timeout: float) -> dict[str, Any]:
+        """The next frame."""
+        assert self._connection is not None
+        frame = self._connection.recv(timeout=max(timeout, 0.001))
+        if isinstance(frame, str):
+            raise RuntimeError(f"the server answers: {frame}")
+        message = unpack(frame)
+        if not isinstance(message, dict):
+            raise WireError(f"the server answers with a {type(message).__name__}, expected a map")
+        return message
+
+
+class RemotePolicy:
+    """A policy that a server computes, for :class:`parapolicy.Controller`, whose chunks are a queue against stalls.
+
+    An asynchronous controller asks for the next chunk while it executes the one before; while the network stalls it
+    goes on with that one to its end, and counts it. Of a lost connection it knows as of a computation that failed.
+
+    Args:
+        client: connects here, to know the policy.
+        control_hz: as the policy's, where the server does not say it.
+
+    Raises:
+        ConnectionError, PermissionError: as :meth:`PolicyClient.connect`.
+        ValueError: the server does not describe its policy.
+    """
+
+    def __init__(self, client: PolicyClient, control_hz: float | None = None) -> None:
+        client.connect()
+        self.client, self.spec = client, described_spec(client.metadata, control_hz)
+
+    def predict(
+        self,
+        observation: Mapping[str, Any],
+        *,
+        seed: int = 0,
+        deadline: Callable[[], bool] | None = None,
+        warm: WarmState | None = None,
+        executed: int | None = None,
+    ) -> Chunk:
+        """The chunk of a stacked history. Noise, deadline and warm starts are the server's own.
+
+        Raises:
+            ConnectionError, RuntimeError: as :meth:`PolicyClient.infer`.
+            ValueError, FloatingPointError: the answer is no chunk of the policy.
+        """
+        begin = time.perf_counter()
+        answer = self.client.infer(observation)
+        seconds = time.perf_counter() - begin
+        numbers = {name: answer.get(name) for name in ("rounds", "residual", "complete")}
+        if any(not isinstance(value, int | float) for value in numbers.values()):
+            raise ValueError(f"the server's answer has {numbers}, expected numbers")
+        stats = ChunkStats(
+            rounds=int(numbers["rounds"] or 0),
+            evaluations=0,
+            residual=float(numbers["residual"] or 0.0),
+            complete=bool(numbers["complete"]),
+            error=None,
+            rejections=None,
+            stages={},
+            seconds=seconds,
+        )
+        actions = np.asarray(answer["actions"], np.float32)
+        chunk = Chunk(actions[: self.spec.n_action_steps], actions, stats, _NOTHING)
+        checked_actions(chunk, self.spec)
+        return chunk
+
+    def reset(self, seed: int | None = None) -> None:
+        """Announce a new episode to the server; reset the controller, too."""
+        self.client.reset(seed)
+
+
+_NOTHING = WarmState(torch.empty(0), torch.empty(0))  # what a server's chunk leaves to the next stays there
+
+
+def described_spec(metadata: Mapping[str, Any], control_hz: float | None = None) -> PolicySpec:
+    """What a controller needs to know of a policy, from a server's first frame.
+
+    Raises:
+        ValueError: it does not say it.
+    """
+    try:
+        steps, kinds = metadata["obs_steps"], metadata["kinds"]
+        observation = {
+            key: Feature(tuple(shape), kinds[key], steps[key]) for key, shape in metadata["observation"].items()
+        }
+        return PolicySpec(
+            observation=observation,
+            n_obs_steps=metadata["n_obs_steps"],
+            horizon=metadata["action_horizon"],
+            n_action_steps=metadata["n_action_steps"],
+            action_dim=metadata["action_dim"],
+            network={},
+            scheduler={},
+            control_hz=metadata["control_hz"] if control_hz is None else control_hz,
+            first_action=0,  # a server's actions begin with the present one
+        )
+    except (KeyError, TypeError, AttributeError) as error:
+        raise ValueError(
+            f"the server does not describe its policy ({type(error).__name__}: {error}); expected parapolicy serve"
+        ) from error
