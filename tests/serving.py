@@ -70,8 +70,8 @@ def running(policy: Policy, **settings: Any) -> Iterator[Running]:
         server.stop()
 
 
-def served_policy() -> Policy:
-    return dataclasses.replace(small_policy("semi_implicit"), reproducible=True)
+def served_policy(**changes: Any) -> Policy:
+    return dataclasses.replace(small_policy("semi_implicit", **changes), reproducible=True)
 
 
 def one_step(policy: Policy, seed: int) -> dict[str, np.ndarray]:

@@ -3,6 +3,7 @@
 It speaks the protocol of openpi's client, and needs websockets, msgpack and numpy.
 """
 
+import contextlib
 import math
 import time
 from collections.abc import Callable, Mapping
@@ -51,6 +52,7 @@ class PolicyClient:
                 raise ValueError(f"{name} is {value}, expected a positive number of seconds")
         self.uri, self.timeout, self.connect_timeout = uri, timeout, connect_timeout
         self._headers = None if api_key is None else {"Authorization": f"Api-Key {api_key}"}
+        self._open = contextlib.ExitStack()
         self._connection: ClientConnection | None = None
         self._options: dict[str, Any] = {}
         self.connections = 0
@@ -68,14 +70,16 @@ class PolicyClient:
             return
         end = time.monotonic() + self.connect_timeout
         try:
-            self._connection = connect(
-                self.uri,
-                compression=None,
-                max_size=MAX_REPLY_BYTES,
-                open_timeout=self.connect_timeout,
-                close_timeout=0.2,
-                additional_headers=self._headers,
-                proxy=None,
+            self._connection = self._open.enter_context(
+                connect(
+                    self.uri,
+                    compression=None,
+                    max_size=MAX_REPLY_BYTES,
+                    open_timeout=self.connect_timeout,
+                    close_timeout=0.2,
+                    additional_headers=self._headers,
+                    proxy=None,
+                )
             )
             self.metadata = self._receive(end - time.monotonic())
         except InvalidURI as error:
@@ -119,9 +123,8 @@ class PolicyClient:
 
     def close(self) -> None:
         """Close the connection, if there is one; ``infer`` opens another."""
-        if self._connection is not None:
-            connection, self._connection = self._connection, None
-            connection.close()
+        self._connection = None
+        self._open.close()
 
     def __enter__(self) -> "PolicyClient":
         return self
