@@ -24,7 +24,7 @@ def policy() -> Policy:
 
 
 class Proxy:
-    """Passes bytes on to a port; ``stall`` keeps the client's next ones for so many seconds, ``cut`` ends connections."""
+    """Passes bytes on; ``stall`` keeps the client's next ones for so many seconds, ``cut`` ends all connections."""
 
     def __init__(self, port: int) -> None:
         self._target, self.flows = port, threading.Event()
@@ -53,19 +53,24 @@ class Proxy:
                     seconds, self.stall = self.stall, 0.0
                     time.sleep(seconds)
                 target.sendall(data)
-        self.cut()
+        for each in (source, target):
+            end(each)
 
     def cut(self) -> None:
         for each in self._open:
-            with contextlib.suppress(OSError):
-                each.shutdown(socket.SHUT_RDWR)
-            each.close()
+            end(each)
         self._open = []
 
     def close(self) -> None:
         self.flows.set()
         self._listening.close()
         self.cut()
+
+
+def end(connection: socket.socket) -> None:
+    with contextlib.suppress(OSError):
+        connection.shutdown(socket.SHUT_RDWR)
+    connection.close()
 
 
 @pytest.fixture
