@@ -10,7 +10,7 @@ import pytest
 from parapolicy.control import Controller
 from parapolicy.policy import Policy
 from parapolicy.ros2.loop import ControlLoop
-from parapolicy.ros2.settings import (
+from parapolicy.ros2.node_settings import (
     ActionSettings,
     ControlSettings,
     NodeSettings,

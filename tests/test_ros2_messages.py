@@ -13,7 +13,7 @@ from PIL import Image
 from parapolicy.errors import ObservationError
 from parapolicy.ros2 import messages
 from parapolicy.ros2.messages import action_numbers, observed_value, stamp_seconds
-from parapolicy.ros2.settings import ActionSettings, SourceSettings
+from parapolicy.ros2.node_settings import ActionSettings, SourceSettings
 from parapolicy.spec import Feature
 
 

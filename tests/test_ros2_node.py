@@ -35,7 +35,7 @@ from examples.ros2_robot import Robot
 from parapolicy.cli import main
 from parapolicy.networks import build_network
 from parapolicy.ros2.messages import observed_value
-from parapolicy.ros2.settings import ActionSettings, SourceSettings
+from parapolicy.ros2.node_settings import ActionSettings, SourceSettings
 from parapolicy.ros2.topics import action_message
 from tests.conftest import PATIENCE, ROOT
 

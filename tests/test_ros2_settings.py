@@ -1,6 +1,8 @@
 """Settings of the ROS 2 node: what is wrong in a file is named before anything runs."""
 
 import copy
+import dataclasses
+import re
 from pathlib import Path
 from typing import Any
 
@@ -8,8 +10,16 @@ import pytest
 import yaml
 
 from parapolicy.cli import main
-from parapolicy.ros2.settings import NodeSettings
+from parapolicy.ros2.node_settings import (
+    ActionSettings,
+    ControlSettings,
+    NodeSettings,
+    PolicySettings,
+    SourceSettings,
+    TimingSettings,
+)
 from parapolicy.ros2.yaml_file import read_yaml
+from parapolicy.spec import Feature
 from tests.conftest import ROOT
 from tests.helpers import small_spec
 
@@ -61,6 +71,17 @@ def test_a_file_is_read(tmp_path: Path) -> None:
 
 def test_the_example_fits_the_shipped_policy(shipped: Any) -> None:
     read_yaml(ROOT / "examples" / "ros2_pusht.yaml", NodeSettings).check(shipped.spec)
+
+
+def test_the_documented_settings_are_those_there_are(tmp_path: Path) -> None:
+    text = (ROOT / "docs" / "ros2.md").read_text()
+    (block,) = re.findall(r"^```yaml\n(.*?)^```$", text, re.DOTALL | re.MULTILINE)
+    settings = read(block, tmp_path)
+    features = {"joints": (3,), "gripper": (1,), "camera": Feature((96, 96, 3), "image")}
+    settings.check(small_spec(observation=features, action_dim=4))
+    for kind in (NodeSettings, ControlSettings, TimingSettings, SourceSettings, ActionSettings, PolicySettings):
+        for field in dataclasses.fields(kind):
+            assert re.search(rf"\b{field.name}:", text), f"docs/ros2.md does not name {field.name}"
 
 
 @pytest.mark.parametrize(

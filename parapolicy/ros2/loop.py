@@ -11,7 +11,7 @@ from typing import Any, Literal
 import numpy as np
 
 from parapolicy.control import Controller
-from parapolicy.ros2.settings import NodeSettings, TimingSettings
+from parapolicy.ros2.node_settings import NodeSettings, TimingSettings
 from parapolicy.ros2.synchronizer import Matched, Synchronizer
 
 log = logging.getLogger("parapolicy.ros2")

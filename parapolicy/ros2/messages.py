@@ -14,7 +14,7 @@ import numpy as np
 from PIL import Image
 
 from parapolicy.errors import ObservationError
-from parapolicy.ros2.settings import COMPRESSED, IMAGE, JOINT_STATE, ActionSettings, SourceSettings
+from parapolicy.ros2.node_settings import COMPRESSED, IMAGE, JOINT_STATE, ActionSettings, SourceSettings
 from parapolicy.spec import Feature
 
 MAX_PIXELS = 1 << 24  # of a camera's image, 4096 × 4096

@@ -26,7 +26,7 @@ from parapolicy.control import Controller
 from parapolicy.loading import load_policy
 from parapolicy.planner import made_up_observations
 from parapolicy.ros2.loop import ControlLoop
-from parapolicy.ros2.settings import NodeSettings, TimingSettings
+from parapolicy.ros2.node_settings import NodeSettings, TimingSettings
 from parapolicy.ros2.topics import Diagnostics, action_sender, subscribe
 from parapolicy.ros2.yaml_file import read_yaml
 

@@ -17,7 +17,7 @@ from trajectory_msgs.msg import JointTrajectoryPoint
 from parapolicy.errors import ObservationError
 from parapolicy.ros2.loop import ControlLoop
 from parapolicy.ros2.messages import action_numbers, observed_value, stamp_seconds
-from parapolicy.ros2.settings import ARRAY, JOINT_STATE, ActionSettings, NodeSettings, SourceSettings
+from parapolicy.ros2.node_settings import ARRAY, JOINT_STATE, ActionSettings, NodeSettings, SourceSettings
 from parapolicy.spec import Feature
 
 QUEUE = 10  # messages of a topic that wait to be taken in
