@@ -44,7 +44,7 @@ class PolicyNode(LifecycleNode):
     """A policy between topics of observations and topics of actions.
 
     Configuring loads the policy, checks the settings against it, warms it up and opens the topics; activating begins to
-    send. ``error`` is what made configuring fail.
+    send. ``error`` is what made configuring, or the thread that computes, fail.
     """
 
     def __init__(self, settings: NodeSettings) -> None:
@@ -69,6 +69,7 @@ class PolicyNode(LifecycleNode):
             self.error = error
             log.error("cannot be configured: %s", error)
             return TransitionCallbackReturn.FAILURE
+        self.error = None
         return TransitionCallbackReturn.SUCCESS
 
     def on_activate(self, state: LifecycleState) -> TransitionCallbackReturn:
@@ -149,8 +150,9 @@ class PolicyNode(LifecycleNode):
                     self._diagnostics.publish(loop.snapshot(), loop.period)
                 if wait > 0:
                     loop.wake.wait(wait)
-        except Exception:
+        except Exception as error:
             log.exception("the control thread has failed; nothing is sent any more")
+            self.error = error
             loop.deactivate()
             signal.raise_signal(signal.SIGTERM)
 
@@ -269,15 +271,14 @@ def run_node(path: str | Path, ros_arguments: Sequence[str] = ()) -> None:
     try:
         executor = SingleThreadedExecutor()
         executor.add_node(node)
-        if settings.autostart:
-            node.trigger_configure()
-            if node.error is not None:
-                raise node.error
+        if settings.autostart and node.trigger_configure() == TransitionCallbackReturn.SUCCESS:
             node.trigger_activate()
-        log.info("ready")
-        while not stopping.is_set():
+        log.info("ready" if node.error is None else "not configured")
+        while not stopping.is_set() and (node.error is None or not settings.autostart):
             executor.spin_once(timeout_sec=SPIN_S)
         log.info("closing")
+        if node.error is not None:
+            raise node.error
     finally:
         node.close()
         node.destroy_node()
