@@ -184,7 +184,7 @@ def first_action(checkpoint: str, observation: dict[str, np.ndarray]) -> np.ndar
 
 def test_the_reward_is_that_of_one_process(start: Callable[..., Running]) -> None:
     """Push-T over topics, in step: the same actions to the bit, so the same reward."""
-    running = start(policy=EXAMPLE["policy"])
+    running = start(policy=EXAMPLE["policy"], timing={**EXAMPLE["timing"], "timeout_ms": 1e3 * PATIENCE})
     robot = Robot(steps=40)
     played = robot.play(SEED, hz=1000)
     robot.destroy_node()

@@ -24,9 +24,9 @@ class PolicySettings:
     """Arguments of :func:`parapolicy.load_policy`; ``parameters`` are the sampler's own."""
 
     checkpoint: str
-    sampler: str = "secant"
+    sampler: str | None = None
     device: str = "auto"
-    engine: str = "eager"
+    engine: str = "auto"
     parameters: dict[str, Any] = field(default_factory=dict)
 
 
