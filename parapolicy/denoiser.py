@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
+from parapolicy.hold import HeldNumbers
 from parapolicy.schedule import Schedule
 
 # CPU and GPU libraries pick a kernel, and with it an order of summation, by batch size and number of threads. Batches
@@ -27,6 +28,7 @@ class Denoiser:
         reproducible: pad every network call to a multiple of ``REPRODUCIBLE_MULTIPLE``, so that a sample's result does
             not depend on how many share its call.
         max_batch: most samples per network call; None: no limit. Bounds the memory of the network's activations.
+        held: what is known of the samples. Samplers need not know of it: an estimate that is held is an estimate.
     """
 
     def __init__(
@@ -36,9 +38,10 @@ class Denoiser:
         sample_shape: Sequence[int],
         reproducible: bool = False,
         max_batch: int | None = None,
+        held: HeldNumbers | None = None,
     ) -> None:
         self.evaluate, self.schedule, self.sample_shape = evaluate, schedule, tuple(sample_shape)
-        self.reproducible, self.max_batch = reproducible, max_batch
+        self.reproducible, self.max_batch, self.held = reproducible, max_batch, held
 
     def __call__(self, x: Tensor, step: Tensor, element: Tensor) -> Tensor:
         """u_j at N states, in one network call or as few as ``max_batch`` allows.
@@ -52,7 +55,8 @@ class Denoiser:
         parts = zip(*(value.split(self.max_batch or len(x)) for value in inputs), strict=True)
         outputs = [self._run(*part) for part in parts]
         output = outputs[0] if len(outputs) == 1 else torch.cat(outputs)
-        return self.schedule.estimate(output.flatten(1), x, step)
+        u = self.schedule.estimate(output.flatten(1), x, step)
+        return u if self.held is None else self.held.estimate(u, element)
 
     def _run(self, *inputs: Tensor) -> Tensor:
         count = len(inputs[0])

@@ -1,11 +1,13 @@
 """One episode of one robot: its observations, the noise of each chunk, and what one chunk leaves to the next."""
 
+import dataclasses
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 
+from parapolicy.hold import Hold, hold_weights
 from parapolicy.noise import mix_seeds
 from parapolicy.observation import ObservationHistory, stack_observations
 from parapolicy.policy import Chunk, ChunkStats, Policy
@@ -25,6 +27,9 @@ class Request:
         warm: what it starts from; None: cold.
         warm_from: number of the chunk that left it.
         executed: control steps between the two observations; None: cold.
+        hold: actions of the chunk before that it is sampled with; None: none.
+        held_from: number of that chunk.
+        committed: how many of them, from the present step on, are held outright.
     """
 
     observation: dict[str, np.ndarray]
@@ -34,6 +39,9 @@ class Request:
     warm: WarmState | None = None
     warm_from: int | None = None
     executed: int | None = None
+    hold: Hold | None = None
+    held_from: int | None = None
+    committed: int = 0
 
 
 class Episode:
@@ -52,6 +60,7 @@ class Episode:
         self.history = ObservationHistory(spec)
         self.step, self.chunks = -1, 0
         self._last: tuple[Request, WarmState] | None = None
+        self._running: tuple[Request, np.ndarray] | None = None  # the accepted chunk's request and trajectory
 
     def push(self, observation: Mapping[str, Any]) -> None:
         """Add one control step's observation, {key: (...)}.
@@ -62,34 +71,58 @@ class Episode:
         self.history.push(observation)
         self.step += 1
 
-    def request(self, executed: int | None = None) -> Request:
+    def request(self, executed: int | None = None, committed: int = 0, soft: bool = False) -> Request:
         """What the next chunk is computed from.
 
         Args:
             executed: control steps since the observation of the accepted chunk, for a caller that does not push at
                 every step; None: as many as were pushed since then.
+            committed: control steps from the present one on that the accepted chunk is executed for whatever comes:
+                its actions for them are held.
+            soft: draw the new chunk towards the accepted one's later actions, too; see
+                :func:`parapolicy.hold.hold_weights`.
         """
         number, self.chunks = self.chunks, self.chunks + 1
         cold = Request(self.history.stacked(), number, mix_seeds(*self.seed, number), self.step)
+        if committed or soft:
+            cold = self._with_hold(cold, executed, committed, soft)
         if self._last is None:
             return cold
         before, warm = self._last
         executed = self.step - before.begin if executed is None else executed
         if executed >= self.spec.horizon:  # the two chunks do not overlap
             return cold
-        return Request(cold.observation, number, cold.seed, self.step, warm, before.number, executed)
+        return dataclasses.replace(cold, warm=warm, warm_from=before.number, executed=executed)
+
+    def _with_hold(self, request: Request, executed: int | None, committed: int, soft: bool) -> Request:
+        """The request, with actions of the accepted chunk held where the two overlap."""
+        if self._running is None:
+            return request
+        before, trajectory = self._running
+        executed = self.step - before.begin if executed is None else executed
+        first, late = self.spec.executed.start, trajectory[executed:]  # the present step, and from then on
+        overlap = len(late) - first
+        if overlap <= 0:
+            return request
+        committed = min(committed, overlap)
+        weights = hold_weights(len(trajectory), first, committed, overlap, soft)
+        actions = np.zeros_like(trajectory)
+        actions[: len(late)] = late
+        return dataclasses.replace(request, hold=Hold(actions, weights), held_from=before.number, committed=committed)
 
     def accept(self, request: Request, chunk: Chunk) -> None:
         """The chunk of a request is executed from now on; the next one may start from it."""
+        self._running = request, chunk.trajectory
         if self.warm_start:
             self._last = request, chunk.warm_state
 
 
 def group_requests(requests: Sequence[Request]) -> list[list[int]]:
-    """Indices of requests that one ``predict`` can answer: all cold, or all warm after as many control steps."""
-    groups: dict[int | None, list[int]] = {}
+    """Indices of requests that one ``predict`` can answer: all cold, or all warm after as many control steps; all with
+    held actions, or none."""
+    groups: dict[tuple[int | None, bool], list[int]] = {}
     for i, request in enumerate(requests):
-        groups.setdefault(request.executed, []).append(i)
+        groups.setdefault((request.executed, request.hold is None), []).append(i)
     return list(groups.values())
 
 
@@ -97,12 +130,14 @@ def predict_together(policy: Policy, requests: Sequence[Request], deadline: floa
     """The chunks of one group of requests, in one batch; see :meth:`parapolicy.Policy.predict`."""
     observation = stack_observations([request.observation for request in requests])
     states = [request.warm for request in requests if request.warm is not None]
+    holds = [request.hold for request in requests if request.hold is not None]
     chunk = policy.predict(
         observation,
         seed=[request.seed for request in requests],
         deadline=deadline,
         warm=WarmState.stack(states) if states else None,
         executed=requests[0].executed,
+        hold=Hold.stack(holds) if holds else None,
     )
     return [chunk[i] for i in range(len(requests))]
 

@@ -10,10 +10,12 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor
+from torch.nn import functional
 
 from parapolicy.action_parts import convert_actions
 from parapolicy.denoiser import Denoiser, check_finite, fill_rows
 from parapolicy.engine import Deadline, Eager, Engine
+from parapolicy.hold import HeldNumbers, Hold
 from parapolicy.networks import Network
 from parapolicy.noise import draw_noise
 from parapolicy.normalizer import Normalizer
@@ -133,6 +135,7 @@ class Policy:
         warm: WarmState | None = None,
         shift_noise: bool = True,
         executed: int | None = None,
+        hold: Hold | None = None,
     ) -> Chunk:
         """Sample one action chunk per observation history.
 
@@ -151,10 +154,13 @@ class Policy:
                 do, and need fewer rounds. Each chunk's noise is still N(0, I). False: all noise is fresh, as it always
                 is for samplers that do not reuse noise, such as the speculative one.
             executed: control steps since the observation of the warm state's chunk; None: ``n_action_steps``.
+            hold: actions that are known beforehand. The chunk is then sampled beside them, and no longer a draw from
+                the policy's distribution; see :class:`parapolicy.hold.Hold`. Those of weight 1 come out as they are.
 
         Raises:
             ObservationError: a missing or unknown key, a wrong shape, or a value that is not finite.
-            ValueError: noise, seeds or a warm state that do not fit the batch, or ``executed`` beyond the horizon.
+            ValueError: noise, seeds, a warm state or a hold that do not fit the batch, or ``executed`` beyond the
+                horizon.
             FloatingPointError: the computed chunk is not finite, in the environment's units.
         """
         begin = time.perf_counter()
@@ -176,18 +182,24 @@ class Policy:
             inputs = {key: fill_rows(value) for key, value in inputs.items()}
         guess = None if warm is None else warm.guess(executed).to(self.device).flatten(2)
         noise = noise.to(self.device, torch.float32)
+        used, held = noise.flatten(2), None if hold is None or hold.empty else self._held_numbers(hold, batch)
+        if held is not None:
+            used = torch.cat((held.first_state(used[0], self.schedule)[None], used[1:]))
         stop = _stop_function(deadline)
         with self.engine.exclusive():
             evaluate = self.engine.bind(self.network, self.schedule.timesteps, inputs)
-            denoiser = Denoiser(evaluate, self.schedule, self.spec.sample_shape, self.reproducible, self.max_batch)
+            shape = self.spec.sample_shape
+            denoiser = Denoiser(evaluate, self.schedule, shape, self.reproducible, self.max_batch, held)
             encoded = self._clock()
-            sample = self.engine.run(self.sampler, denoiser, noise.flatten(2), stop, guess)
+            sample = self.engine.run(self.sampler, denoiser, used, stop, guess)
             sampled = self._clock()
 
         actions_normalised = sample.x.unflatten(1, self.spec.sample_shape)[..., : self.spec.action_dim]
         actions_in_units = self.normalizer.unnormalize("action", actions_normalised)
         check_finite(actions_in_units, "action chunk")
         trajectory = actions_in_units.cpu().numpy()
+        if hold is not None:  # free of roundings, and of the noise that some schedules end with
+            trajectory = np.where((hold.weights == 1)[..., None], hold.actions, trajectory)
         actions = convert_actions(self.spec.action_parts, trajectory[:, self.spec.executed])
         names = ("rounds", "evaluations", "residual", "complete", "error", "rejections")
         costs = {k: None if (cost := getattr(sample, k)) is None else cost.cpu().numpy() for k in names}
@@ -197,6 +209,23 @@ class Policy:
         stats = ChunkStats(**costs, stages=stages, seconds=end - begin)
         chunk = Chunk(actions, trajectory, stats, state)
         return chunk if batched else chunk[0]
+
+    def _held_numbers(self, hold: Hold, batch: int) -> HeldNumbers:
+        """A hold as samplers see it.
+
+        Raises:
+            ValueError: it does not fit the batch.
+        """
+        expected = self.spec.horizon, self.spec.action_dim
+        if hold.actions.shape not in (expected, (batch, *expected)):
+            raise ValueError(f"held actions have shape {hold.actions.shape}, expected {expected} or {batch} of them")
+        value = self.normalizer.normalize("action", torch.tensor(hold.actions, device=self.device))
+        if self.schedule.clip is not None:
+            value = value.clamp(-self.schedule.clip, self.schedule.clip)
+        weight = torch.tensor(hold.weights, device=self.device)[..., None].expand_as(value)
+        beside = 0, self.spec.observed_dim  # observed numbers of the sample are free
+        part, free = functional.pad(value * weight, beside), functional.pad(1 - weight, beside, value=1.0)
+        return HeldNumbers(*(numbers.expand(batch, -1, -1).flatten(1) for numbers in (part, free)))
 
     def _clock(self) -> float:
         """Now, with the device's work done."""

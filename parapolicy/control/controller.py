@@ -6,14 +6,15 @@ import warnings
 from collections.abc import Callable, Mapping
 from concurrent import futures
 from concurrent.futures import CancelledError, Executor, Future, ThreadPoolExecutor
-from dataclasses import dataclass
 from typing import Any, Protocol
 
 import numpy as np
 
 from parapolicy.control.latency import ChunkRecord, ControlRecord
+from parapolicy.control.seam import Execution, Seam, steps_of
 from parapolicy.engine import Deadline
 from parapolicy.episode import Episode, Request, checked_actions
+from parapolicy.hold import Hold
 from parapolicy.policy import Chunk
 from parapolicy.spec import PolicySpec
 from parapolicy.warm import WarmState
@@ -36,23 +37,8 @@ class ChunkPolicy(Protocol):
         deadline: Callable[[], bool] | None,
         warm: WarmState | None,
         executed: int | None,
+        hold: Hold = ...,
     ) -> Chunk: ...
-
-
-@dataclass
-class _Execution:
-    """A chunk on the clock of control steps."""
-
-    record: ChunkRecord
-    request: Request
-    chunk: Chunk
-    actions: np.ndarray  # (n, Da), the first one for the control step ``record.begin``
-    taken_at: int = -1  # the control step at which it replaced ``previous``
-    previous: "_Execution | None" = None  # kept while its actions are blended in
-
-    def action(self, step: int) -> np.ndarray:
-        """For a control step, its last one beyond its end."""
-        return self.actions[min(step - self.record.begin, len(self.actions) - 1)]
 
 
 class Controller:
@@ -78,7 +64,9 @@ class Controller:
         warm_start: start each chunk from the one before, with its noise shifted along, so that the two agree where they
             overlap. It saves rounds where the window covers the whole schedule.
         blend_steps: control steps over which a new chunk's actions take over from the old chunk's for the same time,
-            in equal parts.
+            in equal parts: seam ``blend`` over a fixed number of steps.
+        seam: how a new chunk's actions follow the old one's: ``none``, ``hold``, ``hold_soft``, ``blend`` or
+            ``ensemble``; see :class:`parapolicy.control.seam.Seam` and docs/latency.md.
         log: called with one mapping per action: where it came from, enough to replay the episode. What it raises is
             warned of once, and counted.
         clock: seconds, monotonic.
@@ -96,6 +84,7 @@ class Controller:
         log: Callable[[Mapping[str, Any]], Any] | None = None,
         clock: Callable[[], float] = time.monotonic,
         executor: Executor | None = None,
+        seam: str = "none",
     ) -> None:
         self.policy = policy
         self.control_hz = float(policy.spec.require_control_hz() if control_hz is None else control_hz)
@@ -103,17 +92,16 @@ class Controller:
             raise ValueError(f"control_hz is {control_hz}, expected a positive number")
         if deadline_ms is not None and not deadline_ms > 0:
             raise ValueError(f"deadline_ms is {deadline_ms}, expected a positive number, or None for no deadline")
-        if blend_steps < 0:
-            raise ValueError(f"blend_steps is {blend_steps}, expected at least 0")
         self.deadline = None if deadline_ms is None else deadline_ms / 1e3
-        self.asynchronous, self.warm_start, self.blend_steps = asynchronous, warm_start, blend_steps
+        self.asynchronous, self.warm_start, self.blend_steps, self.seam = asynchronous, warm_start, blend_steps, seam
+        self._seam = Seam(seam, policy.spec, asynchronous, blend_steps)
         self.log, self.clock = log, clock
         self._own_executor = ThreadPoolExecutor(1, "parapolicy") if asynchronous and executor is None else None
         if self._own_executor is not None:  # its thread is there from now on, with the priority that this one has now
             self._own_executor.submit(lambda: None).result()
         self._executor = executor or self._own_executor
-        self._dropped: list[Future[_Execution]] = []  # by resets, and still computing
-        self._under_way: tuple[ChunkRecord, Future[_Execution]] | None = None
+        self._dropped: list[Future[Execution]] = []  # by resets, and still computing
+        self._under_way: tuple[ChunkRecord, Future[Execution]] | None = None
         self._warned: set[str] = set()
         trained = policy.spec.control_hz
         if trained is not None and not math.isclose(self.control_hz, trained):
@@ -134,7 +122,8 @@ class Controller:
         seeds = seed if isinstance(seed, tuple) else (seed,)
         self.episode = Episode(self.policy.spec, seeds, self.warm_start)
         self.record = ControlRecord()
-        self._plan: _Execution | None = None
+        self._plan: Execution | None = None
+        self._seam = Seam(self.seam, self.policy.spec, self.asynchronous, self.blend_steps)
         self._under_way = None
         self._last_begin: float | None = None
         self._due_at: float | None = None  # when the next call of ``act`` is expected
@@ -200,14 +189,20 @@ class Controller:
         steps = self.policy.spec.n_action_steps
         if not self.asynchronous:
             return steps
-        last = next((c.seconds for c in reversed(self.record.chunks) if math.isfinite(c.seconds)), 0.0)
-        return max(1, steps - max(1, int(np.ceil(last * self.control_hz))))
+        return max(1, steps - max(1, self._delay()))
 
-    def _start(self, plan: _Execution | None, now: float) -> tuple[ChunkRecord, "Future[_Execution]"]:
+    def _delay(self) -> int:
+        """Control steps for which the old chunk goes on while a new one is computed, by the last one's time."""
+        last = next((c.seconds for c in reversed(self.record.chunks) if math.isfinite(c.seconds)), 0.0)
+        return steps_of(last, self.control_hz, ROUNDING)
+
+    def _start(self, plan: Execution | None, now: float) -> tuple[ChunkRecord, "Future[Execution]"]:
         """Begin the chunk that follows ``plan``; only an episode's later chunks, when asynchronous, are not awaited."""
-        request = self.episode.request()
+        committed = self._delay() if self._seam.holds and self.asynchronous else 0
+        request = self.episode.request(committed=committed, soft=self._seam.soft)
         record = ChunkRecord(request.number, request.seed, request.begin, now, request.warm_from, request.executed)
-        future: Future[_Execution] = Future()
+        record.held_from, record.committed = request.held_from, request.committed
+        future: Future[Execution] = Future()
         try:
             if self.asynchronous and plan is not None and self._executor is not None:
                 return record, self._executor.submit(self._compute, request, record)
@@ -224,7 +219,7 @@ class Controller:
                 raise TimeoutError(f"the chunk that a reset has dropped is still computed after {DROPPED:g} s")
             self._dropped.pop(0)
 
-    def _compute(self, request: Request, record: ChunkRecord) -> _Execution:
+    def _compute(self, request: Request, record: ChunkRecord) -> Execution:
         """A request's chunk; runs in the thread when asynchronous."""
         started = self.clock()
         stop: Callable[[], bool] | None = None
@@ -232,13 +227,14 @@ class Controller:
             end = started + self.deadline
             # An engine may watch the usual clock without Python.
             stop = Deadline(end) if self.clock is time.monotonic else lambda: self.clock() >= end
+        held = {} if request.hold is None else {"hold": request.hold}  # not every policy can
         chunk = self.policy.predict(
-            request.observation, seed=request.seed, deadline=stop, warm=request.warm, executed=request.executed
+            request.observation, seed=request.seed, deadline=stop, warm=request.warm, executed=request.executed, **held
         )
         actions = checked_actions(chunk, self.policy.spec)
         record.finished_at = self.clock()
         record.seconds, record.stats = record.finished_at - started, chunk.stats
-        return _Execution(record, request, chunk, actions)
+        return Execution(record, request, chunk, actions)
 
     def _collect(self) -> None:
         """Take over a computation that has ended; after a failed one the old chunk goes on."""
@@ -248,7 +244,7 @@ class Controller:
         if self._settle(record, future) is None:
             self._take(future.result())
 
-    def _settle(self, record: ChunkRecord, future: "Future[_Execution]") -> BaseException | None:
+    def _settle(self, record: ChunkRecord, future: "Future[Execution]") -> BaseException | None:
         """Record a computation that has ended; returns what it raised."""
         try:
             error = future.exception()
@@ -259,17 +255,16 @@ class Controller:
         self.record.add_chunk(record, self.deadline)
         return error
 
-    def _take(self, plan: _Execution) -> None:
+    def _take(self, plan: Execution) -> None:
         """Execute ``plan`` from now on."""
-        plan.taken_at, plan.previous = self.step, self._plan
+        plan.taken_at = self.step
         self.episode.accept(plan.request, plan.chunk)
-        if plan.previous is not None:
-            plan.previous.previous = None
+        self._seam.take(plan)
         self._plan = plan
         self.record.add_time("queue", self.clock() - plan.record.finished_at)
         self.record.stale += min(self.step - plan.record.begin, len(plan.actions))
 
-    def _next_action(self, plan: _Execution) -> tuple[np.ndarray, str]:
+    def _next_action(self, plan: Execution) -> tuple[np.ndarray, str]:
         """This step's action, and what it is: planned, continued or held."""
         index, kind = self.step - plan.record.begin, "planned"
         if index >= len(plan.actions):
@@ -278,12 +273,7 @@ class Controller:
         elif index >= self.policy.spec.n_action_steps:
             kind = "continued"
             self.record.continued += 1
-        action = plan.action(self.step).copy()
-        since = self.step - plan.taken_at
-        if plan.previous is not None and since < self.blend_steps:
-            weight = (since + 1) / (self.blend_steps + 1)
-            action = (weight * action + (1 - weight) * plan.previous.action(self.step)).astype(action.dtype)
-        return action, kind
+        return self._seam.action(self.step), kind
 
     def _account(self, chunk: ChunkRecord, kind: str, action: np.ndarray, begin: float) -> None:
         """Record the step's times, and log where its action came from."""
@@ -343,6 +333,8 @@ class Controller:
             "seed": chunk.seed,
             "warm_from": chunk.warm_from,
             "executed": chunk.executed,
+            "held_from": chunk.held_from,
+            "committed": chunk.committed,
             "chunk_seconds": chunk.seconds,
             "computed_seconds": chunk.stats.seconds,
             "rounds": int(chunk.stats.rounds),

@@ -59,6 +59,8 @@ class ChunkRecord:
         finished_at: when that was.
         stats: what it cost; None where it failed.
         error: why it failed; None where it did not.
+        held_from: number of the chunk whose actions it was sampled with; None: nothing was held.
+        committed: control steps from ``begin`` on that were held outright, of weight 1.
     """
 
     number: int
@@ -71,6 +73,8 @@ class ChunkRecord:
     finished_at: float = float("nan")
     stats: ChunkStats | None = None
     error: str | None = None
+    held_from: int | None = None
+    committed: int = 0
 
 
 ROUNDING = 1e-6  # seconds, of sums of times

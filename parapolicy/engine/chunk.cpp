@@ -73,7 +73,13 @@ bool denoise(const Job& job, const float* x, const int64_t* step, const int64_t*
                     job.threads) >= 0)
             return false;
     }
-    for (int64_t r = 0; r < rows; r++) estimate(*job.schedule, step[r], u + r * size, x + r * size, size, u + r * size);
+    for (int64_t r = 0; r < rows; r++, x += size, u += size) {
+        estimate(*job.schedule, step[r], u, x, size, u);
+        if (!job.free) continue;
+        const float *part = job.part + element[r] * size, *free = job.free + element[r] * size;
+#pragma omp simd
+        for (int64_t i = 0; i < size; i++) u[i] = u[i] * free[i] + part[i];
+    }
     return true;
 }
 

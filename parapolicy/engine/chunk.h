@@ -42,6 +42,7 @@ struct Job {
     int64_t max_rows, threads;  // of a network call
     int32_t (*stop)();          // asked after every round; other than 0 ends sampling; null: never
     double seconds;             // from the call on until sampling ends with the round at hand; negative: never
+    const float *part, *free;   // (batch, size), of HeldNumbers in hold.py; null where nothing is held
 };
 
 // What a batch's samples cost; each (batch).

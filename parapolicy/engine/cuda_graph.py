@@ -58,6 +58,8 @@ class CudaGraph(Engine):
     def rounds(self, sampler: Sampler, denoiser: Denoiser, noise: Tensor) -> Rounds:
         bound = denoiser.evaluate
         assert isinstance(bound, Bound)
+        if denoiser.held is not None:  # a graph would go on reading this chunk's memory
+            return sampler.rounds(denoiser.schedule, noise)
         key = sampler, denoiser.reproducible, denoiser.max_batch, noise.shape
         if key not in bound.cached:
             rounds = sampler.rounds(denoiser.schedule, noise)

@@ -54,6 +54,7 @@ class Job(Struct):
         *((name, INTEGER) for name in ("max_rows", "threads")),
         ("stop", STOP),
         ("seconds", NUMBER),
+        *((name, POINTER) for name in ("part", "free")),
     )
 
 
@@ -90,6 +91,7 @@ def sample_natively(
     steps, condition = steps.float().contiguous(), condition.float().contiguous()
     stopping, films = _Stopping(stop), network.films(steps, condition)
     tables, plan = schedule_tables(schedule), network.plan(*denoiser.sample_shape)
+    held = None if denoiser.held is None else [value.float().contiguous() for value in denoiser.held]
     job = Job(
         network=ctypes.addressof(plan.network),
         films=ctypes.addressof(films),
@@ -98,6 +100,8 @@ def sample_natively(
         threads=torch.get_num_threads(),
         stop=STOP(stopping) if stopping.function is not None else STOP(),
         seconds=stopping.seconds,
+        part=None if held is None else held[0].data_ptr(),
+        free=None if held is None else held[1].data_ptr(),
     )
     sample = loop(network.library, job, sampler, schedule, noise.float().contiguous())
     stopping.check()

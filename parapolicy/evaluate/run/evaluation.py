@@ -68,7 +68,7 @@ def evaluate(config: DictConfig, folder: Path, make_env: MakeEnv) -> dict[str, A
         torch.set_num_threads(config.threads)
     policy = load_policy(config.checkpoint, device=config.device, engine=config.engine)
     plain: Any = OmegaConf.to_container(config, resolve=True)
-    variants = build_variants(policy, plain["samplers"], config.control, config.env.latency)
+    variants = build_variants(policy, plain["samplers"], config.control, config.env.latency, config.seam)
     machine = {"machine": describe_machine(policy.device), "versions": describe_versions()}
     weights = digest([policy.spec.to_dict(), policy.network.state_dict(), policy.normalizer.state_dict()])
     about = {"checkpoint_digest": weights, **machine, "git": describe_git(Path(__file__).parent)}
@@ -137,7 +137,7 @@ def run_episodes(
                 kept.note_progress(label, bar.n / bar.total)
 
         stream: Iterator[tuple[EpisodeRecord, ControlRecord | None]]
-        if variant.latency == "none" and not variant.asynchronous and view is None:
+        if not variant.needs_controller and view is None:
             build = partial(make_env, policy.spec, None)
             limit = config.env_timeout_s
             rolled = rollout(
@@ -157,6 +157,7 @@ def run_episodes(
                 lambda row: kept.append("actions.jsonl", {"sampler": label, **row}),
                 advance,
                 view,
+                variant.seam,
             )
         for episode, control in stream:
             advance(length - len(episode.rewards))
@@ -179,7 +180,7 @@ def run_episodes(
     videos = [str(path) for seed in filmed if (path := kept.video(label, seed)).is_file()]
     summary = summarize_episodes(episodes, time.perf_counter() - begin, videos)
     if controls := [row["control"] for row in rows if "control" in row]:
-        loop = {"asynchronous": variant.asynchronous, "latency": variant.latency}
+        loop = {"asynchronous": variant.asynchronous, "latency": variant.latency, "seam": variant.seam}
         summary["control"] = {**loop, **summarize_control(controls)}
     return episodes, summary
 

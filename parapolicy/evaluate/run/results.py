@@ -31,6 +31,7 @@ def summarize_episodes(episodes: Sequence[EpisodeRecord], seconds: float, video_
         "success_rate_ci95": proportion_interval(successes, count),
         "rounds": _mean_p95([value for episode in episodes for value in episode.rounds]),
         "evaluations": _mean_p95([value for episode in episodes for value in episode.evaluations]),
+        **_summarize_motion(episodes),
         "overall": {
             "avg_max_reward": float(np.mean(best)),
             "avg_sum_reward": float(np.mean([episode.sum_reward for episode in episodes])),
@@ -46,6 +47,20 @@ def summarize_episodes(episodes: Sequence[EpisodeRecord], seconds: float, video_
     }
 
 
+def _summarize_motion(episodes: Sequence[EpisodeRecord]) -> dict[str, Any]:
+    """Means over episodes, in the actions' own units; the jump relative to the usual step inside chunks."""
+    measured = [episode for episode in episodes if episode.seams and episode.motion and episode.jerk]
+    if not measured:
+        return {}
+    jump, step, jerk = (
+        [float(np.mean(getattr(episode, name))) for episode in measured] for name in ("seams", "motion", "jerk")
+    )
+    relative = [a / b for a, b in zip(jump, step, strict=True) if b > 0]
+    values = {"jump": jump, "step": step, "relative_jump": relative, "jerk": jerk}
+    means = {name: {"mean": float(np.mean(v)), "ci95": mean_interval(v)} for name, v in values.items() if v}
+    return {"motion": means}
+
+
 def episode_row(index: int, episode: EpisodeRecord) -> dict[str, Any]:
     """The record of an episode in ``episodes.jsonl`` and in ``per_episode``."""
     return {
@@ -59,6 +74,7 @@ def episode_row(index: int, episode: EpisodeRecord) -> dict[str, Any]:
         "evaluations_mean": float(np.mean(episode.evaluations or [0])),
         **({"seam_mean": float(np.mean(episode.seams))} if episode.seams else {}),
         **({"motion_mean": float(np.mean(episode.motion))} if episode.motion else {}),
+        **({"jerk_mean": float(np.mean(episode.jerk))} if episode.jerk else {}),
         **({"error": episode.error} if episode.error else {}),
     }
 

@@ -12,6 +12,7 @@ import numpy as np
 
 from parapolicy.episode import Episode, Request, group_requests, predict_together
 from parapolicy.errors import ObservationError
+from parapolicy.evaluate.run.motion import chunk_motion, jerks, seam_jumps
 from parapolicy.evaluate.run.workers import EnvFailed, EnvHandle, LocalEnv, ProcessEnv, WorkerDied, execute, reset
 from parapolicy.policy import Chunk, Policy
 
@@ -29,6 +30,7 @@ class EpisodeRecord:
         frames: (H, W, 3) uint8, before the first and after every control step; empty unless filmed.
         seams: distance from the last action of a chunk to the first of the next, one per chunk except the first.
         motion: mean distance between successive actions inside a chunk, one per chunk with two actions or more.
+        jerk: norms of the third differences of the executed actions.
         error: why the episode was aborted; None if it was not.
     """
 
@@ -41,11 +43,18 @@ class EpisodeRecord:
     frames: list[np.ndarray] = field(default_factory=list)
     seams: list[float] = field(default_factory=list)
     motion: list[float] = field(default_factory=list)
+    jerk: list[float] = field(default_factory=list)
     error: str | None = None
 
     def fail(self, error: str) -> None:
         """The episode is aborted, which counts as a failure."""
         self.success, self.error = False, f"{error}, after {len(self.rewards)} control steps"
+
+    def measure(self, actions: Sequence[np.ndarray], chunks: Sequence[int]) -> None:
+        """Record how smooth the executed actions (Da,) were, given the number of the chunk that each is from."""
+        stacked = np.array(actions, np.float64)
+        self.seams, self.motion = seam_jumps(stacked, chunks), chunk_motion(stacked, chunks)
+        self.jerk = jerks(stacked)
 
     @property
     def max_reward(self) -> float:
@@ -67,7 +76,9 @@ class _Slot:
     def begin(self, seed: int, film: bool) -> None:
         self.record, self.film, self.begun = EpisodeRecord(seed), film, False
         self.episode = Episode(self.policy.spec, (self.noise_seed, seed), self.policy.warm_start)
-        self.submitted = self.executed = np.empty((0, 0))  # actions of this chunk; executed actions of the one before
+        self.submitted = np.empty((0, 0))  # actions of this chunk
+        self.executed: list[np.ndarray] = []  # actions of the episode, and the chunk that each is from
+        self.chunks: list[int] = []
         self.env.submit(reset, seed, film)
 
     def submit(self, request: Request, chunk: Chunk) -> None:
@@ -93,17 +104,11 @@ class _Slot:
                 self.record.rewards.append(transition.reward)
                 self.record.success = self.record.success or transition.success
         if self.begun:
-            self._measure(self.submitted[: len(transitions)])
+            self.executed.extend(self.submitted[: len(transitions)])
+            self.chunks += [len(self.record.rounds)] * len(transitions)
+            self.record.measure(self.executed, self.chunks)
         self.begun = True
         return transitions[-1].over
-
-    def _measure(self, actions: np.ndarray) -> None:
-        """Record the distances between executed actions (n, Da), and from the chunk before."""
-        if len(self.executed):
-            self.record.seams.append(float(np.linalg.norm(actions[0] - self.executed[-1])))
-        if len(actions) > 1:
-            self.record.motion.append(float(np.linalg.norm(np.diff(actions, axis=0), axis=1).mean()))
-        self.executed = actions
 
     def replace(self) -> None:
         """Replace an environment that failed."""

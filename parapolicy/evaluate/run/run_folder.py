@@ -17,7 +17,7 @@ from parapolicy.files import seal, unseal, write_whole
 from parapolicy.observation import stack_observations
 
 MAX_NAME = 100  # characters of a folder's
-LISTS = ("rewards", "rounds", "evaluations", "seams", "motion")  # fields of an EpisodeRecord in episodes.jsonl
+LISTS = ("rewards", "rounds", "evaluations", "seams", "motion", "jerk")  # fields of an EpisodeRecord in episodes.jsonl
 
 
 FORMAT = 2  # of a folder whose records all have one

@@ -136,6 +136,7 @@ def run_with_latency(
     log: Callable[[Mapping[str, Any]], Any] = lambda row: None,
     progress: Callable[[int], Any] = lambda steps: None,
     view: View | None = None,
+    seam: str = "none",
 ) -> Iterator[tuple[EpisodeRecord, ControlRecord]]:
     """Run one episode per seed, one after the other, by a :class:`parapolicy.Controller` on simulated time.
 
@@ -152,6 +153,7 @@ def run_with_latency(
         log: called with the controller's record of each action, and the episode's seed under ``episode``.
         progress: called with the number of control steps since the last call.
         view: shows each control step.
+        seam: how chunks are joined; see :class:`parapolicy.control.seam.Seam`.
     """
     seed, chunk = 0, 0  # of the running episode
 
@@ -166,6 +168,7 @@ def run_with_latency(
 
     def log_action(action: Mapping[str, Any]) -> None:
         newest.update(action)
+        executed.append((np.array(action["action"]), action["chunk"]))
         log({"episode": seed, **action})
 
     clocked = _ClockedPolicy(policy, clock)
@@ -176,10 +179,13 @@ def run_with_latency(
         log=log_action,
         clock=clock,
         executor=clock if asynchronous else None,
+        seam=seam,
     )
+    executed: list[tuple[np.ndarray, int]] = []  # actions, and the chunk that each is from
     try:
         for seed in seeds:
             chunk = 0
+            executed.clear()
             episode = EpisodeRecord(seed)
             show = _watcher(view, label, seed, env, controller, newest)
             try:
@@ -194,6 +200,7 @@ def run_with_latency(
             chunks = [done.stats for done in controller.record.chunks if done.stats is not None]
             episode.rounds = [int(stats.rounds) for stats in chunks]
             episode.evaluations = [int(stats.evaluations) for stats in chunks]
+            episode.measure([action for action, _ in executed], [number for _, number in executed])
             yield episode, controller.record
     finally:
         close(env)

@@ -4,6 +4,7 @@ import dataclasses
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from parapolicy.control.seam import Seam
 from parapolicy.evaluate.run.simulated_latency import SimulatedLatency
 from parapolicy.policy import Policy
 
@@ -18,28 +19,41 @@ class Variant:
         policy: the weights with this sampler and schedule.
         asynchronous: each chunk is computed during the execution of the one before.
         latency: simulated in closed loop, as :meth:`SimulatedLatency.parse` takes it.
+        seam: how chunks are joined; see :class:`parapolicy.control.seam.Seam`.
     """
 
     policy: Policy
     asynchronous: bool
     latency: str
+    seam: str = "none"
+
+    @property
+    def needs_controller(self) -> bool:
+        """More than chunk after chunk, each executed as it is."""
+        return self.latency != "none" or self.asynchronous or self.seam != "none"
 
 
 def build_variants(
-    policy: Policy, entries: Sequence[str | Mapping[str, Any]], control: str = "sync", latency: str = "none"
+    policy: Policy,
+    entries: Sequence[str | Mapping[str, Any]],
+    control: str = "sync",
+    latency: str = "none",
+    seam: str = "none",
 ) -> dict[str, Variant]:
     """Build a variant per entry, by label.
 
     Args:
         policy: the weights, with their own schedule.
         entries: sampler names, or mappings with ``name`` and, optionally, ``label``, ``warm: true`` to start each chunk
-            from the one before, ``control`` and ``latency`` of this entry, the sampler's parameters, and settings of
-            :func:`parapolicy.schedule.make_schedule`.
+            from the one before, ``control``, ``latency`` and ``seam`` of this entry, the sampler's parameters, and
+            settings of :func:`parapolicy.schedule.make_schedule`.
         control: ``sync`` or ``async``, for entries without their own.
         latency: simulated, for entries without their own.
+        seam: how chunks are joined, for entries without their own.
 
     Raises:
-        ValueError: no entries, a label twice, or an unknown name, parameter, control or latency.
+        ValueError: no entries, a label twice, an unknown name, parameter, control or latency, or a seam that does not
+            fit.
     """
     if not entries:
         raise ValueError("samplers is empty, expected at least one name, such as samplers=[sequential,semi_implicit]")
@@ -54,13 +68,15 @@ def build_variants(
         loop, simulated = parameters.pop("control", control), parameters.pop("latency", latency)
         if loop not in ("sync", "async"):
             raise ValueError(f"control is {loop!r}, expected sync or async")
+        joined = parameters.pop("seam", seam)
         SimulatedLatency.parse(simulated)  # raises an error before the first episode
+        Seam(joined, policy.spec, loop == "async")  # likewise
         schedule = {key: parameters.pop(key) for key in SCHEDULE_SETTINGS if key in parameters}
         if label in variants or not label or "/" in label:
             raise ValueError(f"label is {label!r}, expected a file name that no other entry has; set label: to one")
         base = policy.with_schedule(**schedule) if schedule else policy
         sampled = dataclasses.replace(base.with_sampler(name, **parameters), warm_start=bool(warm))
-        variants[label] = Variant(sampled, loop == "async", simulated)
+        variants[label] = Variant(sampled, loop == "async", simulated, joined)
     return variants
 
 
