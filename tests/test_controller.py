@@ -274,6 +274,8 @@ def test_a_row_of_the_log_holds_times_and_costs(policy: Timed) -> None:
         "seed": mix_seeds(0, 1),
         "warm_from": 0,
         "executed": EXECUTED,
+        "held_from": None,
+        "committed": 0,
         "computed_seconds": stats.seconds,
         "rounds": stats.rounds,
         "complete": True,
