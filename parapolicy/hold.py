@@ -85,8 +85,8 @@ class Hold:
 def hold_weights(horizon: int, first: int, committed: int, overlap: int, soft: bool) -> np.ndarray:
     """The weight of every step of a chunk's horizon, (H,) float32.
 
-    *Hard*: 1 on the committed steps, 0 after them. *Soft*: from there they decay over the overlap, as the mask of
-    real-time chunking (Black et al., NeurIPS 2025, eq. 5): c (e^c - 1) / (e - 1) with c from nearly 1 to nearly 0.
+    *Hard*: 1 on the committed steps, 0 after them. *Soft*: from there they decay over the overlap, as the soft
+    mask of real-time chunking (Black et al., NeurIPS 2025): c (e^c - 1) / (e - 1) with c from nearly 1 to nearly 0.
 
     Args:
         first: index of the present step in the horizon; what is before it has passed.

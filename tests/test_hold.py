@@ -178,7 +178,7 @@ def test_a_hold_of_another_policy_is_refused() -> None:
 
 
 def test_weights_of_real_time_chunking() -> None:
-    """Equation 5 of the paper, for a horizon of 8 of which one step has passed."""
+    """As the paper has them, for a horizon of 8 of which one step has passed."""
     np.testing.assert_array_equal(hold_weights(8, 1, 2, 5, False), [0, 1, 1, 0, 0, 0, 0, 0])
     soft = hold_weights(8, 1, 2, 5, True)
     c = np.array([3, 2, 1]) / 4

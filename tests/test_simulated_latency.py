@@ -1,6 +1,8 @@
 """Simulated latency: the clock, the environment that keeps moving during inference, and whole episodes."""
 
+import itertools
 import json
+import re
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -9,11 +11,13 @@ from typing import Any
 import gymnasium
 import numpy as np
 import pytest
+from rich.console import Console
 
 import parapolicy
 from envs import make_env
 from envs.inference_delay import InferenceDelay
 from parapolicy.control import ControlRecord, SimulatedClock
+from parapolicy.evaluate.report.terminal import print_tables
 from parapolicy.evaluate.run.evaluation import evaluate
 from parapolicy.evaluate.run.rollout import EpisodeRecord, rollout
 from parapolicy.evaluate.run.simulated_latency import SimulatedLatency, run_with_latency
@@ -234,11 +238,11 @@ def test_a_trace_of_another_sampler_is_refused(tmp_path: Path) -> None:
         latency.chunk_seconds("b", 1, 0, 0.0)
 
 
-def test_an_evaluation_simulates_each_samplers_latency(tmp_path: Path) -> None:
+def test_an_evaluation_simulates_each_samplers_latency(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     ddim = "name: sequential, solver: ddim, steps: 2"
     config = configured(
         "eval",
-        f"samplers=[{{{ddim}, latency: none, label: free}}, {{{ddim}, control: async, label: late}}]",
+        f"samplers=[{{{ddim}, latency: none, label: free}}, {{{ddim}, control: async, seam: hold, label: late}}]",
         "env.latency=fixed:250ms",
         "env.options.max_episode_steps=16",
         "episodes=2",
@@ -255,6 +259,7 @@ def test_an_evaluation_simulates_each_samplers_latency(tmp_path: Path) -> None:
     control = results["samplers"]["late"]["control"]
     assert (control["asynchronous"], control["latency"], control["failures"]) == (True, "fixed:250ms", 0)
     assert control["chunk_ms"]["p50"] == pytest.approx(250)
+    assert control["seam"] == "hold"
     assert control["stale"] > 0
     actions = [json.loads(line) for line in (tmp_path / "actions.jsonl").read_text().splitlines()]
     assert len(actions) == control["steps"]
@@ -263,4 +268,17 @@ def test_an_evaluation_simulates_each_samplers_latency(tmp_path: Path) -> None:
     assert trace.chunk_seconds("late", 100_001, 0, 0.0) == pytest.approx(0.25)
     rows = [json.loads(line) for line in (tmp_path / "episodes.jsonl").read_text().splitlines()]
     assert [row["sampler"] for row in rows] == ["free", "free", "late", "late"]
+    for row in rows[2:]:
+        mine = [action for action in actions if action["episode"] == row["seed"]]
+        assert 3 in {action["committed"] for action in mine}  # 250 ms at 10 Hz
+        pairs = itertools.pairwise(mine)
+        jumps = [np.subtract(b["action"], a["action"]) for a, b in pairs if a["chunk"] != b["chunk"]]
+        np.testing.assert_allclose(row["seams"], np.linalg.norm(jumps, axis=1), rtol=1e-6)
+        assert len(row["jerk"]) == len(mine) - 3
+    jumps = [np.mean(row["seams"]) for row in rows[2:]]
+    assert results["samplers"]["late"]["motion"]["jump"]["mean"] == pytest.approx(np.mean(jumps))
+    print_tables(results, Console(width=160))
+    printed = capsys.readouterr().out
+    assert "jump / step" in printed
+    assert re.search(r"late\W+hold", printed)
     assert rows[3]["control"]["times"]["chunk"]["p99"] == pytest.approx(250, rel=0.01)

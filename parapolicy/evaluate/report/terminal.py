@@ -18,6 +18,8 @@ def print_tables(results: Mapping[str, Any], console: Console | None = None) -> 
     console = console or Console(width=None if os.isatty(1) else 100)
     console.print(_score_table(results))
     console.print(_cost_table(results))
+    if moved := {name: row for name, row in results["samplers"].items() if {"motion", "control"} <= row.keys()}:
+        console.print(_motion_table(moved))
     if measured := next(iter(results["samplers"].values())).get("energy_distance"):
         console.print(_fidelity_table(results, measured["resampling_mean"]))
 
@@ -68,6 +70,16 @@ def _cost_table(results: Mapping[str, Any]) -> Table:
             *("{mean:.1f} ({p95:.0f})".format(**row[cost]) for cost in ("rounds", "evaluations")),
             f"{error['p95']:.1e}" if error else "—",
         )
+    return table
+
+
+def _motion_table(rows: Mapping[str, Any]) -> Table:
+    caption = "[ ]: 95 % intervals; in the actions' units, per control step; step: inside chunks"
+    table = _table("sampler|seam|jump at seams|step|jump / step|jerk", caption=caption)
+    for name, row in rows.items():
+        values = (row["motion"].get(kind) for kind in ("jump", "step", "relative_jump", "jerk"))
+        cells = ("{:.3g} [{:.3g}, {:.3g}]".format(v["mean"], *v["ci95"]) if v else "—" for v in values)
+        table.add_row(name, row["control"].get("seam", "none"), *cells)
     return table
 
 
