@@ -180,6 +180,17 @@ def test_chunks_that_do_not_overlap_are_refused(seam: str) -> None:
     assert "hold" in held.calls[1]  # there is still what is executed meanwhile
 
 
+def test_a_policy_that_cannot_hold_is_refused_before_it_fails() -> None:
+    class Plain:
+        spec = small_policy().spec
+
+        def predict(self, observation: Any, *, seed: int, deadline: Any, warm: Any, executed: int | None) -> Chunk: ...  # type: ignore[empty-body]
+
+    Controller(Plain(), 10, asynchronous=True, seam="blend").close()
+    with pytest.raises(ValueError, match="needs a policy whose predict takes hold"):
+        Controller(Plain(), 10, asynchronous=True, seam="hold")
+
+
 def test_a_policy_that_holds_nothing_is_not_asked_to() -> None:
     """Policies of one's own, such as a client of a server, need no argument ``hold`` for the other seams."""
     policy = Recorded(small_policy(), 0.2)

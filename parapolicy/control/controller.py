@@ -1,5 +1,6 @@
 """Receding-horizon control of one robot: an observation in, an action out, once per control step."""
 
+import inspect
 import math
 import time
 import warnings
@@ -14,7 +15,6 @@ from parapolicy.control.latency import ChunkRecord, ControlRecord
 from parapolicy.control.seam import Execution, Seam, steps_of
 from parapolicy.engine import Deadline
 from parapolicy.episode import Episode, Request, checked_actions
-from parapolicy.hold import Hold
 from parapolicy.policy import Chunk
 from parapolicy.spec import PolicySpec
 from parapolicy.warm import WarmState
@@ -24,7 +24,7 @@ ROUNDING = 1e-9  # relative, of a simulated clock's times, which are sums of per
 
 
 class ChunkPolicy(Protocol):
-    """What a controller needs of :class:`parapolicy.Policy`."""
+    """What a controller needs of :class:`parapolicy.Policy`; for the seams that hold, ``hold`` of ``predict``, too."""
 
     @property
     def spec(self) -> PolicySpec: ...
@@ -37,8 +37,12 @@ class ChunkPolicy(Protocol):
         deadline: Callable[[], bool] | None,
         warm: WarmState | None,
         executed: int | None,
-        hold: Hold = ...,
     ) -> Chunk: ...
+
+
+def _takes_hold(policy: ChunkPolicy) -> bool:
+    parameters = inspect.signature(policy.predict).parameters.values()
+    return any(p.name == "hold" or p.kind is p.VAR_KEYWORD for p in parameters)
 
 
 class Controller:
@@ -95,6 +99,8 @@ class Controller:
         self.deadline = None if deadline_ms is None else deadline_ms / 1e3
         self.asynchronous, self.warm_start, self.blend_steps, self.seam = asynchronous, warm_start, blend_steps, seam
         self._seam = Seam(seam, policy.spec, asynchronous, blend_steps)
+        if self._seam.holds and not _takes_hold(policy):  # else every chunk but the first would fail, unseen
+            raise ValueError(f"seam {seam!r} needs a policy whose predict takes hold=…; take 'blend' or 'none'")
         self.log, self.clock = log, clock
         self._own_executor = ThreadPoolExecutor(1, "parapolicy") if asynchronous and executor is None else None
         if self._own_executor is not None:  # its thread is there from now on, with the priority that this one has now
@@ -227,7 +233,7 @@ class Controller:
             end = started + self.deadline
             # An engine may watch the usual clock without Python.
             stop = Deadline(end) if self.clock is time.monotonic else lambda: self.clock() >= end
-        held = {} if request.hold is None else {"hold": request.hold}  # not every policy can
+        held: dict[str, Any] = {} if request.hold is None else {"hold": request.hold}
         chunk = self.policy.predict(
             request.observation, seed=request.seed, deadline=stop, warm=request.warm, executed=request.executed, **held
         )
