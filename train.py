@@ -30,7 +30,7 @@ from parapolicy.train.data import read_hdf5, read_zarr
 from parapolicy.train.state import STATE
 from parapolicy.train.trainer import TrainConfig, train
 
-DATA_SETTINGS = {"path", "name", "env", "control_hz", "mask", "observation", "action"}
+DATA_SETTINGS = {"path", "name", "env", "control_hz", "mask", "observation", "action", "targets"}
 
 
 def run(config: DictConfig) -> None:
@@ -44,11 +44,19 @@ def run(config: DictConfig) -> None:
     if unknown := sorted(set(data) - DATA_SETTINGS):
         raise ValueError(f"data has unknown settings {unknown}, expected some of {sorted(DATA_SETTINGS)}")
     device = pick_device(config.device)
-    given = {**data["observation"], "action": data["action"]}
+    targets = data.get("targets") or {}
+    given = {**data["observation"], "action": data["action"], **targets}
+    if clashing := sorted(targets.keys() & {*data["observation"], "action"}):
+        raise ValueError(f"data.targets has {clashing}, which the policy observes or does; leave them out of one")
     for key, source in given.items():
         if not isinstance(source, dict) or not isinstance(source.get("shape"), list):
             raise ValueError(f"data gives {source!r} for {key!r}, expected {{shape: [...], array: NAME}}")
-    sources = {key: {k: v for k, v in source.items() if k != "kind"} for key, source in given.items()}
+    for key, source in targets.items():
+        if not isinstance(source.get("camera"), str):
+            raise ValueError(
+                f"data.targets gives {source} for {key!r}, expected the camera that learns it, camera: KEY"
+            )
+    sources = {key: {k: v for k, v in source.items() if k != "camera"} for key, source in given.items()}
     if len(data["action"]["shape"]) != 1:
         raise ValueError(f"data.action.shape is {data['action']['shape']}, expected the length of one action, as [2]")
     spec = PolicySpec(
@@ -64,9 +72,9 @@ def run(config: DictConfig) -> None:
     train_config = TrainConfig(**settings["train"])
     folder = Path(config.output)
     if str(data["path"]).endswith((".hdf5", ".h5")):
-        demonstrations = read_hdf5(data["path"], sources, data.get("mask"))
+        demonstrations = read_hdf5(data["path"], sources, data.get("mask"), scratch=folder)
     elif data.get("mask") is None:
-        demonstrations = read_zarr(data["path"], sources)
+        demonstrations = read_zarr(data["path"], sources, scratch=folder)
     else:
         raise ValueError(
             f"data.mask is {data['mask']!r}, but only HDF5 files have masks; leave it out (data.mask=null)"
@@ -80,7 +88,8 @@ def run(config: DictConfig) -> None:
     if config.score.episodes:  # what it cannot build is known before the hours of training
         build().close()
     complete = not (folder / STATE).is_file() and all((folder / name).is_file() for name in (CONFIG, CARD))
-    result = train(spec, demonstrations, train_config, folder, device)
+    cameras = {key: source["camera"] for key, source in targets.items()}
+    result = train(spec, demonstrations, train_config, folder, device, targets=cameras)
     if complete:
         print(f"{folder} is finished")
         return

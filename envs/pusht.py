@@ -36,7 +36,7 @@ OBSERVATIONS: Mapping[str, tuple[int, ...]] = {
     "agent_pos": (2,),
     "keypoint": (9, 2),  # the published data set's
     "environment_state": (16,),  # gym-pusht's own eight corners of the block
-    "image": (96, 96, 3),  # 0 to 255
+    "image": (96, 96, 3),  # the scene as the published data set has it: red, green, blue, uint8
 }
 
 
@@ -68,7 +68,12 @@ class PushT(gymnasium.Env):
         self._simulator = PushTEnv(visualization_width=render_size, visualization_height=render_size)
         self.action_space = spaces.Box(0, 512, (2,), np.float32)
         self.observation_space = spaces.Dict(
-            {key: spaces.Box(-np.inf, np.inf, OBSERVATIONS[key], np.float32) for key in self._keys}
+            {
+                key: spaces.Box(0, 255, OBSERVATIONS[key], np.uint8)
+                if key == "image"
+                else spaces.Box(-np.inf, np.inf, OBSERVATIONS[key], np.float32)
+                for key in self._keys
+            }
         )
 
     def reset(
@@ -139,7 +144,10 @@ class PushT(gymnasium.Env):
         simulator.space.step(simulator.dt)
 
     def _observe(self) -> dict[str, np.ndarray]:
-        return {key: np.asarray(getattr(self, f"_{key}")(), dtype=np.float32) for key in self._keys}
+        return {
+            key: np.asarray(getattr(self, f"_{key}")(), dtype=np.uint8 if key == "image" else np.float32)
+            for key in self._keys
+        }
 
     def _state(self) -> np.ndarray:
         return self._simulator.get_obs()

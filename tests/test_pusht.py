@@ -20,6 +20,7 @@ def test_observations_have_the_policys_keys_and_shapes() -> None:
     observation, _ = env.reset(seed=0)
     assert {key: value.shape for key, value in observation.items()} == dict(OBSERVATIONS)
     assert env.observation_space.contains(observation)
+    assert observation["image"].dtype == np.uint8
     assert observation["image"].max() > 200
     np.testing.assert_array_equal(observation["state"][:2], observation["agent_pos"])
     low = make_env("pusht", small_spec(observation={"state": (5,)}))
@@ -70,7 +71,11 @@ def test_recorded_states_and_observations(demonstrations: Path) -> None:
         observation, _ = env.reset(options={"state": states[step]})
         np.testing.assert_allclose(observation["state"], states[step], atol=0.05)
         np.testing.assert_allclose(observation["keypoint"], keypoints[step], atol=0.05)
-        assert np.abs(observation["image"] - images[step]).mean() < 1.0  # of 255; the recorded target is not drawn
+        # Where the block's edge falls between two pixels, it may be drawn on the other one.
+        difference = np.abs(observation["image"] - images[step])
+        assert difference.mean() < 0.2
+        assert (difference.max(-1) > 40).mean() < 0.005
+        assert np.abs(observation["image"][..., ::-1] - images[step]).mean() > 1  # red and blue are not exchanged
 
 
 def test_a_state_set_does_not_depend_on_what_came_before() -> None:

@@ -16,8 +16,8 @@ import zarr
 import parapolicy
 from parapolicy.digest import digest
 from parapolicy.normalizer import STILL_SCALE, Normalizer
-from parapolicy.train import trainer
 from parapolicy.train.data import Demonstrations, read_zarr
+from parapolicy.train.loss import Loss
 from parapolicy.train.state import RECORD, STATE, TrainingFolder
 from parapolicy.train.trainer import TrainConfig, train
 from tests.helpers import network_inputs, received_condition, small_spec
@@ -98,25 +98,29 @@ def weights(folder: Path) -> dict[str, torch.Tensor]:
     return parapolicy.load_policy(folder, device="cpu", engine="eager").network.state_dict()
 
 
+def stop_at(step: int, patch: pytest.MonkeyPatch) -> None:
+    original = Loss.__call__
+
+    def interrupted(self: Loss, now: int, *arguments: Any, **named: Any) -> dict[str, torch.Tensor]:
+        if now == step:
+            raise KeyboardInterrupt
+        return original(self, now, *arguments, **named)
+
+    patch.setattr(Loss, "__call__", interrupted)
+
+
 def test_an_interrupted_run_ends_with_the_same_weights(
     buffer: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     data, spec, cpu = read_zarr(buffer, SOURCES), small_spec(), torch.device("cpu")
     train(spec, data, CONFIG, tmp_path / "whole", cpu)
 
-    original = trainer._Loss.__call__
-
-    def interrupted(self: trainer._Loss, step: int) -> torch.Tensor:
-        if step == 6:
-            raise KeyboardInterrupt
-        return original(self, step)
-
-    monkeypatch.setattr(trainer._Loss, "__call__", interrupted)
-    with pytest.raises(KeyboardInterrupt):
-        train(spec, data, CONFIG, tmp_path / "parts", cpu)
+    with monkeypatch.context() as patch:
+        stop_at(6, patch)
+        with pytest.raises(KeyboardInterrupt):
+            train(spec, data, CONFIG, tmp_path / "parts", cpu)
     assert (tmp_path / "parts" / STATE).is_file()
     assert not (tmp_path / "parts" / "config.json").exists()
-    monkeypatch.setattr(trainer._Loss, "__call__", original)
     train(spec, data, CONFIG, tmp_path / "parts", cpu)
 
     whole, parts = weights(tmp_path / "whole"), weights(tmp_path / "parts")
@@ -127,11 +131,8 @@ def test_an_interrupted_run_ends_with_the_same_weights(
 def test_another_runs_state_is_not_taken_over(buffer: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     data, cpu = read_zarr(buffer, SOURCES), torch.device("cpu")
 
-    def stop(self: trainer._Loss, step: int) -> torch.Tensor:
-        raise KeyboardInterrupt
-
     with monkeypatch.context() as patch:
-        patch.setattr(trainer._Loss, "__call__", stop)
+        stop_at(0, patch)
         with pytest.raises(KeyboardInterrupt):
             train(small_spec(), data, CONFIG, tmp_path, cpu)
     with pytest.raises(ValueError, match="state of a run with other settings"):
@@ -204,17 +205,6 @@ def test_a_run_goes_on_from_a_trained_policy(buffer: Path, tmp_path: Path) -> No
 
     with pytest.raises(ValueError, match="has the horizon"):
         train(small_spec(horizon=32), data, still, tmp_path / "third", cpu)
-
-
-def stop_at(step: int, patch: pytest.MonkeyPatch) -> None:
-    original = trainer._Loss.__call__
-
-    def interrupted(self: trainer._Loss, now: int) -> torch.Tensor:
-        if now == step:
-            raise KeyboardInterrupt
-        return original(self, now)
-
-    patch.setattr(trainer._Loss, "__call__", interrupted)
 
 
 def interrupted_run(data: Demonstrations, folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -35,10 +35,22 @@ class Network(nn.Module):
         """What depends on the timestep alone, once per schedule: (T,) -> (T, …)."""
         raise NotImplementedError
 
+    def encode_images(self, observation: Mapping[str, Tensor]) -> Mapping[str, Tensor]:
+        """The observation with features (B, To, F) in place of those images that are encoded frame by frame.
+
+        :meth:`embed_condition` and :meth:`predict` take the one as well as the other.
+        """
+        return observation
+
+    @property
+    def image_margins(self) -> dict[str, tuple[int, int]]:
+        """By how many pixels, down and across, training may move each image without an edge coming into sight."""
+        return {}
+
     def embed_condition(self, observation: Mapping[str, Tensor]) -> Embedding:
         """What depends on the observation alone, once per chunk: {key: (B, To, …)}, normalised -> (B, …).
 
-        Images come as (B, To, C, H, W).
+        Images come as (B, To, C, H, W), or as :meth:`encode_images` has encoded them.
         """
         raise NotImplementedError
 

@@ -12,6 +12,8 @@ Norm = Callable[[int], nn.Module]
 SIZES = {"resnet18": (False, (2, 2, 2, 2)), "resnet34": (False, (3, 4, 6, 3)), "resnet50": (True, (3, 4, 6, 3))}
 LEVELS = 4
 STRIDE = 32  # of the last feature map, in pixels
+WIDTH, MAX_WIDTH = 64, 1024  # channels of the first level
+GROUP = 16  # channels that GroupNorm normalises together
 
 
 class FrozenBatchNorm(nn.Module):
@@ -32,7 +34,7 @@ class FrozenBatchNorm(nn.Module):
 
 def group_norm(channels: int) -> nn.Module:
     """GroupNorm over groups of 16 channels, which Diffusion Policy puts in BatchNorm's place."""
-    return nn.GroupNorm(channels // 16, channels)
+    return nn.GroupNorm(channels // GROUP, channels)
 
 
 NORMS: dict[str, Norm] = {"group": group_norm, "batch": FrozenBatchNorm}
@@ -86,28 +88,30 @@ class ResNet(nn.Module):
         name: one of ``SIZES``.
         in_channels: of the pictures.
         norm: one of ``NORMS``.
-        levels: resolutions; with 3 the last of the four is left out, and the stride is 16.
+        levels: resolutions, 1 to 4, of which the first have the smaller strides: 4, 8, 16, 32.
+        width: channels of the first level, a multiple of 16; 64 in the published networks.
 
     Raises:
-        ValueError: an unknown name, norm or number of levels.
+        ValueError: an unknown name or norm, or a number of levels or a width that is not possible.
     """
 
-    def __init__(self, name: str, in_channels: int, norm: str, levels: int = LEVELS) -> None:
+    def __init__(self, name: str, in_channels: int, norm: str, levels: int = LEVELS, width: int = WIDTH) -> None:
         super().__init__()
         if name not in SIZES or norm not in NORMS:
             raise ValueError(f"backbone is {name!r} with norm {norm!r}, expected one of {[*SIZES]} and of {[*NORMS]}")
-        if check_count("levels", levels, LEVELS) < LEVELS - 1:
-            raise ValueError(f"levels is {levels}, expected {LEVELS - 1} or {LEVELS}")
+        check_count("levels", levels, LEVELS)
+        if check_count("width", width, MAX_WIDTH) % GROUP:
+            raise ValueError(f"width is {width}, expected a multiple of {GROUP}, the channels of a group")
         self.stride = STRIDE >> (LEVELS - levels)
         bottleneck, counts = SIZES[name]
         block = Bottleneck if bottleneck else BasicBlock
-        self.conv1 = nn.Conv2d(in_channels, 64, 7, 2, 3, bias=False)
-        self.bn1 = NORMS[norm](64)
-        width = 64
+        self.conv1 = nn.Conv2d(in_channels, width, 7, 2, 3, bias=False)
+        self.bn1 = NORMS[norm](width)
+        first = width
         for level, count in enumerate(counts[:levels]):
             blocks = []
             for i in range(count):
-                channels = 64 * 2**level
+                channels = first * 2**level
                 blocks.append(block(width, channels, 2 if level and not i else 1, NORMS[norm]))
                 width = channels * block.expansion
             self.add_module(f"layer{level + 1}", nn.Sequential(*blocks))

@@ -118,7 +118,9 @@ class TimmEncoder(nn.Module):
         height, width, channels = image.shape
         if self.crop and (self.crop[0] > height or self.crop[1] > width):
             raise ValueError(f"crop is {list(self.crop)}, expected at most the picture's ({height}, {width})")
-        size = self.resize or self.crop or (height, width)
+        cropped = self.crop or (height, width)
+        self.margin = (height - cropped[0]) // 2, (width - cropped[1]) // 2  # on either side, for training
+        size = self.resize or cropped
         if not isinstance(backbone, Mapping):
             raise ValueError(f"backbone is {backbone!r:.80}, expected a name and arguments")
         settings = dict(backbone)

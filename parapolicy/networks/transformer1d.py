@@ -196,6 +196,13 @@ class TransformerForDiffusion(Network):
         token = token + self.cond_pos_emb[:, :1]
         return token if self._mixes else self._project(self.encoder(token))
 
+    def encode_images(self, observation: Mapping[str, Tensor]) -> Mapping[str, Tensor]:
+        return observation if self.obs_encoder is None else self.obs_encoder.encode_images(observation)
+
+    @property
+    def image_margins(self) -> dict[str, tuple[int, int]]:
+        return {} if self.obs_encoder is None else self.obs_encoder.margins
+
     def embed_condition(self, observation: Mapping[str, Tensor]) -> Tensor:
         """{key: (B, To, …)} -> what stands in the sequence (B, To, Do), the observed steps' tokens (B, To, E), or their
         keys and values in each layer (B, n_layer, To, 2 E)."""

@@ -215,6 +215,13 @@ class ConditionalUnet1D(Network):
         embedding: Tensor = self.diffusion_step_encoder(timesteps)
         return embedding
 
+    def encode_images(self, observation: Mapping[str, Tensor]) -> Mapping[str, Tensor]:
+        return observation if self.encoder is None else self.encoder.encode_images(observation)
+
+    @property
+    def image_margins(self) -> dict[str, tuple[int, int]]:
+        return {} if self.encoder is None else self.encoder.margins
+
     def embed_condition(self, observation: Mapping[str, Tensor]) -> Tensor:
         """{key: (B, To, …)} -> the condition vector (B, C), or the observed steps (B, To, Do)."""
         condition = encode(self.encoder, observation)

@@ -15,13 +15,14 @@ from torch.nn import functional
 
 from parapolicy.networks.base import flatten_keys, flatten_observation
 from parapolicy.networks.checks import check_count, check_flag, check_size
-from parapolicy.networks.resnet import STRIDE, ResNet
+from parapolicy.networks.resnet import LEVELS, WIDTH, ResNet
 from parapolicy.networks.timm_encoder import TimmEncoder
 from parapolicy.spec import Feature, PolicySpec
 
 IMAGENET = ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))  # mean and standard deviation of its colours
 CROP_OFFSETS: dict[str, Callable[[float], int]] = {"round": round, "floor": math.floor}
 LAYOUTS = ("step", "key")
+IMAGE_NDIM = 5  # (B, To, C, H, W); features have 3
 
 
 class SpatialSoftmax(nn.Module):
@@ -44,6 +45,12 @@ class SpatialSoftmax(nn.Module):
         return torch.stack(place, -1).flatten(1)
 
 
+def crop_margin(picture: Sequence[int], scaled: Sequence[int], crop: Sequence[int]) -> tuple[int, int]:
+    """Pixels of a picture, down and across, on either side of the crop of its middle that is made once it is scaled."""
+    down, across = ((s - c) * p // (2 * s) for p, s, c in zip(picture, scaled, crop, strict=True))
+    return down, across
+
+
 class CameraEncoder(nn.Module):
     """One camera's pictures -> features.
 
@@ -59,6 +66,7 @@ class CameraEncoder(nn.Module):
         relu: a ReLU at the end.
         antialias: average over the pixels that a smaller picture's pixel covers when scaling.
         crop_offset: where an odd margin puts the crop: ``round``, to even, as torchvision; ``floor``, as robomimic.
+        width, levels: of the backbone; see :class:`parapolicy.networks.resnet.ResNet`.
 
     Raises:
         ValueError: a setting of another kind or size.
@@ -77,6 +85,8 @@ class CameraEncoder(nn.Module):
         relu: bool = True,
         antialias: bool = False,
         crop_offset: str = "round",
+        width: int = WIDTH,
+        levels: int = LEVELS,
     ) -> None:
         super().__init__()
         for name, flag in {"imagenet": imagenet, "relu": relu, "antialias": antialias}.items():
@@ -84,21 +94,22 @@ class CameraEncoder(nn.Module):
         if crop_offset not in CROP_OFFSETS:
             raise ValueError(f"crop_offset is {crop_offset!r}, expected one of {[*CROP_OFFSETS]}")
         self.crop_offset = CROP_OFFSETS[crop_offset]
-        height, width, channels = image.shape
+        *size, channels = image.shape
         if imagenet and channels != 3:
             raise ValueError(f"imagenet is on for pictures of {channels} channels, expected 3")
         self.resize, self.crop = check_size("resize", resize), check_size("crop", crop)
-        height, width = self.resize or (height, width)
-        if self.crop and (self.crop[0] > height or self.crop[1] > width):
-            raise ValueError(f"crop is {list(self.crop)}, expected at most the picture's ({height}, {width})")
-        height, width = self.crop or (height, width)
+        given, size = size, list(self.resize or size)
+        if self.crop and (self.crop[0] > size[0] or self.crop[1] > size[1]):
+            raise ValueError(f"crop is {list(self.crop)}, expected at most the picture's {tuple(size)}")
+        scaled, size = size, list(self.crop or size)
+        self.margin = crop_margin(given, scaled, size)
         self.imagenet, self.relu, self.antialias = imagenet, relu, antialias
-        self.backbone = ResNet(backbone, channels, norm)
+        self.backbone = ResNet(backbone, channels, norm, levels, width)
         self.pool: nn.Module | None = None
         self.linear: nn.Module | None = None
         self.features = self.backbone.channels
         if keypoints is not None:
-            rows, columns = -(-height // STRIDE), -(-width // STRIDE)
+            rows, columns = (-(-side // self.backbone.stride) for side in size)
             self.pool = SpatialSoftmax(self.features, check_count("keypoints", keypoints), rows, columns)
             self.features = 2 * keypoints
         if features is not None:
@@ -117,10 +128,12 @@ class CameraEncoder(nn.Module):
             mean, spread = (torch.tensor(v, device=x.device)[:, None, None] for v in IMAGENET)
             x = (x - mean) / spread
         x = self.backbone(x)
-        x = x.mean((2, 3)) if self.pool is None else self.pool(x)
-        if self.linear is not None:
-            x = self.linear(x)
-        return x.relu() if self.relu else x
+        with torch.autocast(x.device.type, enabled=False):  # places need more digits than bfloat16 has
+            x = x.to(self.backbone.conv1.weight.dtype)
+            x = x.mean((2, 3)) if self.pool is None else self.pool(x)
+            if self.linear is not None:
+                x = self.linear(x)
+            return x.relu() if self.relu else x
 
 
 # What a camera's setting "encoder" names.
@@ -171,13 +184,23 @@ class ObservationEncoder(nn.Module):
         assert isinstance(camera, CameraEncoder | TimmEncoder)
         return camera
 
+    @property
+    def margins(self) -> dict[str, tuple[int, int]]:
+        """Pixels, down and across, that each camera's crop leaves on either side of the picture."""
+        return {key: self._camera(key).margin for key in self.place}
+
+    def encode_images(self, observation: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """The observation with features (B, To, F) in place of images (B, To, C, H, W), and else as it is."""
+        encoded = dict(observation)
+        for key in self.place:
+            value = observation[key]
+            if value.ndim == IMAGE_NDIM:
+                encoded[key] = self._camera(key)(value.flatten(0, 1)).unflatten(0, value.shape[:2])
+        return encoded
+
     def forward(self, observation: Mapping[str, Tensor]) -> Tensor:
-        """{key: (B, To, …)}, normalised, images (B, To, C, H, W) -> (B, ``features``)."""
-        encoded = {}
-        for key, value in observation.items():
-            if key in self.place:
-                value = self._camera(key)(value.flatten(0, 1)).unflatten(0, value.shape[:2])
-            encoded[key] = value
+        """{key: (B, To, …)}, normalised, images (B, To, C, H, W) or their features -> (B, ``features``)."""
+        encoded = self.encode_images(observation)
         return flatten_keys(encoded) if self.layout == "key" else flatten_observation(encoded)
 
 

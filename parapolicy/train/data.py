@@ -1,9 +1,9 @@
 """Demonstrations, of zarr or of HDF5, as training windows: (observation history, action horizon) pairs."""
 
-import math
 import warnings
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -13,8 +13,9 @@ import zarr
 from torch import Tensor
 
 from parapolicy.errors import DataError
-from parapolicy.rotation import to_rotation_6d
-from parapolicy.spec import PolicySpec
+from parapolicy.spec import Feature, PolicySpec
+from parapolicy.train.frames import FrameFile, read_blocks
+from parapolicy.train.source import Source
 
 # Codecs of numcodecs that unpack numbers and nothing else; "pickle" runs what a file says.
 CODECS = {
@@ -28,15 +29,30 @@ class Demonstrations:
     """All steps of all episodes, one after the other.
 
     Attributes:
-        arrays: key -> (N, ...) float32, for each observation key and ``"action"``.
+        arrays: key -> (N, ...) float32, for each observation key and ``"action"``; pictures are (N, H, W, C) uint8.
         episode_ends: (E,) index just after each episode's last step, increasing, the last one N.
     """
 
     arrays: Mapping[str, Tensor]
     episode_ends: np.ndarray
 
-    def windows(self, horizon: int, n_obs_steps: int, n_action_steps: int) -> Tensor:
-        """Indices (M, H) of all training windows.
+    def split(self, share: float, seed: int) -> tuple[np.ndarray, np.ndarray]:
+        """Numbers of the episodes to train on, and of a share of them that is held out, drawn by the seed.
+
+        Raises:
+            DataError: none is left to train on.
+        """
+        count = len(self.episode_ends)
+        held_out = max(1, round(share * count)) if share else 0
+        if held_out == count:
+            raise DataError(f"validation is {share} of {count} episodes, which leaves none to train on; set it to 0")
+        drawn = np.random.default_rng(seed).permutation(count)
+        return np.sort(drawn[held_out:]), np.sort(drawn[:held_out])
+
+    def windows(
+        self, horizon: int, n_obs_steps: int, n_action_steps: int, episodes: Iterable[int] | None = None
+    ) -> Tensor:
+        """Indices (M, H) of all training windows of the given episodes; None: of all.
 
         As in the published sampler, a window may begin ``n_obs_steps - 1`` steps before its episode and end
         ``n_action_steps - 1`` steps after it; what lies outside repeats the first or last step. Episodes that are too
@@ -46,13 +62,15 @@ class Demonstrations:
             DataError: no episode is long enough.
         """
         rows, short = [], []
-        start = 0
-        for number, end in enumerate(self.episode_ends):
+        starts = [0, *self.episode_ends]
+        for number in range(len(self.episode_ends)) if episodes is None else map(int, episodes):
+            start, end = starts[number], self.episode_ends[number]
             first = np.arange(start - (n_obs_steps - 1), end - horizon + n_action_steps)
             rows.append(np.clip(first[:, None] + np.arange(horizon), start, end - 1))
             if not len(first):
                 short.append(number)
-            start = end
+        if not rows:
+            return torch.empty(0, horizon, dtype=torch.int64)
         if len(short) == len(rows):
             raise DataError(f"no episode is long enough for a horizon of {horizon}; shorten it or add data")
         if short:
@@ -68,18 +86,23 @@ class Demonstrations:
         """Check that the arrays are what a policy observes and does.
 
         Raises:
-            DataError: an array is missing or of another shape, or the policy observes images.
+            DataError: an array is missing, of another shape, or no pictures where the policy observes an image.
         """
-        for key, shape in spec.normalizer_shapes.items():
-            if key in spec.observation and spec.observation[key].kind != "state":
-                raise DataError(f"{key!r} is of kind {spec.observation[key].kind!r}; only states can be trained on")
+        for key, (shape, kind, _) in {**spec.observation, "action": Feature((spec.action_dim,))}.items():
             if key not in self.arrays or tuple(self.arrays[key].shape[1:]) != shape:
                 found = tuple(self.arrays[key].shape[1:]) if key in self.arrays else "missing"
                 raise DataError(f"the data's {key!r} is {found} per step, the policy's is {shape}; set them alike")
+            if (self.arrays[key].dtype == torch.uint8) != (kind == "image"):
+                raise DataError(
+                    f"the data's {key!r} is {self.arrays[key].dtype}, the policy's is of kind {kind!r}; pictures are "
+                    "read as uint8 where the data's configuration says kind: image"
+                )
 
     def warn_of_outliers(self, steps: Tensor) -> None:
         """Name each key in which one value alone makes the range of the given steps (n,) ten times as wide."""
         for key, values in self.arrays.items():
+            if values.dtype == torch.uint8:
+                continue
             flat = values[steps].reshape(len(steps), -1)
             if len(flat) < 3:
                 continue
@@ -100,76 +123,15 @@ class Demonstrations:
                     )
 
 
-@dataclass(frozen=True)
-class Source:
-    """Where a data set has a key's values.
-
-    Attributes:
-        array: its name.
-        columns: those taken, of a step's first axis; None: all.
-        rotation_6d: whether to turn absolute actions with axis-angle, as robomimic keeps them, into those with six
-            numbers (:func:`parapolicy.rotation.to_rotation_6d`).
-        shape: of a step's value, to which numbers in another arrangement are brought; None: as the array has it.
-    """
-
-    array: str
-    columns: Sequence[int] | None = None
-    rotation_6d: bool = False
-    shape: Sequence[int] | None = None
-
-    @classmethod
-    def parse(cls, key: str, given: "str | Mapping[str, Any]") -> "Source":
-        """From an array's name, or a mapping of this class's fields.
-
-        Raises:
-            DataError: unknown fields, or no array.
-        """
-        fields = {"array": given} if isinstance(given, str) else dict(given)
-        unknown = sorted(set(fields) - set(cls.__dataclass_fields__))
-        if unknown or not isinstance(fields.get("array"), str):
-            raise DataError(
-                f"the source of {key!r} is {fields}, with unknown keys {unknown}; expected array: NAME and, "
-                f"optionally, {', '.join(list(cls.__dataclass_fields__)[1:])}"
-            )
-        return cls(**fields)
-
-    def take(self, values: Any, where: str) -> np.ndarray:
-        """The key's values (N, ...), float32, of an array (N, ...).
-
-        Raises:
-            DataError: no real numbers, no such columns, or another shape than asked for.
-        """
-        values = np.asarray(values)
-        if values.dtype.kind not in "biuf" or values.ndim < 1:
-            raise DataError(f"{where} holds {values.dtype}, expected real numbers, one record per step")
-        if self.columns is not None:
-            try:
-                values = values[:, list(self.columns)]
-            except (IndexError, TypeError) as error:
-                raise DataError(f"{where} has shape {values.shape}, no columns {list(self.columns)}") from error
-        if self.rotation_6d:
-            try:
-                values = to_rotation_6d(values)
-            except (ValueError, IndexError) as error:
-                raise DataError(f"{where} has shape {values.shape}, which rotation_6d cannot take: {error}") from error
-        if self.shape is not None:
-            shape = tuple(self.shape)
-            if math.prod(values.shape[1:]) != math.prod(shape):
-                raise DataError(
-                    f"{where} has the shape {values.shape[1:]} per step{' in these columns' if self.columns else ''}, "
-                    f"the configuration asks for {shape}; correct it, or take the right numbers by columns"
-                )
-            values = values.reshape(len(values), *shape)
-        with np.errstate(over="ignore"):  # what is too large for float32 is named as not finite
-            return values.astype(np.float32)
-
-
-def read_zarr(path: str | Path, sources: Mapping[str, str | Mapping[str, Any]]) -> Demonstrations:
+def read_zarr(
+    path: str | Path, sources: Mapping[str, str | Mapping[str, Any]], scratch: Path | None = None
+) -> Demonstrations:
     """Read a replay buffer in the published layout: ``data/<name>`` arrays and ``meta/episode_ends``.
 
     Args:
         path: the zarr folder, or a ``.zarr.zip`` file of it.
         sources: key -> array name, or a mapping of the fields of :class:`Source`. Must have ``"action"``.
+        scratch: folder for pictures while they are used; see :class:`parapolicy.train.frames.FrameFile`.
 
     Raises:
         DataError: no such folder or array, arrays of different lengths or of other shapes than asked for, or a value
@@ -185,13 +147,19 @@ def read_zarr(path: str | Path, sources: Mapping[str, str | Mapping[str, Any]]) 
         root = zarr.open_group(store, mode="r")
     except Exception as error:  # of many kinds: zarr's own, zipfile's, json's
         raise DataError(f"{str(path)!r} is no zarr group with data/ and meta/ ({error})") from error
-    ends = _episode_ends(_array(root, "meta", "episode_ends", path), path)
+    ends = _episode_ends(_array(root, "meta", "episode_ends", path, np.asarray), path)
     arrays = {}
     for key, source in taken.items():
         where = f"{path}: data/{source.array}"
-        values = source.take(_array(root, "data", source.array, path), where)
+        if source.kind == "image":
+            values = _array(root, "data", source.array, path, partial(_read_frames, source, scratch, where))
+        else:
+            values = source.take(_array(root, "data", source.array, path, np.asarray), where)
         if len(values) != ends[-1]:
             raise DataError(f"{where} has {len(values)} steps, meta/episode_ends calls for {ends[-1]}")
+        if source.kind == "image":
+            arrays[key] = values
+            continue
         bad = np.flatnonzero(~np.isfinite(values.reshape(len(values), -1)).all(1))
         if len(bad):
             raise DataError(
@@ -202,13 +170,16 @@ def read_zarr(path: str | Path, sources: Mapping[str, str | Mapping[str, Any]]) 
     return Demonstrations(arrays, ends)
 
 
-def read_hdf5(path: str | Path, sources: Mapping[str, Any], mask: str | None = None) -> Demonstrations:
+def read_hdf5(
+    path: str | Path, sources: Mapping[str, Any], mask: str | None = None, scratch: Path | None = None
+) -> Demonstrations:
     """Read a robomimic HDF5 file: ``data/demo_i/actions`` and ``data/demo_i/obs/<name>``.
 
     Args:
         path: the file.
         sources: as :func:`read_zarr` takes them; an array's name is ``actions`` or ``obs/<name>``.
         mask: only the demonstrations that ``mask/<mask>`` lists, such as ``train``.
+        scratch: as :func:`read_zarr` takes it.
 
     Raises:
         DataError: no such file, array or mask, arrays of different lengths or of other shapes than asked for, or a
@@ -219,7 +190,10 @@ def read_hdf5(path: str | Path, sources: Mapping[str, Any], mask: str | None = N
     path, taken = Path(path), {key: Source.parse(key, given) for key, given in sources.items()}
     if not path.is_file():
         raise DataError(f"no data set at {str(path)!r}; give the path of a robomimic HDF5 file, data.path=FILE")
-    parts: dict[str, list[np.ndarray]] = {key: [] for key in sources}
+    parts: dict[str, list[np.ndarray]] = {key: [] for key, source in taken.items() if source.kind == "state"}
+    frames = {
+        key: FrameFile(tuple(source.shape or ()), scratch) for key, source in taken.items() if source.kind == "image"
+    }
     lengths = []
     try:
         with h5py.File(path, "r") as file:
@@ -231,13 +205,18 @@ def read_hdf5(path: str | Path, sources: Mapping[str, Any], mask: str | None = N
                 demo = file[f"data/{name}"]
                 lengths.append(len(demo["actions"]))
                 for key, source in taken.items():
-                    values = source.take(demo[source.array][:], f"{path}: {name}/{source.array}")
-                    if len(values) != lengths[-1] or not np.isfinite(values).all():
+                    where = f"{path}: {name}/{source.array}"
+                    if key in frames:
+                        steps, finite = frames[key].add(read_blocks(demo[source.array]), where), True
+                    else:
+                        values = source.take(demo[source.array][:], where)
+                        parts[key].append(values)
+                        steps, finite = len(values), bool(np.isfinite(values).all())
+                    if steps != lengths[-1] or not finite:
                         raise DataError(
-                            f"{path}: {name}/{source.array} has {len(values)} steps for {lengths[-1]} actions, or a "
-                            "value that is not finite; drop or mend this demonstration"
+                            f"{where} has {steps} steps for {lengths[-1]} actions, or a value that is not finite; drop "
+                            "or mend this demonstration"
                         )
-                    parts[key].append(values)
     except DataError:
         raise
     except Exception as error:  # of many kinds, where a file is damaged
@@ -245,7 +224,14 @@ def read_hdf5(path: str | Path, sources: Mapping[str, Any], mask: str | None = N
     if not lengths:
         raise DataError(f"{path} holds no demonstrations{f' under mask {mask!r}' if mask else ''}")
     arrays = {key: torch.from_numpy(np.concatenate(values)) for key, values in parts.items()}
+    arrays |= {key: pictures.tensor() for key, pictures in frames.items()}
     return Demonstrations(arrays, np.cumsum(lengths))
+
+
+def _read_frames(source: Source, scratch: Path | None, where: str, array: Any) -> Tensor:
+    frames = FrameFile(tuple(source.shape or ()), scratch)
+    frames.add(read_blocks(array), where)
+    return frames.tensor()
 
 
 def _codecs(array: Any) -> list[str]:
@@ -254,7 +240,8 @@ def _codecs(array: Any) -> list[str]:
     return [codec.codec_id for codec in packed if hasattr(codec, "codec_id")]
 
 
-def _array(root: zarr.Group, group: str, name: str, path: Path) -> Any:
+def _array(root: zarr.Group, group: str, name: str, path: Path, read: Callable[[Any], Any]) -> Any:
+    """What ``read`` takes from an array."""
     try:
         array: Any = root[f"{group}/{name}"]
         unsafe = [codec for codec in _codecs(array) if codec not in CODECS]
@@ -263,7 +250,7 @@ def _array(root: zarr.Group, group: str, name: str, path: Path) -> Any:
                 f"{path}: {group}/{name} is packed by {unsafe}, expected some of {sorted(CODECS)}. Others may run what "
                 "the file says; write the array anew with one of these"
             )
-        return array[:]
+        return read(array)
     except DataError:
         raise
     except KeyError as error:

@@ -4,33 +4,33 @@ Every random draw of step s comes from a generator seeded by (seed, s), so that 
 takes exactly the steps of a run that was not.
 """
 
+import contextlib
 import dataclasses
 import math
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
-from diffusers import DDPMScheduler
 from torch import Tensor
-from torch.nn import functional
 from tqdm import tqdm
 
-from parapolicy.checkpoint import read_checkpoint
 from parapolicy.checkpoint.native import write_checkpoint
-from parapolicy.compiling import Compiling
 from parapolicy.digest import digest
 from parapolicy.networks import Network, build_network
-from parapolicy.noise import mix_seeds
 from parapolicy.normalizer import Normalizer
 from parapolicy.schedule import make_schedule
 from parapolicy.spec import PolicySpec
 from parapolicy.train.data import Demonstrations
+from parapolicy.train.log import CsvLog, Log
+from parapolicy.train.loss import Loss
+from parapolicy.train.start import begin_from, check_targets, fit_normalizer
 from parapolicy.train.state import STATE, TrainingFolder
 
 FAR = 100.0  # normalised: no value that a policy was trained on is as far from 0
+VALIDATION_BATCHES = 8
 
 
 @dataclass(frozen=True)
@@ -44,10 +44,16 @@ class TrainConfig:
         weight_decay: of AdamW.
         ema_power, ema_max_decay: the average's decay at step s is ``min(max, 1 - (1 + s) ** -power)``.
         precision: ``float32``, ``bfloat16`` (autocast), or ``auto``: bfloat16 where the device computes in it.
-        compile: run the network through ``torch.compile``, where that works.
+        compile: run the network through ``torch.compile``, where that works; the cameras' encoders stay as they are.
         checkpoint_every: steps between savings of the run's whole state.
-        seed: of weights, batches, noise and timesteps.
+        seed: of weights, batches, noise, timesteps, crops and held-out episodes.
         init: folder of a trained policy, whose weights and normalizer the run begins with; None: anew.
+        initial_weights: policy of any kind, of which the run begins with what fits: each tensor of the same name and
+            shape, and the normalizer of each key of the same name and shape; None: anew.
+        validation: share of the episodes that is held out, on which the averaged weights' loss is measured.
+        validate_every: steps between two measurements.
+        target_weight: of the targets' error beside that of the noise.
+        target_steps: steps at the beginning that train the cameras alone, on the targets.
     """
 
     steps: int = 10_000
@@ -62,57 +68,100 @@ class TrainConfig:
     checkpoint_every: int = 500
     seed: int = 0
     init: str | None = None
+    initial_weights: str | None = None
+    validation: float = 0.0
+    validate_every: int = 500
+    target_weight: float = 1.0
+    target_steps: int = 0
 
     def __post_init__(self) -> None:
         if self.precision not in ("auto", "float32", "bfloat16"):
             raise ValueError(f"precision is {self.precision!r}, expected auto, float32 or bfloat16")
-        for name in ("steps", "batch_size", "checkpoint_every"):
+        for name in ("steps", "batch_size", "checkpoint_every", "validate_every"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} is {getattr(self, name)}, expected at least 1")
+        for name in ("target_steps", "target_weight"):
+            if not getattr(self, name) >= 0:
+                raise ValueError(f"{name} is {getattr(self, name)}, expected at least 0")
+        if not 0 <= self.validation < 1:
+            raise ValueError(f"validation is {self.validation}, expected a share of the episodes from 0 to below 1")
+        if self.init is not None and self.initial_weights is not None:
+            raise ValueError("init and initial_weights are both set, expected one policy at most to begin with")
 
 
 @dataclass(frozen=True)
 class TrainResult:
-    """What a finished run reports: its last losses' mean and its whole wall time, resumed parts included."""
+    """What a finished run reports.
+
+    Attributes:
+        loss: the last losses' mean.
+        seconds: its whole wall time, resumed parts included.
+        validation: the averaged weights' denoising error on held-out episodes; None: there were none.
+    """
 
     loss: float
     seconds: float
+    validation: float | None = None
 
 
 def train(
-    spec: PolicySpec, data: Demonstrations, config: TrainConfig, folder: str | Path, device: torch.device
+    spec: PolicySpec,
+    data: Demonstrations,
+    config: TrainConfig,
+    folder: str | Path,
+    device: torch.device,
+    *,
+    targets: Mapping[str, str] | None = None,
+    logger: Callable[[Path, int], Log] = CsvLog,
 ) -> TrainResult:
     """Train a policy and write it, the averaged weights, to ``folder``.
 
     The run's state stands in ``folder/training.pt`` until the run is finished; calling again with the same arguments
     resumes from it, and does nothing when it is finished. Ctrl-C saves the state before it ends the run.
 
+    Args:
+        spec: of the policy.
+        data: what it observes and does, and the targets.
+        config: how to train.
+        folder: of the policy.
+        device: to train on.
+        targets: key of recorded numbers -> camera whose features also learn to say them, normalised. The policy does
+            not observe them: they only tell the camera's encoder sooner what is worth seeing.
+        logger: opens the record of losses in a folder, of a run that goes on from a step.
+
     Raises:
         DataError: the data does not fit the policy, or has no window.
         ValueError: the folder holds a run with other settings or data, or a damaged state; the scheduler is not one of
-            noise; or ``config.init`` is of another kind of policy or of data in another range.
-        CheckpointError: ``config.init`` cannot be read.
+            noise; the policy to begin with is of another kind or of data in another range; or targets that the cameras
+            cannot be trained on.
+        CheckpointError: the policy to begin with cannot be read.
         FloatingPointError: the loss is no longer finite.
     """
     if make_schedule(spec.scheduler, sample_shape=spec.sample_shape).solver == "flow":
         raise ValueError("the scheduler is one of flow matching, which this does not train; take DDPMScheduler")
+    targets = targets or {}
     torch.manual_seed(config.seed)
     network = build_network(spec).to(device)
-    normalizer = None if config.init is None else _take_over(config.init, spec, network)
+    taken_over = begin_from(config.init, config.initial_weights, spec, network)
     data.check(spec)
-    windows = data.windows(spec.horizon, spec.n_obs_steps, spec.n_action_steps)
-    used = windows.unique()  # steps
+    check_targets(targets, spec, network, data, config.target_steps)
+    windows, held_out = (
+        data.windows(spec.horizon, spec.n_obs_steps, spec.n_action_steps, episodes)
+        for episodes in data.split(config.validation, config.seed)
+    )
+    used = torch.cat((windows, held_out)).unique()  # steps
     data.warn_of_outliers(used)
-    if normalizer is None:
-        normalizer = Normalizer.fit({key: value[used] for key, value in data.arrays.items()})
-    values = {key: normalizer.normalize(key, data.arrays[key]) for key in spec.normalizer_shapes}
-    for key, normalised in values.items():
-        if not (most := normalised[used].abs().max()) < FAR:
+    arrays = {key: data.arrays[key] for key in [*spec.normalizer_shapes, *targets]}
+    states = {key: value[used] for key, value in arrays.items() if value.dtype != torch.uint8}
+    normalizer = fit_normalizer(spec, states, taken_over)
+    for key, value in states.items():
+        if not (most := normalizer.normalize(key, value).abs().max()) < FAR:
+            name = "init" if config.initial_weights is None else "initial_weights"
             raise ValueError(
-                f"{key!r} is up to {most:.3g} when normalised by the policy at {config.init!r}, "
-                "which was trained on data in another range; train without init"
+                f"{key!r} is up to {most:.3g} when normalised by the policy at {getattr(config, name)!r}, "
+                f"which was trained on data in another range; train without {name}"
             )
-    same = {"data": digest([{key: data.arrays[key] for key in values}, data.episode_ends, normalizer.state_dict()])}
+    same = {"data": digest([arrays, data.episode_ends, normalizer.state_dict()]), "targets": dict(targets)}
     run = {"spec": _json_like(spec.to_dict()), "config": dataclasses.asdict(config), **same}
     kept = TrainingFolder(Path(folder), run)
     if kept.finished is not None:
@@ -121,14 +170,26 @@ def train(
     optimizer = torch.optim.AdamW(
         network.parameters(), lr=config.learning_rate, betas=(0.95, 0.999), weight_decay=config.weight_decay, fused=True
     )
-    loss_of = _Loss(spec, values, windows, config, network, device)
-    step, seconds, smooth = 0, 0.0, math.nan
+    loss_of = Loss(
+        spec,
+        network,
+        normalizer,
+        arrays,
+        targets=targets,
+        seed=config.seed,
+        batch_size=config.batch_size,
+        compile=config.compile,
+        bfloat16=config.precision == "bfloat16" or (config.precision == "auto" and _computes_bfloat16(device)),
+        target_weight=config.target_weight,
+        device=device,
+    )
+    step, seconds, smooth, validation = 0, 0.0, math.nan, math.nan
 
     if (state := kept.load(device)) is not None:
         network.load_state_dict(state["network"])
         optimizer.load_state_dict(state["optimizer"])
         average = state["average"]
-        step, seconds, smooth = state["step"], state["seconds"], state["loss"]
+        step, seconds, smooth, validation = state["step"], state["seconds"], state["loss"], state["validation"]
 
     def save() -> None:
         kept.save(
@@ -139,28 +200,39 @@ def train(
                 "step": step,
                 "seconds": seconds + time.perf_counter() - begin,
                 "loss": smooth,
+                "validation": validation,
             }
         )
 
     begin = time.perf_counter()
-    with tqdm(total=config.steps, initial=step, desc="train", unit="step", smoothing=0.05) as bar:
+    with (
+        logger(kept.path, step) as log,
+        tqdm(total=config.steps, initial=step, desc="train", unit="step", smoothing=0.05) as bar,
+    ):
         try:
             while step < config.steps:
+                rate = config.learning_rate * _warmup_cosine(step, config)
                 for group in optimizer.param_groups:
-                    group["lr"] = config.learning_rate * _warmup_cosine(step, config)
-                loss = loss_of(step)
+                    group["lr"] = rate
+                terms = loss_of(step, windows, targets_alone=step < config.target_steps)
                 optimizer.zero_grad(set_to_none=True)
-                loss.backward()
+                terms["loss"].backward()
                 optimizer.step()
                 decay = min(config.ema_max_decay, 1 - (1 + step) ** -config.ema_power)
                 torch._foreach_lerp_(average, [p.detach() for p in network.parameters()], 1 - decay)
                 step += 1
                 if step % 20 == 0 or step == config.steps:
-                    value = loss.item()
-                    if not math.isfinite(value):
-                        raise FloatingPointError(f"the loss is {value} at step {step}; lower learning_rate")
-                    smooth = value if math.isnan(smooth) else 0.95 * smooth + 0.05 * value
+                    values = {name: term.item() for name, term in terms.items()}
+                    if not math.isfinite(values["loss"]):
+                        raise FloatingPointError(f"the loss is {values['loss']} at step {step}; lower learning_rate")
+                    smooth = values["loss"] if math.isnan(smooth) else 0.95 * smooth + 0.05 * values["loss"]
                     bar.set_postfix(loss=f"{smooth:.4f}")
+                    log.write(step, {**values, "learning_rate": rate})
+                if len(held_out) and (step % config.validate_every == 0 or step == config.steps):
+                    with _swapped(network, average):
+                        values = loss_of.held_out(held_out, VALIDATION_BATCHES)
+                    validation = values["denoising"]
+                    log.write(step, {f"validation/{name}": value for name, value in values.items()})
                 bar.update()
                 if step % config.checkpoint_every == 0:
                     save()
@@ -170,66 +242,25 @@ def train(
             raise
 
     names = [name for name, _ in network.named_parameters()]
-    result = TrainResult(smooth, seconds + time.perf_counter() - begin)
+    result = TrainResult(smooth, seconds + time.perf_counter() - begin, None if math.isnan(validation) else validation)
     kept.record(dataclasses.asdict(result))
-    write_checkpoint(kept.path, spec, dict(zip(names, average, strict=True)), normalizer)
+    weights = {**network.state_dict(), **dict(zip(names, average, strict=True))}
+    own = Normalizer({key: normalizer.maps[key] for key in spec.normalizer_shapes})
+    write_checkpoint(kept.path, spec, weights, own)
     kept.finish()
     return result
 
 
-def _take_over(folder: str, spec: PolicySpec, network: Network) -> Normalizer:
-    """Copy a trained policy's weights into ``network``; its normalizer belongs to them."""
-    other, trained, normalizer = read_checkpoint(folder)
-    for name in ("observation", "action_dim", "n_obs_steps", "horizon", "network", "scheduler"):
-        here, there = getattr(spec, name), getattr(other, name)
-        if here != there:
-            raise ValueError(f"the policy at {folder!r} has the {name} {there}, this run {here}; set them alike")
-    network.load_state_dict(trained.state_dict())
-    return normalizer
-
-
-class _Loss:
-    """The mean squared error of the network's prediction on step s's batch, of normalised values (N, ...)."""
-
-    def __init__(
-        self,
-        spec: PolicySpec,
-        values: Mapping[str, Tensor],
-        windows: Tensor,
-        config: TrainConfig,
-        network: Network,
-        device: torch.device,
-    ) -> None:
-        self.observation = {key: values[key].to(device) for key in spec.observation}
-        self.actions, self.windows = values["action"].to(device), windows
-        self.scheduler = DDPMScheduler.from_config(dict(spec.scheduler))
-        self.predict = Compiling(network.predict) if config.compile else network.predict
-        self.spec, self.config, self.device = spec, config, device
-        self.bfloat16 = config.precision == "bfloat16" or (config.precision == "auto" and _computes_bfloat16(device))
-
-    def __call__(self, step: int) -> Tensor:
-        generator = torch.Generator().manual_seed(mix_seeds(self.config.seed, step))
-        batch = torch.randint(len(self.windows), (self.config.batch_size,), generator=generator)
-        steps = self.windows[batch].to(self.device)  # (B, H)
-        action = self.actions[steps]
-        now = self.spec.n_obs_steps
-        observation = {
-            key: value[steps[:, now - self.spec.obs_steps(key) : now]] for key, value in self.observation.items()
-        }
-        noise = torch.randn(action.shape, generator=generator).to(self.device)
-        count = self.scheduler.config.num_train_timesteps
-        timestep = torch.randint(count, (len(action),), generator=generator).to(self.device)
-        noisy = self.scheduler.add_noise(action, noise, timestep)
-        with torch.autocast(self.device.type, torch.bfloat16, enabled=self.bfloat16):
-            prediction = self.predict(noisy, timestep, observation)
-        match self.scheduler.config.prediction_type:
-            case "epsilon":
-                target = noise
-            case "sample":
-                target = action
-            case _:
-                target = self.scheduler.get_velocity(action, noise, timestep)
-        return functional.mse_loss(prediction.float(), target)
+@contextlib.contextmanager
+def _swapped(network: Network, average: list[Tensor]) -> Iterator[None]:
+    """The network with the averaged weights, and behind the block with its own again."""
+    parameters = [parameter.detach() for parameter in network.parameters()]
+    own = [parameter.clone() for parameter in parameters]
+    torch._foreach_copy_(parameters, average)
+    try:
+        yield
+    finally:
+        torch._foreach_copy_(parameters, own)
 
 
 def _warmup_cosine(step: int, config: TrainConfig) -> float:

@@ -26,11 +26,13 @@ class ChunkMeasurements:
 
     Attributes:
         seconds: wall time of ``predict``, noise drawing included.
+        encode: of which until sampling begins, the cameras' encoders included; empty for the published code.
         errors: of :func:`normalized_error` to the sequential chunk of the same schedule and noise; empty for the
             published code, which draws other noise.
     """
 
     seconds: list[float] = field(default_factory=list)
+    encode: list[float] = field(default_factory=list)
     errors: list[float] = field(default_factory=list)
 
 
@@ -77,6 +79,7 @@ def measure_chunks(
                 policies[label].predict(observation, seed=noise_seed + i, deadline=lambda: True)
             chunks[label] = policies[label].predict(observation, seed=noise_seed + i, warm=warm)
             results[label].seconds.append(chunks[label].stats.seconds)
+            results[label].encode.append(chunks[label].stats.stages["encode"])
             progress(1)
         references = SequentialChunks(observation)
         for label in sorted(policies, key=lambda label: not policies[label].sampler.is_reference):

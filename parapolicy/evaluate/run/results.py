@@ -97,6 +97,8 @@ def summarize_chunks(measured: ChunkMeasurements, policy: Policy | None) -> dict
             "each": [1e3 * seconds for seconds in measured.seconds],
         }
     }
+    if measured.encode:
+        summary["chunk_ms"]["encode_p50"] = 1e3 * float(np.median(measured.encode))
     if measured.errors:
         summary["chunk_error"] = {
             "median": float(np.median(measured.errors)),
