@@ -2,11 +2,12 @@
 
 import dataclasses
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
 
+from parapolicy.frame_features import FrameFeatures
 from parapolicy.hold import Hold, hold_weights
 from parapolicy.noise import mix_seeds
 from parapolicy.observation import ObservationHistory, stack_observations
@@ -30,6 +31,7 @@ class Request:
         hold: actions of the chunk before that it is sampled with; None: none.
         held_from: number of that chunk.
         committed: how many of them, from the present step on, are held outright.
+        features: of frames that the episode's chunks have seen; None: the policy observes no images.
     """
 
     observation: dict[str, np.ndarray]
@@ -42,6 +44,7 @@ class Request:
     hold: Hold | None = None
     held_from: int | None = None
     committed: int = 0
+    features: FrameFeatures | None = field(default=None, compare=False)
 
 
 class Episode:
@@ -59,6 +62,8 @@ class Episode:
         self.spec, self.seed, self.warm_start = spec, seed, warm_start
         self.history = ObservationHistory(spec)
         self.step, self.chunks = -1, 0
+        images = any(feature.kind == "image" for feature in spec.observation.values())
+        self.features = FrameFeatures() if images else None
         self._last: tuple[Request, WarmState] | None = None
         self._running: tuple[Request, np.ndarray] | None = None  # the accepted chunk's request and trajectory
 
@@ -83,7 +88,7 @@ class Episode:
                 :func:`parapolicy.hold.hold_weights`.
         """
         number, self.chunks = self.chunks, self.chunks + 1
-        cold = Request(self.history.stacked(), number, mix_seeds(*self.seed, number), self.step)
+        cold = Request(self.history.stacked(), number, mix_seeds(*self.seed, number), self.step, features=self.features)
         if committed or soft:
             cold = self._with_hold(cold, executed, committed, soft)
         if self._last is None:
@@ -131,6 +136,7 @@ def predict_together(policy: Policy, requests: Sequence[Request], deadline: floa
     observation = stack_observations([request.observation for request in requests])
     states = [request.warm for request in requests if request.warm is not None]
     holds = [request.hold for request in requests if request.hold is not None]
+    features = [request.features for request in requests if request.features is not None]
     chunk = policy.predict(
         observation,
         seed=[request.seed for request in requests],
@@ -138,6 +144,7 @@ def predict_together(policy: Policy, requests: Sequence[Request], deadline: floa
         warm=WarmState.stack(states) if states else None,
         executed=requests[0].executed,
         hold=Hold.stack(holds) if holds else None,
+        **({"features": features} if features else {}),
     )
     return [chunk[i] for i in range(len(requests))]
 

@@ -15,6 +15,7 @@ from torch.nn import functional
 from parapolicy.action_parts import convert_actions
 from parapolicy.denoiser import Denoiser, check_finite, fill_rows
 from parapolicy.engine import Deadline, Eager, Engine
+from parapolicy.frame_features import FrameFeatures, encode_frames
 from parapolicy.hold import HeldNumbers, Hold
 from parapolicy.networks import Network
 from parapolicy.noise import draw_noise
@@ -136,6 +137,7 @@ class Policy:
         shift_noise: bool = True,
         executed: int | None = None,
         hold: Hold | None = None,
+        features: Sequence[FrameFeatures] | None = None,
     ) -> Chunk:
         """Sample one action chunk per observation history.
 
@@ -156,6 +158,8 @@ class Policy:
             executed: control steps since the observation of the warm state's chunk; None: ``n_action_steps``.
             hold: actions that are known beforehand. The chunk is then sampled beside them, and no longer a draw from
                 the policy's distribution; see :class:`parapolicy.hold.Hold`. Those of weight 1 come out as they are.
+            features: of the frames that earlier chunks of the same episodes have seen, one per batch element; changed.
+                Frames found there are not encoded again, and each of the others is encoded by itself, in a batch, too.
 
         Raises:
             ObservationError: a missing or unknown key, a wrong shape, or a value that is not finite.
@@ -178,6 +182,9 @@ class Policy:
                 noise = warm.shift_noise(noise, executed)
         if tuple(noise.shape) != expected:
             raise ValueError(f"noise has shape {tuple(noise.shape)}, expected {expected}: (T + 1, B, *sample_shape)")
+        if features is not None:
+            frames = observation if batched else {key: value[None] for key, value in observation.items()}
+            inputs = encode_frames(self.network, inputs, frames, features)
         if self.reproducible:
             inputs = {key: fill_rows(value) for key, value in inputs.items()}
         guess = None if warm is None else warm.guess(executed).to(self.device).flatten(2)

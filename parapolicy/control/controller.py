@@ -235,7 +235,13 @@ class Controller:
             stop = Deadline(end) if self.clock is time.monotonic else lambda: self.clock() >= end
         held: dict[str, Any] = {} if request.hold is None else {"hold": request.hold}
         chunk = self.policy.predict(
-            request.observation, seed=request.seed, deadline=stop, warm=request.warm, executed=request.executed, **held
+            request.observation,
+            seed=request.seed,
+            deadline=stop,
+            warm=request.warm,
+            executed=request.executed,
+            **held,
+            **({} if request.features is None else {"features": [request.features]}),
         )
         actions = checked_actions(chunk, self.policy.spec)
         record.finished_at = self.clock()

@@ -38,7 +38,8 @@ class Network(nn.Module):
     def encode_images(self, observation: Mapping[str, Tensor]) -> Mapping[str, Tensor]:
         """The observation with features (B, To, F) in place of those images that are encoded frame by frame.
 
-        :meth:`embed_condition` and :meth:`predict` take the one as well as the other.
+        It takes any of the observation's keys. :meth:`embed_condition` and :meth:`predict` take the one as well as the
+        other.
         """
         return observation
 

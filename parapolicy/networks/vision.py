@@ -192,9 +192,8 @@ class ObservationEncoder(nn.Module):
     def encode_images(self, observation: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """The observation with features (B, To, F) in place of images (B, To, C, H, W), and else as it is."""
         encoded = dict(observation)
-        for key in self.place:
-            value = observation[key]
-            if value.ndim == IMAGE_NDIM:
+        for key, value in observation.items():
+            if key in self.place and value.ndim == IMAGE_NDIM:
                 encoded[key] = self._camera(key)(value.flatten(0, 1)).unflatten(0, value.shape[:2])
         return encoded
 
