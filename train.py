@@ -27,6 +27,7 @@ from parapolicy.loading import pick_device
 from parapolicy.spec import Feature, PolicySpec
 from parapolicy.train.card import CARD, write_card
 from parapolicy.train.data import read_hdf5, read_zarr
+from parapolicy.train.log import LOGGERS
 from parapolicy.train.state import STATE
 from parapolicy.train.trainer import TrainConfig, train
 
@@ -69,6 +70,8 @@ def run(config: DictConfig) -> None:
         provenance={"data": data["name"], "trained_with": "parapolicy train.py"},
         **policy,
     )
+    if config.logger not in LOGGERS:
+        raise ValueError(f"logger is {config.logger!r}, expected one of {[*LOGGERS]}")
     train_config = TrainConfig(**settings["train"])
     folder = Path(config.output)
     if str(data["path"]).endswith((".hdf5", ".h5")):
@@ -89,7 +92,7 @@ def run(config: DictConfig) -> None:
         build().close()
     complete = not (folder / STATE).is_file() and all((folder / name).is_file() for name in (CONFIG, CARD))
     cameras = {key: source["camera"] for key, source in targets.items()}
-    result = train(spec, demonstrations, train_config, folder, device, targets=cameras)
+    result = train(spec, demonstrations, train_config, folder, device, targets=cameras, logger=LOGGERS[config.logger])
     if complete:
         print(f"{folder} is finished")
         return

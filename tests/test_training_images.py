@@ -1,6 +1,7 @@
 """Training on pictures: how they are read, cropped, encoded, and what the run leaves."""
 
 import dataclasses
+import sys
 import tracemalloc
 from pathlib import Path
 from typing import Any
@@ -16,7 +17,7 @@ from parapolicy.normalizer import Normalizer
 from parapolicy.spec import Feature, PolicySpec
 from parapolicy.train import frames
 from parapolicy.train.data import Demonstrations, read_hdf5, read_zarr
-from parapolicy.train.log import LOG
+from parapolicy.train.log import EVENTS, LOG, LOGGERS, TensorboardLog
 from parapolicy.train.loss import Loss, shift
 from parapolicy.train.state import STATE
 from parapolicy.train.trainer import TrainConfig, train
@@ -289,3 +290,17 @@ def test_images_are_normalised_to_minus_one_and_one(data: Demonstrations, tmp_pa
     normalizer = parapolicy.load_policy(tmp_path / "run", device="cpu").normalizer
     assert isinstance(normalizer, Normalizer)
     assert normalizer.normalize("camera", torch.tensor([0.0, 1.0]).expand(3, 1, 2)).tolist() == [[[-1.0, 1.0]]] * 3
+
+
+def test_tensorboard_gets_what_the_csv_file_gets(data: Demonstrations, tmp_path: Path) -> None:
+    accumulator = pytest.importorskip("tensorboard.backend.event_processing.event_accumulator")
+    train(SPEC, data, CONFIG, tmp_path / "run", CPU, logger=LOGGERS["tensorboard"])
+    events = accumulator.EventAccumulator(str(tmp_path / "run" / EVENTS)).Reload()
+    assert [event.step for event in events.Scalars("denoising")] == [8]
+    assert [event.step for event in events.Scalars("validation/denoising")] == [4, 8]
+
+
+def test_a_missing_tensorboard_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "torch.utils.tensorboard", None)
+    with pytest.raises(ValueError, match=r"logger=tensorboard needs pip install 'parapolicy\[tensorboard\]'"):
+        TensorboardLog(tmp_path, 0)

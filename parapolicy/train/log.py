@@ -1,13 +1,13 @@
 """Where a run's losses are recorded."""
 
 import csv
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Protocol
 
 from parapolicy.files import write_whole
 
-LOG = "log.csv"
+LOG, EVENTS = "log.csv", "tensorboard"  # in the run's folder
 
 
 class Log(Protocol):
@@ -46,3 +46,34 @@ class CsvLog:
     def write(self, step: int, values: Mapping[str, float]) -> None:
         self._writer.writerows((step, name, f"{value:.6g}") for name, value in values.items())
         self._file.flush()
+
+
+class TensorboardLog:
+    """Event files in the folder ``tensorboard``, which ``tensorboard --logdir`` shows.
+
+    Args:
+        folder, step: as :class:`CsvLog` takes them.
+
+    Raises:
+        ValueError: tensorboard is not installed.
+    """
+
+    def __init__(self, folder: Path, step: int) -> None:
+        try:
+            from torch.utils.tensorboard import SummaryWriter
+        except ImportError as error:
+            raise ValueError(f"logger=tensorboard needs pip install 'parapolicy[tensorboard]' ({error})") from error
+        self._writer = SummaryWriter(str(folder / EVENTS), purge_step=step + 1 if step else None)
+
+    def __enter__(self) -> "TensorboardLog":
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self._writer.close()
+
+    def write(self, step: int, values: Mapping[str, float]) -> None:
+        for name, value in values.items():
+            self._writer.add_scalar(name, value, step)
+
+
+LOGGERS: Mapping[str, Callable[[Path, int], Log]] = {"csv": CsvLog, "tensorboard": TensorboardLog}
