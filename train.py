@@ -119,6 +119,7 @@ def run(config: DictConfig) -> None:
         versions=describe_versions(),
         score=score,
         first_seed=config.score.seed,
+        targets=cameras,
     )
     print(f"wrote {folder}")
 

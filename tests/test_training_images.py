@@ -292,6 +292,15 @@ def test_images_are_normalised_to_minus_one_and_one(data: Demonstrations, tmp_pa
     assert normalizer.normalize("camera", torch.tensor([0.0, 1.0]).expand(3, 1, 2)).tolist() == [[[-1.0, 1.0]]] * 3
 
 
+def test_the_transformer_is_trained_on_pictures_too(data: Demonstrations, tmp_path: Path) -> None:
+    transformer = {"name": "transformer1d", "n_layer": 1, "n_head": 2, "n_emb": 16}
+    spec = dataclasses.replace(SPEC, network={**transformer, "encoder": SPEC.network["encoder"]})
+    train(spec, data, dataclasses.replace(CONFIG, target_steps=2), tmp_path / "run", CPU, targets=TARGETS)
+    policy = parapolicy.load_policy(tmp_path / "run", device="cpu")
+    observation = {key: data.arrays[key][:2].numpy() for key in spec.observation}
+    assert policy.predict(observation).actions.shape == (spec.n_action_steps, 2)
+
+
 def test_tensorboard_gets_what_the_csv_file_gets(data: Demonstrations, tmp_path: Path) -> None:
     accumulator = pytest.importorskip("tensorboard.backend.event_processing.event_accumulator")
     train(SPEC, data, CONFIG, tmp_path / "run", CPU, logger=LOGGERS["tensorboard"])

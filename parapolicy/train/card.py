@@ -23,15 +23,22 @@ def write_card(
     versions: Mapping[str, str],
     score: Mapping[str, Any] | None,
     first_seed: int,
+    targets: Mapping[str, str] | None = None,
 ) -> None:
     """Write ``README.md`` into the policy's folder: what it is, how it was made, how well it does."""
     parameters = sum(value.numel() for value in build_network(spec).parameters())
-    observed = ", ".join(f"{key} {list(feature.shape)}" for key, feature in spec.observation.items())
+    observed = ", ".join(
+        f"{key} {list(feature.shape)}{', an image' if feature.kind == 'image' else ''}"
+        for key, feature in spec.observation.items()
+    )
+    network = spec.network["name"]
+    if "down_dims" in spec.network:
+        network += f", levels {list(spec.network['down_dims'])}"
     lines = [
         f"# {folder.name}",
         "",
-        f"Diffusion Policy, {parameters / 1e6:.2f} M parameters ({spec.network['name']}, levels "
-        f"{list(spec.network['down_dims'])}), {spec.scheduler['num_train_timesteps']} denoising steps.",
+        f"Diffusion Policy, {parameters / 1e6:.2f} M parameters ({network}), "
+        f"{spec.scheduler['num_train_timesteps']} denoising steps.",
         "",
         "| | |",
         "|---|---|",
@@ -44,6 +51,11 @@ def write_card(
         f"| machine | {machine['cpu']}, {machine['cores']} cores, {machine['device']} |",
         f"| versions | {', '.join(f'{name} {version}' for name, version in versions.items())} |",
     ]
+    if result.validation is not None:
+        lines.append(f"| held-out episodes | denoising error {result.validation:.4f} of the averaged weights |")
+    if targets:
+        taught = ", ".join(f"{key} to the camera {camera}" for key, camera in targets.items())
+        lines.append(f"| recorded numbers that taught the cameras, and that the policy does not see | {taught} |")
     if score is not None:
         low, high = score["mean_max_reward_ci95"]
         success_low, success_high = score["success_rate_ci95"]
