@@ -13,6 +13,7 @@ from parapolicy.spec import PolicySpec
 # name -> module, class, and the class's options for this name
 ENVS: Mapping[str, tuple[str, str, Mapping[str, Any]]] = {
     "pusht": ("envs.pusht", "PushT", {}),
+    "pusht_image": ("envs.pusht", "PushT", {}),  # the same: what is observed is the policy's to say
     "lift": ("envs.robomimic", "Robomimic", {"task": "lift"}),
     "can": ("envs.robomimic", "Robomimic", {"task": "can"}),
     "square": ("envs.robomimic", "Robomimic", {"task": "square"}),

@@ -18,6 +18,7 @@ from envs import ENVS, make_env
 from parapolicy.evaluate.run.progress import list_jobs
 from parapolicy.evaluate.run.variants import build_variants
 from parapolicy.networks import build_network
+from parapolicy.spec import Feature
 from tests.conftest import ROOT, SHIPPED
 from tests.helpers import DDPM_CONFIG, configured, small_policy
 
@@ -183,7 +184,9 @@ def test_the_data_s_settings_describe_a_policy(choice: str) -> None:
     data = settings["data"]
     assert data["env"] in ENVS
     spec = parapolicy.PolicySpec(
-        observation={key: value["shape"] for key, value in data["observation"].items()},
+        observation={
+            k: Feature(value["shape"], value.get("kind", "state")) for k, value in data["observation"].items()
+        },
         action_dim=data["action"]["shape"][0],
         control_hz=data["control_hz"],
         **settings["policy"],
