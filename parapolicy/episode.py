@@ -144,7 +144,7 @@ def predict_together(policy: Policy, requests: Sequence[Request], deadline: floa
         warm=WarmState.stack(states) if states else None,
         executed=requests[0].executed,
         hold=Hold.stack(holds) if holds else None,
-        **({"features": features} if features else {}),
+        features=features or None,
     )
     return [chunk[i] for i in range(len(requests))]
 
