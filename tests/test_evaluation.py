@@ -212,6 +212,9 @@ def test_eval_command(tmp_path: Path) -> None:
     print_tables({**results, "samplers": long}, narrow)
     text = narrow.file.getvalue()
     assert "…" not in text
+    encode = [row["chunk_ms"]["encode_p50"] for row in results["samplers"].values()]
+    assert 0 < min(encode) < results["samplers"]["sequential"]["chunk_ms"]["p50"]
+    assert f"{min(encode):.1f} to {max(encode):.1f} ms" in " ".join(text.split())
     low, high = results["samplers"]["semi_implicit"]["mean_max_reward_ci95"]
     assert f"[{low:.3f}, {high:.3f}]" in text
     assert results["seeds"] == [100_000, 100_001]

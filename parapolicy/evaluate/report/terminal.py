@@ -59,16 +59,18 @@ def _score_table(results: Mapping[str, Any]) -> Table:
 
 
 def _cost_table(results: Mapping[str, Any]) -> Table:
-    headings = "sampler|ms p50|p95|p99|encode p50|speed-up|rounds (p95)|evals (p95)|error p95"
-    table = _table(headings, caption="chunk latency at batch 1; encode: of which before sampling")
+    headings = "sampler|ms p50|p95|p99|speed-up|rounds (p95)|evals (p95)|error p95"
+    caption = "chunk latency at batch 1"
+    measured = [row.get("chunk_ms", {}) for row in results["samplers"].values()]
+    encode = [chunk["encode_p50"] for chunk in measured if "encode_p50" in chunk]
+    if encode:
+        caption += f", of which {min(encode):.1f} to {max(encode):.1f} ms (p50) encode the observation"
+    table = _table(headings, caption=caption)
     for name, row in results["samplers"].items():
         latency, error = row.get("chunk_ms"), row.get("chunk_error")
         table.add_row(
             name,
-            *(
-                f"{latency[percentile]:.1f}" if latency and percentile in latency else "—"
-                for percentile in ("p50", "p95", "p99", "encode_p50")
-            ),
+            *(f"{latency[percentile]:.1f}" if latency else "—" for percentile in ("p50", "p95", "p99")),
             f"{row['speedup_p50']:.2f}×" if "speedup_p50" in row else "—",
             *("{mean:.1f} ({p95:.0f})".format(**row[cost]) for cost in ("rounds", "evaluations")),
             f"{error['p95']:.1e}" if error else "—",
