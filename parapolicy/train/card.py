@@ -28,7 +28,7 @@ def write_card(
     """Write ``README.md`` into the policy's folder: what it is, how it was made, how well it does."""
     parameters = sum(value.numel() for value in build_network(spec).parameters())
     observed = ", ".join(
-        f"{key} {list(feature.shape)}{', an image' if feature.kind == 'image' else ''}"
+        f"{key} {list(feature.shape)}{' (image)' if feature.kind == 'image' else ''}"
         for key, feature in spec.observation.items()
     )
     network = spec.network["name"]
