@@ -372,6 +372,4 @@ def test_train_errors_name_the_value(overrides: list[str], message: str, tmp_pat
 @pytest.mark.parametrize("env", ["pusht", "pusht_image", "lift"])
 def test_an_environments_shipped_policy_is_what_is_evaluated(env: str) -> None:
     folder = ROOT / configured("eval", f"env={env}").checkpoint
-    assert (
-        parapolicy.load_policy(folder, device="cpu", engine="eager").spec.control_hz == {"lift": 20}.get(env, 10)
-    )
+    assert parapolicy.load_policy(folder, device="cpu", engine="eager").spec.control_hz == {"lift": 20}.get(env, 10)

@@ -4,9 +4,10 @@ import inspect
 import math
 import time
 import warnings
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from concurrent import futures
 from concurrent.futures import CancelledError, Executor, Future, ThreadPoolExecutor
+from functools import partial
 from typing import Any, Protocol
 
 import numpy as np
@@ -15,6 +16,7 @@ from parapolicy.control.latency import ChunkRecord, ControlRecord
 from parapolicy.control.seam import Execution, Seam, steps_of
 from parapolicy.engine import Deadline
 from parapolicy.episode import Episode, Request, checked_actions
+from parapolicy.frame_features import FrameFeatures
 from parapolicy.policy import Chunk
 from parapolicy.spec import PolicySpec
 from parapolicy.warm import WarmState
@@ -37,6 +39,7 @@ class ChunkPolicy(Protocol):
         deadline: Callable[[], bool] | None,
         warm: WarmState | None,
         executed: int | None,
+        features: Sequence[FrameFeatures] | None = None,  # given where the policy observes images
     ) -> Chunk: ...
 
 
@@ -233,15 +236,14 @@ class Controller:
             end = started + self.deadline
             # An engine may watch the usual clock without Python.
             stop = Deadline(end) if self.clock is time.monotonic else lambda: self.clock() >= end
-        held: dict[str, Any] = {} if request.hold is None else {"hold": request.hold}
-        chunk = self.policy.predict(
-            request.observation,
-            seed=request.seed,
-            deadline=stop,
-            warm=request.warm,
-            executed=request.executed,
-            **held,
-            **({} if request.features is None else {"features": [request.features]}),
+        predict = self.policy.predict
+        # Only where there is something to hand over: not every policy can take it.
+        if request.features is not None:
+            predict = partial(predict, features=[request.features])
+        if request.hold is not None:
+            predict = partial(predict, hold=request.hold)
+        chunk = predict(
+            request.observation, seed=request.seed, deadline=stop, warm=request.warm, executed=request.executed
         )
         actions = checked_actions(chunk, self.policy.spec)
         record.finished_at = self.clock()
