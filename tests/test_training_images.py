@@ -201,7 +201,7 @@ def test_an_interrupted_run_on_pictures_ends_with_the_same_weights_and_log(
 def test_training_and_sampling_see_the_same_picture(data: Demonstrations, tmp_path: Path) -> None:
     """The condition of a held-out window is what the policy computes of its raw observation."""
     train(SPEC, data, dataclasses.replace(CONFIG, steps=1), tmp_path / "run", CPU)
-    policy = parapolicy.load_policy(tmp_path / "run", device="cpu")
+    policy = parapolicy.load_policy(tmp_path / "run", device="cpu", engine="eager")
     loss = Loss(
         SPEC,
         policy.network,
