@@ -236,7 +236,7 @@ class Controller:
             end = started + self.deadline
             # An engine may watch the usual clock without Python.
             stop = Deadline(end) if self.clock is time.monotonic else lambda: self.clock() >= end
-        predict = self.policy.predict
+        predict: Callable[..., Chunk] = self.policy.predict
         # Only where there is something to hand over: not every policy can take it.
         if request.features is not None:
             predict = partial(predict, features=[request.features])
