@@ -6,6 +6,7 @@ Results go to hydra's run folder: run.json, results.json, episodes.jsonl, latenc
 simulated latency, simulated_latency.png. To continue an interrupted run, give its folder: ``hydra.run.dir=FOLDER``.
 """
 
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -26,6 +27,25 @@ from parapolicy.spec import PolicySpec
 
 OmegaConf.register_new_resolver("job_folder", job_folder, replace=True)
 
+HERE = Path(__file__).parent
+
+
+def find_policy(name: str) -> str:
+    """A policy as it is named; a shipped one of the repository, such as ``pusht_lowdim``, from any folder.
+
+    Raises:
+        ValueError: there is none.
+    """
+    if "://" in name or Path(name).exists():
+        return name
+    for shipped in (HERE / name, HERE / "checkpoints" / name):
+        if (shipped / "config.json").is_file():
+            return str(shipped)
+    raise ValueError(
+        f"no checkpoint at {name!r}; give checkpoint=FOLDER, checkpoint=FILE or checkpoint=hf://owner/name. The "
+        "policies that are shipped stand in the folder checkpoints/ of parapolicy's repository, not in its wheel"
+    )
+
 
 @hydra.main(version_base="1.3", config_path="conf", config_name="eval")
 def main(config: DictConfig) -> None:
@@ -36,6 +56,7 @@ def main(config: DictConfig) -> None:
         return env if clock is None else InferenceDelay(env, clock, spec.require_control_hz())
 
     def run() -> dict[str, Any]:
+        config.checkpoint = find_policy(config.checkpoint)
         results = evaluate(config, folder, build)
         plot_latency_reward(results, folder / "latency_reward.png")
         if any("control" in row for row in results["samplers"].values()):
@@ -52,7 +73,8 @@ def main(config: DictConfig) -> None:
     except ValueError as error:
         raise SystemExit(f"error: {error}") from error
     except KeyboardInterrupt:
-        raise SystemExit(f"interrupted; to go on: hydra.run.dir={folder}, or the same sweep again") from None
+        print(f"interrupted; to go on: hydra.run.dir={folder}, or the same sweep again", file=sys.stderr)
+        raise SystemExit(130) from None
 
 
 if __name__ == "__main__":

@@ -112,7 +112,7 @@ def run(config: DictConfig) -> None:
         folder,
         spec,
         data_name=data["name"],
-        command=" ".join(["python train.py data.path=FOLDER", *overrides]),
+        command=" ".join(["parapolicy train data.path=FOLDER", *overrides]),
         settings=dataclasses.asdict(train_config),
         result=result,
         machine=describe_machine(device),

@@ -10,15 +10,15 @@ import gymnasium
 
 from parapolicy.spec import PolicySpec
 
-# name -> module, class, and the class's options for this name
+# name -> module in this package, class, and the class's options for this name
 ENVS: Mapping[str, tuple[str, str, Mapping[str, Any]]] = {
-    "pusht": ("envs.pusht", "PushT", {}),
-    "pusht_image": ("envs.pusht", "PushT", {}),  # the same: what is observed is the policy's to say
-    "lift": ("envs.robomimic", "Robomimic", {"task": "lift"}),
-    "can": ("envs.robomimic", "Robomimic", {"task": "can"}),
-    "square": ("envs.robomimic", "Robomimic", {"task": "square"}),
-    "tool_hang": ("envs.robomimic", "Robomimic", {"task": "tool_hang"}),
-    "transport": ("envs.robomimic", "Robomimic", {"task": "transport"}),
+    "pusht": (".pusht", "PushT", {}),
+    "pusht_image": (".pusht", "PushT", {}),  # the same: what is observed is the policy's to say
+    "lift": (".robomimic", "Robomimic", {"task": "lift"}),
+    "can": (".robomimic", "Robomimic", {"task": "can"}),
+    "square": (".robomimic", "Robomimic", {"task": "square"}),
+    "tool_hang": (".robomimic", "Robomimic", {"task": "tool_hang"}),
+    "transport": (".robomimic", "Robomimic", {"task": "transport"}),
 }
 
 
@@ -38,7 +38,7 @@ def make_env(name: str, spec: PolicySpec, **options: Any) -> gymnasium.Env:
     """
     if name in ENVS:
         module, attribute, fixed = ENVS[name]
-        build = getattr(import_module(module), attribute)
+        build = getattr(import_module(module, __name__), attribute)
     else:
         plugins = {entry.name: entry for entry in entry_points(group="parapolicy.envs")}
         if name not in plugins:

@@ -3,11 +3,17 @@
 import argparse
 import json
 import logging
+import os
+import runpy
 import sys
 from collections.abc import Sequence
+from inspect import getdoc
 from pathlib import Path
 
-USAGE = """usage: parapolicy inspect CHECKPOINT [--json]
+USAGE = """usage: parapolicy eval [env=pusht checkpoint=FOLDER samplers=[sequential,collocation] episodes=20 …]
+       parapolicy train data.path=FOLDER [data=pusht_state output=FOLDER …]
+       parapolicy bench [CHECKPOINT] [--engines eager compiled] [--chunks 20] [--widen 4] [--scaling]
+       parapolicy inspect CHECKPOINT [--json]
        parapolicy check CHECKPOINT [--chunks 5] [--engine eager] [--device auto]
        parapolicy convert CHECKPOINT OUT [--control-hz HZ]
        parapolicy export CHECKPOINT OUT [--format fused] [--sampler sequential] [--engine fused]
@@ -16,6 +22,9 @@ USAGE = """usage: parapolicy inspect CHECKPOINT [--json]
        parapolicy ros2 SETTINGS.yaml [--ros-args …]
        parapolicy report FOLDER… [--output FOLDER] [--margin 0.03 --success-margin 0.05]
 
+  eval     compare samplers on a policy: reward in closed loop, latency, chunk error; -m sweeps
+  train    train a policy on demonstrations, score it, write its model card
+  bench    network calls and chunks on this machine against its floor
   inspect  what a policy is: what it wants to see, its actions, its schedule, what to beware of
   check    run every sampler on made-up observations: rounds, evaluations, errors, latency
   convert  write a policy as config.json and model.safetensors; its answers stay the same to the bit
@@ -25,9 +34,42 @@ USAGE = """usage: parapolicy inspect CHECKPOINT [--json]
   ros2     run a ROS 2 node between topics of observations and of actions; its settings: docs/ros2.md
   report   put evaluation runs into one page, with tables and pictures
 
+parapolicy COMMAND --help has every option. eval and train are hydra applications: key=value, and --cfg job shows all.
+Exit codes: 0 done, 1 failed, with the reason on stderr, 2 wrong usage, 130 interrupted.
+
 A CHECKPOINT is a folder of parapolicy or LeRobot, hf://owner/name[@revision], a .ckpt of Diffusion Policy's published
 code, or a .pth of robomimic. Averaged weights beside a LeRobot folder: --ema.
 """
+
+
+def run_application(name: str, arguments: Sequence[str]) -> None:
+    """``parapolicy eval`` and ``parapolicy train``: the program as it stands beside the package, or in a wheel's."""
+    package = Path(__file__).parent
+    folder = next((p for p in (package / "application", package.parent) if (p / f"{name}.py").is_file()), None)
+    if folder is None:
+        raise ValueError(f"there is no {name}.py in {package / 'application'} or {package.parent}; install the wheel")
+    sys.path.insert(0, str(folder))
+    # Processes that it starts, such as a sweep's jobs on Slurm, import the same environments.
+    os.environ["PYTHONPATH"] = os.pathsep.join(filter(None, [str(folder), os.environ.get("PYTHONPATH")]))
+    sys.argv = [str(folder / f"{name}.py"), *arguments]
+    runpy.run_path(sys.argv[0], run_name="__main__")
+
+
+def evaluate(arguments: Sequence[str]) -> None:
+    """``parapolicy eval``."""
+    run_application("eval", arguments)
+
+
+def train(arguments: Sequence[str]) -> None:
+    """``parapolicy train``."""
+    run_application("train", arguments)
+
+
+def bench(arguments: Sequence[str]) -> None:
+    """``parapolicy bench``."""
+    from parapolicy.bench.__main__ import main as run_bench
+
+    run_bench(arguments)
 
 
 def inspect(arguments: Sequence[str]) -> None:
@@ -173,6 +215,10 @@ def serve(arguments: Sequence[str]) -> None:
     from parapolicy.serve.server import run_server
     from parapolicy.serve.settings import ServeConfig
 
+    if {"-h", "--help"} & set(arguments):
+        defaults = OmegaConf.to_yaml(OmegaConf.structured(ServeConfig)).replace(": ", "=")
+        print(f"usage: parapolicy serve [key=value …]\n\n{getdoc(ServeConfig)}\n\nDefaults:\n{defaults}", end="")
+        return
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(name)s %(message)s")
     for argument in arguments:
         if argument.endswith("="):  # OmegaConf would take it for null: no key is asked where a variable is empty
@@ -224,6 +270,9 @@ def report(arguments: Sequence[str]) -> None:
 
 
 COMMANDS = {
+    "eval": evaluate,
+    "train": train,
+    "bench": bench,
     "inspect": inspect,
     "check": check,
     "convert": convert,
@@ -233,7 +282,8 @@ COMMANDS = {
     "ros2": ros2,
     "report": report,
 }
-EXTRAS = {"calibrate": "eval", "serve": "serve", "ros2": "ros2", "report": "eval"}  # of the commands that need one
+# Of the commands that need one.
+EXTRAS = dict.fromkeys(("eval", "train", "bench", "calibrate", "report"), "eval") | {"serve": "serve", "ros2": "ros2"}
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
@@ -244,7 +294,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
         return
     name, *rest = arguments
     if name not in COMMANDS:
-        raise SystemExit(f"error: command is {name!r}, expected one of {list(COMMANDS)}\n{USAGE}")
+        print(f"error: command is {name!r}, expected one of {list(COMMANDS)}\n{USAGE}", end="", file=sys.stderr)
+        raise SystemExit(2)
     try:
         COMMANDS[name](rest)
     except ImportError as error:
@@ -252,6 +303,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
         raise SystemExit(f"error: {error.name} is missing; pip install 'parapolicy{extra}'") from error
     except (ValueError, OSError) as error:
         raise SystemExit(f"error: {error}") from error
+    except KeyboardInterrupt:
+        raise SystemExit(130) from None
 
 
 if __name__ == "__main__":

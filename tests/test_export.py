@@ -19,7 +19,7 @@ import parapolicy
 from parapolicy import export
 from parapolicy.calibrate import with_calibration
 from parapolicy.cli import main
-from parapolicy.engine import native_library
+from parapolicy.engine import native_build, native_library
 from parapolicy.normalizer import Affine, Normalizer
 from parapolicy.observation import ObservationHistory
 from parapolicy.planner import made_up_observations
@@ -39,7 +39,7 @@ from tests.embedded import (
 )
 from tests.helpers import DDPM_CONFIG, small_policy, some_observation
 
-OTHER_FLAGS = ("-shared", "-fPIC", native_library.NATIVE)  # of a library, or of the processor
+OTHER_FLAGS = ("-shared", "-fPIC", native_build.NATIVE)  # of a library, or of the processor
 pytestmark = pytest.mark.skipif(shutil.which("g++") is None, reason="no g++ here")
 
 
@@ -206,7 +206,7 @@ def build_program(path: Path, *compiler: str) -> None:
     """As docs/embedding.md says; by another compiler, and its flag for the processor, where one is given."""
     documented = next(line for line in (ROOT / "docs" / "embedding.md").read_text().splitlines() if "g++ -O3" in line)
     command = documented.strip().removesuffix("-o push_t")
-    assert {"-march=native", *native_library.FLAGS} - {*OTHER_FLAGS} <= set(shlex.split(command))
+    assert {"-march=native", *native_build.FLAGS} - {*OTHER_FLAGS} <= set(shlex.split(command))
     if compiler:
         command = command.replace("g++", compiler[0]).replace("-march=native", compiler[1])
     subprocess.run(f"{command} -o {shlex.quote(str(path))}", shell=True, check=True, cwd=ROOT)

@@ -13,7 +13,7 @@ import pytest
 import torch
 
 import parapolicy
-from parapolicy.engine import Compiled, Fused, make_engine, native_library
+from parapolicy.engine import Compiled, Fused, make_engine, native_build, native_library
 from parapolicy.engine.lowered.fused_unet1d import FusedUnet1D
 from parapolicy.engine.lowered.plan import place_buffers
 from parapolicy.networks import ConditionalUnet1D
@@ -115,7 +115,7 @@ def test_other_instructions_compute_the_same(
     expected, found = networks(network, dtype)(x, step, element)
     # The same sums in other orders. In bfloat16 a sum at the edge of two of its values goes to either.
     tolerance = 1e-5 if dtype == FLOAT32 else float((found - expected).abs().max())
-    library = native_library.load_library((*native_library.FLAGS, *flags))
+    library = native_library.load_library((*native_build.FLAGS, *flags))
     monkeypatch.setattr("parapolicy.engine.lowered.fused_network.load_library", lambda: library)
     other = networks(network, dtype)(x, step, element)[1]
     torch.testing.assert_close(other, found, rtol=0, atol=tolerance)
@@ -278,7 +278,7 @@ def test_the_library_is_kept_by_what_it_is_made_of(tmp_path: Path, monkeypatch: 
     native_library.load_library()
     (library,) = (tmp_path / "cache").iterdir()  # and no unfinished file
     native_library.load_library.cache_clear()
-    monkeypatch.setattr(native_library, "_compile", lambda *a: pytest.fail("compiled again"))
+    monkeypatch.setattr(native_library, "compile_library", lambda *a: pytest.fail("compiled again"))
     native_library.load_library()
     native_library.load_library.cache_clear()
     assert library.suffix == ".so"
@@ -287,5 +287,5 @@ def test_the_library_is_kept_by_what_it_is_made_of(tmp_path: Path, monkeypatch: 
 def test_a_compiler_that_fails_is_quoted(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("PARAPOLICY_CACHE", str(tmp_path))
     with pytest.raises(OSError, match=r"fails: .*no-such-flag"):
-        native_library.load_library((*native_library.FLAGS, "-fno-such-flag"))
+        native_library.load_library((*native_build.FLAGS, "-fno-such-flag"))
     assert list(tmp_path.iterdir()) == []

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 import parapolicy
 from parapolicy import export
-from parapolicy.engine import Fused, make_engine, native_library, native_loop
+from parapolicy.engine import Fused, make_engine, native_build, native_library, native_loop
 from parapolicy.engine.fused import Bound
 from parapolicy.engine.lowered.fused_transformer1d import FusedTransformer1D
 from parapolicy.networks.transformer1d import TransformerForDiffusion
@@ -102,7 +102,7 @@ def test_other_instructions_compute_the_same(flags: tuple[str, ...], monkeypatch
     network = build(n_emb=48, n_head=3)
     given = rows(5, network)
     expected = outputs(network, *given)
-    library = native_library.load_library((*native_library.FLAGS, *flags))
+    library = native_library.load_library((*native_build.FLAGS, *flags))
     monkeypatch.setattr("parapolicy.engine.lowered.fused_network.load_library", lambda: library)
     found = outputs(FusedTransformer1D(network), *given)
     torch.testing.assert_close(found, expected, rtol=0, atol=1e-5 * float(expected.abs().max()))

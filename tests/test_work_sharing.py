@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from parapolicy.engine import native_library
+from parapolicy.engine import native_build
 
 pytestmark = pytest.mark.skipif(shutil.which("g++") is None, reason="no g++ here")
 HERE = Path(__file__).parent
@@ -41,7 +41,7 @@ def test_no_race(tmp_path: Path) -> None:
     tried = subprocess.run([*SANITIZED, str(empty), "-o", str(program)], capture_output=True, check=False)
     if tried.returncode or subprocess.run([program], capture_output=True, check=False).returncode:
         pytest.skip("no thread sanitizer here")
-    sources = [str(native_library.FOLDER / name) for name in ("fused.cpp", "work_sharing.cpp")]
+    sources = [str(native_build.FOLDER / name) for name in ("fused.cpp", "work_sharing.cpp")]
     subprocess.run([*SANITIZED, str(HERE / "work_sharing_check.cpp"), *sources, "-o", str(program)], check=True)
     done = subprocess.run([program], capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stdout + done.stderr

@@ -1,6 +1,6 @@
 """Benchmark network calls and chunks on this machine against a roofline.
 
-    python -m parapolicy.bench [CHECKPOINT] [--engines eager compiled] [--chunks 20] [--widen 4] [--scaling]
+    parapolicy bench [CHECKPOINT] [--engines eager compiled] [--chunks 20] [--widen 4] [--scaling]
 
 Writes bench.json and bench.png, and prints the tables. Calls alternate; percentiles are over ``--chunks`` chunks. The
 observations are random, so rounds differ slightly from closed loop. ``--widen 4`` multiplies the network's channels by
@@ -12,6 +12,7 @@ import argparse
 import dataclasses
 import json
 import tempfile
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -33,8 +34,10 @@ from parapolicy.evaluate.measure.machine import describe_machine, describe_versi
 from parapolicy.loading import load_policy, save_policy
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+def main(given: Sequence[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(
+        "parapolicy bench", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("checkpoint", nargs="?", default="checkpoints/pusht_lowdim")
     parser.add_argument("--engines", nargs="+", default=["eager", "compiled"])
     parser.add_argument("--chunks", type=int, default=20)
@@ -42,7 +45,7 @@ def main() -> None:
     parser.add_argument("--scaling", action="store_true", help="by robots, window, steps, horizon and devices too")
     parser.add_argument("--device", default="auto")
     parser.add_argument("--output", type=Path, default=Path("outputs/bench"))
-    arguments = parser.parse_args()
+    arguments = parser.parse_args(given)
     for name in ("chunks", "widen"):
         if getattr(arguments, name) < 1:
             parser.error(f"--{name} is {getattr(arguments, name)}, expected at least 1")

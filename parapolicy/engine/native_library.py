@@ -1,73 +1,65 @@
-"""The C++ of the engine ``fused``, compiled once for this processor into the user's own cache folder."""
+"""The library of the engine ``fused``: a wheel's binary, or compiled once into the user's own cache folder."""
 
 import ctypes
 import functools
-import hashlib
 import os
 import platform
-import shutil
 import subprocess
 import tempfile
 from pathlib import Path
 from typing import Any
 
-from parapolicy.files import cache_folder, replacing
-
-FOLDER = Path(__file__).parent
-SOURCES = ("fused.cpp", "work_sharing.cpp", "chunk.cpp", "plan_file.cpp", "embedding.cpp")
-HEADERS = (
-    "fused.h",
-    "vectors.h",
-    "convolution.h",
-    "attention.h",
-    "work_sharing.h",
-    "chunk.h",
-    "plan_file.h",
-    "parapolicy_fused.h",
+from parapolicy.engine.native_build import (
+    FLAGS,
+    PATIENCE,
+    VARIANTS,
+    compile_library,
+    digest_sources,
+    find_compiler,
+    prebuilt_path,
 )
-# No -ffast-math: sums keep their order, and what is not finite stays so.
-NATIVE = "-mcpu=native" if platform.machine() in ("aarch64", "arm64") else "-march=native"
-FLAGS = ("-O3", NATIVE, "-ffp-contract=fast", "-fopenmp-simd", "-std=c++17", "-shared", "-fPIC", "-pthread")
-PATIENCE = 300  # seconds of compiling
+from parapolicy.files import cache_folder, replacing
 
 
 @functools.cache
 def load_library(flags: tuple[str, ...] = FLAGS) -> ctypes.CDLL:
-    """The library, compiled at the first use on a machine, in some seconds.
+    """The library for this processor: the wheel's, or compiled at the first use on a machine, in some seconds.
 
-    It is kept by source, compiler, flags and processor. Nothing of a policy goes into it.
+    What is compiled is kept by source, compiler, flags and processor. Nothing of a policy goes into it.
 
     Raises:
         OSError: there is no C++ compiler, or it fails; the message has its words.
     """
-    compiler = os.environ.get("CXX") or shutil.which("g++") or shutil.which("c++") or shutil.which("clang++")
+    if flags == FLAGS and (prebuilt := _find_prebuilt(_processor())) is not None:
+        return _declared(prebuilt)
+    compiler = find_compiler()
     if compiler is None:
         raise OSError("there is no C++ compiler; install g++, or set CXX")
-    sources = [(FOLDER / name).read_text() for name in (*SOURCES, *HEADERS)]
-    key = hashlib.sha256("\n".join([*sources, *flags, _version(compiler), _processor()]).encode())
-    name = f"fused-{key.hexdigest()[:16]}.so"
+    name = f"fused-{digest_sources(*flags, _version(compiler), _processor())}.so"
     try:
         path = cache_folder() / name
         path.parent.mkdir(parents=True, exist_ok=True)
         if not path.is_file():
             with replacing(path, f"{os.getpid()}.partial") as partial:
-                _compile(compiler, flags, partial)
+                compile_library(compiler, flags, partial)
         return _declared(ctypes.CDLL(str(path)))
     except (RuntimeError, PermissionError, FileNotFoundError, NotADirectoryError):  # no home, or no writing there
         with tempfile.TemporaryDirectory(prefix="parapolicy-") as folder:
             path = Path(folder) / name
-            _compile(compiler, flags, path)
+            compile_library(compiler, flags, path)
             return _declared(ctypes.CDLL(str(path)))  # stays loaded when the file is gone
 
 
-def _compile(compiler: str, flags: tuple[str, ...], path: Path) -> None:
-    command = [compiler, *flags, *(str(FOLDER / source) for source in SOURCES), "-o", str(path)]
-    try:
-        done = subprocess.run(command, capture_output=True, text=True, timeout=PATIENCE)
-    except subprocess.TimeoutExpired as error:
-        raise OSError(f"{compiler} did not finish within {PATIENCE} s") from error
-    if done.returncode:
-        raise OSError(f"{compiler} fails: {done.stderr[-500:]}")
+def _find_prebuilt(processor: str) -> ctypes.CDLL | None:
+    """The wheel's best library for a processor, described as in /proc/cpuinfo; None where none is for it."""
+    words = frozenset(processor.split())
+    for variant, (_, needed) in VARIANTS.items():
+        if needed <= words and (path := prebuilt_path(variant)).is_file():
+            try:
+                return ctypes.CDLL(str(path))
+            except OSError:  # linked to a newer C library, or damaged
+                continue
+    return None
 
 
 def _version(compiler: str) -> str:
