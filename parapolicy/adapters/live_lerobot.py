@@ -274,8 +274,8 @@ def accelerate(policy: P, sampler: str = "auto", engine: str = "auto", verify: b
 
     Args:
         policy: of LeRobot 0.3 or newer; its weights in float32.
-        sampler, parameters: as of :func:`parapolicy.load_policy`. ``auto`` measures at the first chunk, in seconds,
-            which one is fastest here.
+        sampler: as of :func:`parapolicy.load_policy`, with its ``parameters``. ``auto`` measures at the first chunk, in
+            seconds, which one is fastest here.
         engine: one of :data:`parapolicy.engine.ENGINES`.
         verify: sample the first chunk by LeRobot, too; where the two differ, warn and leave the sampling to LeRobot.
 

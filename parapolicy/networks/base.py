@@ -60,8 +60,10 @@ class Network(nn.Module):
 
         Args:
             x: noisy samples.
-            steps, condition: of :meth:`embed_steps` (T, …) and :meth:`embed_condition` (B, …).
-            step, element: (N,) int64, which of their entries belongs to each sample.
+            steps: of :meth:`embed_steps`, (T, …).
+            condition: of :meth:`embed_condition`, (B, …).
+            step: (N,) int64, which entry of ``steps`` belongs to each sample.
+            element: (N,) int64, which entry of ``condition`` does.
         """
         raise NotImplementedError
 
