@@ -8,7 +8,7 @@ BIN := $(VENV)/bin
 ENV ?= pusht
 DEMONSTRATIONS ?= ../shared/data
 
-.PHONY: setup client lerobot ros2 ros2-test eval test test-distributed fuzz mutate
+.PHONY: setup client lerobot ros2 ros2-test eval test test-distributed fuzz mutate wheel docs docs-test
 setup: $(VENV)/.done
 
 $(VENV)/.done: pyproject.toml constraints.txt
@@ -60,8 +60,8 @@ test: setup client
 	$(BIN)/mypy
 	OMP_NUM_THREADS=1 PARAPOLICY_DEMONSTRATIONS=$(DEMONSTRATIONS) $(BIN)/python -m pytest -n auto --maxprocesses 4 --dist loadfile $(ARGS)
 
-# Sweeps on a Ray cluster of this machine, and torchrun: two minutes on an idle machine, and more processes than the
-# other tests.
+# Sweeps on a Ray cluster of this machine, torchrun, and the wheel: three minutes on an idle machine, and more processes
+# than the other tests.
 test-distributed: setup
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m distributed $(ARGS)
 
@@ -76,3 +76,16 @@ mutate: setup
 	$(BIN)/python -m pip install --disable-pip-version-check -c constraints.txt mutmut
 	OMP_NUM_THREADS=1 $(BIN)/mutmut run $(if $(FILE),'$(subst /,.,$(FILE:.py=)).*')
 	$(BIN)/mutmut results | grep -v 'not checked' || echo none
+
+# Source distribution and wheel into dist/, with the libraries of the engine fused where there is a C++ compiler.
+wheel: setup
+	$(BIN)/python -m pip install --disable-pip-version-check -c constraints.txt build
+	$(BIN)/python -m build
+
+# The site, into site/; a warning is an error.
+docs: setup
+	$(BIN)/python -m pip install --disable-pip-version-check -c constraints.txt -e '.[docs]'
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --quiet
+
+docs-test: docs
+	$(BIN)/python -m pytest -m distributed tests/test_docs_site.py $(ARGS)

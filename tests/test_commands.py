@@ -1,7 +1,9 @@
 """The commands that look at a checkpoint: inspect, check, convert."""
 
+import contextlib
 import dataclasses
 import json
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -10,11 +12,12 @@ import pytest
 import torch
 
 import parapolicy
+from eval import find_policy
 from parapolicy.calibrate import FILE
-from parapolicy.cli import main
+from parapolicy.cli import COMMANDS, USAGE, main
 from parapolicy.normalizer import Affine, Normalizer
 from parapolicy.planner import made_up_observations
-from tests.conftest import SHIPPED
+from tests.conftest import ROOT, SHIPPED
 from tests.helpers import small_policy
 from tests.lerobot_folders import made_up
 
@@ -216,3 +219,44 @@ def test_observations_for_calibration_are_checked(folder: Path, tmp_path: Path) 
     np.savez(tmp_path / "uneven.npz", a=np.zeros((3, 2)), b=np.zeros((4, 2)))
     with pytest.raises(SystemExit, match=r"arrays of the lengths \[3, 4\]"):
         main(["calibrate", str(folder), "--observations", str(tmp_path / "uneven.npz")])
+
+
+@pytest.mark.parametrize("command", [name for name in COMMANDS if name not in ("eval", "train")])
+def test_every_command_has_its_help(command: str, capsys: pytest.CaptureFixture[str]) -> None:
+    """Those of eval and train, hydra's, are seen where the wheel is tested."""
+    with contextlib.suppress(SystemExit):
+        main([command, "--help"])
+    assert capsys.readouterr().out.startswith(f"usage: parapolicy {command}")
+
+
+def test_exit_codes(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    """Those of docs/commands.md."""
+
+    def interrupted(arguments: Sequence[str]) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setitem(COMMANDS, "interrupted", interrupted)
+    for arguments, code in ((["inspekt"], 2), (["inspect"], 2), (["report", "--nope"], 2), (["interrupted"], 130)):
+        with pytest.raises(SystemExit) as ended:
+            main(arguments)
+        assert ended.value.code == code
+    assert "command is 'inspekt', expected one of" in capsys.readouterr().err
+
+
+def test_every_command_is_in_the_overview_and_on_its_page() -> None:
+    page = (ROOT / "docs" / "commands.md").read_text()
+    for command in COMMANDS:
+        assert f"       parapolicy {command} " in USAGE.replace("usage:", "      ")
+        assert f"\n  {command} " in USAGE
+        assert f"| `{command}` |" in page
+
+
+def test_a_shipped_policy_is_found_by_its_name(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    for name in ("pusht_lowdim", "checkpoints/pusht_lowdim", str(SHIPPED)):
+        assert Path(find_policy(name)) == SHIPPED
+    (tmp_path / "pusht_lowdim").mkdir()
+    assert find_policy("pusht_lowdim") == "pusht_lowdim"  # what is here comes first
+    assert find_policy("hf://owner/name") == "hf://owner/name"
+    with pytest.raises(ValueError, match="no checkpoint at 'mine/pusht_lowdim'; give checkpoint=FOLDER"):
+        find_policy("mine/pusht_lowdim")

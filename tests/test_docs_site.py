@@ -8,6 +8,7 @@ import os
 import re
 import shutil
 import subprocess
+import sys
 import threading
 import time
 import urllib.parse
@@ -23,10 +24,10 @@ import parapolicy
 from tests.conftest import PATIENCE, ROOT
 from tests.test_report import BROWSER
 
-MKDOCS = Path(os.environ.get("PARAPOLICY_MKDOCS", ROOT / ".venv-docs" / "bin" / "mkdocs"))
+MKDOCS = shutil.which("mkdocs", path=os.pathsep.join([str(Path(sys.executable).parent), os.environ["PATH"]]))
 pytestmark = [
     pytest.mark.distributed,
-    pytest.mark.skipif(not MKDOCS.is_file(), reason=f"no MkDocs at {MKDOCS}; make docs-test installs it"),
+    pytest.mark.skipif(MKDOCS is None, reason="no MkDocs here; make docs-test installs it"),
 ]
 
 

@@ -10,6 +10,7 @@ from typing import Any
 import hydra
 import numpy as np
 import pytest
+import yaml
 from hydra.core.override_parser.overrides_parser import OverridesParser
 from omegaconf import OmegaConf
 
@@ -165,6 +166,15 @@ def test_the_experiment_composes_and_its_samplers_build(experiment: str) -> None
     assert lists
     for entries in lists:
         build(entries)
+
+
+@pytest.mark.parametrize("card", sorted(ROOT.glob("checkpoints/*/README.md")), ids=lambda card: card.parent.name)
+def test_a_model_card_tells_the_hub_what_it_is(card: Path) -> None:
+    _, front, text = card.read_text().split("---\n", 2)
+    facts = yaml.safe_load(front)
+    assert (facts["license"], facts["library_name"], facts["pipeline_tag"]) == ("mit", "parapolicy", "robotics")
+    assert {"diffusion-policy", card.parent.name.removesuffix("_lowdim")} <= set(facts["tags"])
+    assert text.startswith(f"# {card.parent.name}\n")
 
 
 def choices(group: str) -> list[str]:

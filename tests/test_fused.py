@@ -3,8 +3,10 @@
 import dataclasses
 import platform
 import shutil
+import subprocess
 import threading
 import warnings
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -282,6 +284,30 @@ def test_the_library_is_kept_by_what_it_is_made_of(tmp_path: Path, monkeypatch: 
     native_library.load_library()
     native_library.load_library.cache_clear()
     assert library.suffix == ".so"
+
+
+def test_the_best_of_a_wheel_s_libraries_is_taken(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """By what the processor has; a damaged one is passed over, and one of other sources is not found."""
+    monkeypatch.setattr(native_build, "PREBUILT", tmp_path)
+    source = tmp_path / "empty.cpp"
+    source.write_text("int nothing;")
+    for variant in native_build.VARIANTS:
+        subprocess.run(["g++", "-shared", "-fPIC", source, "-o", native_build.prebuilt_path(variant)], check=True)
+    best, middle, least = native_build.VARIANTS
+
+    def found(words: Iterable[str]) -> str:
+        library = native_library._find_prebuilt("flags : " + " ".join(words))
+        return "" if library is None else Path(library._name).name.rpartition("-")[0].removeprefix("fused-")
+
+    for variant, (_, needed) in native_build.VARIANTS.items():
+        assert found({*needed, "sse2"}) == variant
+    assert found(native_build.AVX512 - {"avx512vl"}) == least
+    assert found(native_build.AVX2 - {"fma"}) == ""
+    assert found(native_build.VARIANTS[best][1] - {"fma"}) == ""
+    native_build.prebuilt_path(best).write_bytes(b"damaged")
+    assert found(native_build.VARIANTS[best][1]) == middle
+    monkeypatch.setattr(native_build, "HEADERS", native_build.HEADERS[:-1])
+    assert found(native_build.VARIANTS[best][1]) == ""
 
 
 def test_a_compiler_that_fails_is_quoted(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

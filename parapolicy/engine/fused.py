@@ -42,10 +42,10 @@ class Bound:
 
 
 class Fused(Engine):
-    """The conditional UNet or the transformer in C++, compiled in seconds at the first use on a machine.
+    """The conditional UNet or the transformer in C++, from the wheel or compiled in seconds at the first use.
 
     See ``fused.cpp``. A call is shared by as many threads as torch has; see ``work_sharing.h``. A row's result is the
-    same to the bit whatever the number of rows and threads. For other networks, and without a C++ compiler,
+    same to the bit whatever the number of rows and threads. For other networks, and without library and compiler,
     :class:`parapolicy.engine.Compiled` takes its place, with one warning.
 
     Args:

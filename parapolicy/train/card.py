@@ -9,6 +9,14 @@ from parapolicy.spec import PolicySpec
 from parapolicy.train.trainer import TrainResult
 
 CARD = "README.md"
+# For the Hugging Face hub; the licence is the owner's to add.
+FRONT_MATTER = (
+    "---",
+    "library_name: parapolicy",
+    "pipeline_tag: robotics",
+    "tags: [diffusion-policy, imitation-learning]",
+    "---",
+)
 
 
 def write_card(
@@ -35,6 +43,7 @@ def write_card(
     if "down_dims" in spec.network:
         network += f", levels {list(spec.network['down_dims'])}"
     lines = [
+        *FRONT_MATTER,
         f"# {folder.name}",
         "",
         f"Diffusion Policy, {parameters / 1e6:.2f} M parameters ({network}), "
