@@ -56,7 +56,7 @@ def main(config: DictConfig) -> None:
         return env if clock is None else InferenceDelay(env, clock, spec.require_control_hz())
 
     def run() -> dict[str, Any]:
-        config.checkpoint = find_policy(config.checkpoint)
+        config.checkpoint = find_policy(str(config.checkpoint))
         results = evaluate(config, folder, build)
         plot_latency_reward(results, folder / "latency_reward.png")
         if any("control" in row for row in results["samplers"].values()):
