@@ -234,6 +234,9 @@ def serve(arguments: Sequence[str]) -> None:
 
 def ros2(arguments: Sequence[str]) -> None:
     """``parapolicy ros2``."""
+    if arguments and arguments[0] in ("-h", "--help"):
+        print("usage: parapolicy ros2 SETTINGS.yaml [--ros-args …]\n\nThe settings: docs/ros2.md")
+        return
     if not arguments or arguments[0].startswith("-"):
         raise ValueError("no settings file is given, expected the name of a YAML file")
 
