@@ -36,10 +36,11 @@ def load_policy(
             that it keeps the policy's distribution, as those of the shipped policies have, and else ``secant``.
         engine: one of :data:`parapolicy.engine.ENGINES`. ``compiled`` compiles at the first call, for about a minute
             where torch's cache on disk does not know the network yet. ``compiled_bfloat16`` rounds the factors of its
-            matrix products to bfloat16: faster on CPUs with instructions for it. ``fused`` computes the UNet in C++,
-            on a CPU, and ``fused_bfloat16`` with that rounding. ``cuda_graph`` captures whole rounds of the default
-            sampler. ``sharded`` splits calls over the processes of ``torchrun``, each of which computes by
-            ``compiled``. ``auto``: see :func:`parapolicy.engine.make_engine`; under ``torchrun``, split like that.
+            matrix products to bfloat16: faster on CPUs with instructions for it. ``fused`` computes the network in
+            C++, on a CPU, and ``fused_bfloat16`` with that rounding. ``cuda_graph`` captures whole rounds of
+            ``secant`` and ``collocation``. ``sharded`` splits calls over the processes of ``torchrun``, each of which
+            computes by ``compiled``. ``auto``: see :func:`parapolicy.engine.make_engine`; under ``torchrun``, split
+            like that.
         ema: take the averaged weights that LeRobot saves in ``pretrained_model_ema`` beside the policy.
         device: ``auto`` (a GPU where there is one), ``cpu``, ``cuda``, ``cuda:1``, …
 
