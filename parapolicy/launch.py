@@ -75,4 +75,8 @@ def _work(
     folder: str, engine: str, device: str, address: str, rank: int, processes: int, timeout: float, threads: int
 ) -> None:
     torch.set_num_threads(threads)
-    take_part(load_policy(folder, device=device, engine=engine), address, rank, processes, timeout)
+    try:
+        take_part(load_policy(folder, device=device, engine=engine), address, rank, processes, timeout)
+    finally:
+        if dist.is_initialized():  # its threads, left to the interpreter's end, may abort the process
+            dist.destroy_process_group()

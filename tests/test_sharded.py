@@ -33,7 +33,7 @@ def observation(policy: parapolicy.Policy, batch: int) -> dict[str, np.ndarray]:
 def test_two_processes_give_the_chunk_of_one(shipped: parapolicy.Policy) -> None:
     with start_workers(SHIPPED, 2) as policy:
         for schedule, batch in (("ddpm", 1), ("ddim", 3)):
-            ours, alone = policy.with_schedule(schedule, 50), shipped.with_schedule(schedule, 50)
+            ours, alone = (p.with_sampler("secant").with_schedule(schedule, 50) for p in (policy, shipped))
             chunk, expected = ours.predict(observation(ours, batch)), alone.predict(observation(ours, batch))
             assert chunk.stats.rounds.tolist() == expected.stats.rounds.tolist()
             np.testing.assert_allclose(chunk.trajectory, expected.trajectory, rtol=0, atol=0.05)

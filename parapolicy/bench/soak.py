@@ -1,8 +1,8 @@
 """Many chunks in a row: does latency drift, does memory grow?
 
-    python -m parapolicy.bench.soak [CHECKPOINT] [--chunks 20000] [--engine compiled]
+    python -m parapolicy.bench.soak [CHECKPOINT] [--chunks 20000] [--engine auto]
 
-Prints latency percentiles and resident memory for every tenth of the run.
+Prints latency percentiles and resident memory for every tenth of the run, and for all of it.
 """
 
 import argparse
@@ -31,7 +31,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("checkpoint", nargs="?", default="checkpoints/pusht_lowdim")
     parser.add_argument("--chunks", type=int, default=20_000)
-    parser.add_argument("--engine", default="compiled")
+    parser.add_argument("--engine", default="auto")
     parser.add_argument("--device", default="auto")
     arguments = parser.parse_args()
     if arguments.chunks < 10:
@@ -45,14 +45,19 @@ def main() -> None:
         policy.predict(observations[0], seed=seed)
     gc.freeze()  # as a control loop would
     seconds = np.empty(arguments.chunks)
+
+    def row(label: str, times: np.ndarray) -> None:
+        values = np.percentile(1e3 * times, PERCENTILES)
+        table.add_row(label, *(f"{value:.2f}" for value in values), f"{resident_mib():.0f}")
+
     table = Table("chunks", *(f"p{p:g} ms" for p in PERCENTILES), "resident MiB")
     done = 0
     for end in tqdm(np.linspace(0, arguments.chunks, 11, dtype=int)[1:].tolist(), unit="tenth", leave=False):
         for i in range(done, end):
             seconds[i] = policy.predict(observations[i % 100], seed=i).stats.seconds
-        values = np.percentile(1e3 * seconds[done:end], PERCENTILES)
-        table.add_row(f"{done} to {end}", *(f"{value:.1f}" for value in values), f"{resident_mib():.0f}")
+        row(f"{done} to {end}", seconds[done:end])
         done = end
+    row("all", seconds)
     Console(width=100).print(table)
 
 
