@@ -40,7 +40,9 @@ def command(policy: Policy, tmp_path: Path) -> Iterator[Callable[..., tuple[subp
     started = []
 
     def start(*settings: str) -> tuple[subprocess.Popen[str], int]:
-        process = start_command(f"checkpoint={tmp_path / 'policy'}", "port=0", "sampler=semi_implicit", "engine=eager", *settings)
+        process = start_command(
+            f"checkpoint={tmp_path / 'policy'}", "port=0", "sampler=semi_implicit", "engine=eager", *settings
+        )
         started.append(process)
         assert process.stdout is not None
         for line in process.stdout:
