@@ -254,3 +254,15 @@ def test_many_robots_cost_fewer_evaluations_than_secant(calibrated: parapolicy.P
         for name in ("collocation", "secant")
     }
     assert spent["secant"] > 4 * spent["collocation"]
+
+
+def test_a_network_gets_plain_tensors_so_that_a_compiler_compiles_once() -> None:
+    strides = set()
+
+    def denoise(x: Tensor, step: Tensor, element: Tensor) -> Tensor:
+        strides.update((value.is_contiguous(), len(x)) for value in (x, step, element))
+        return 0.5 * x.clamp(-1, 1)
+
+    run_sampler(Collocation(10, 3), denoise, SCHEDULE, flat_noise(SCHEDULE, 1, shape=(2,)))
+    assert {contiguous for contiguous, _ in strides} == {True}
+    assert max(count for _, count in strides) == 3

@@ -275,7 +275,8 @@ class CollocationRounds(Rounds):
     def _ask(self, denoiser: DenoiserLike, v: Tensor, node: Tensor, chosen: Tensor) -> Tensor:
         """u in modes, (B, W, S), at states v likewise; 0 where a node was not chosen and rows cost time."""
         x = self._from_modes(v).flatten(0, 1)
-        step, element = self.tables.nodes[node].flatten(), self.element.expand_as(node).flatten()
+        # Contiguous: a compiler takes one number that is repeated for another kind of tensor, and compiles anew.
+        step, element = self.tables.nodes[node].flatten(), self.element.expand_as(node).flatten().contiguous()
         if not self.sparse or chosen.all():
             u = denoiser(x, step, element)
         else:
