@@ -96,9 +96,9 @@ def test_the_command_writes_its_results(
     assert [row["batch"] for row in results["network"]] == [1, 4]
     assert all(row["eager"] > 0 and row["floor"] > 0 for row in results["network"])
     chunks = {row["chunk"]: row for row in results["chunks"]}
-    assert {"upstream, DDPM-100", "upstream, DDIM-10", "sequential, eager", "secant (default), eager"} <= set(chunks)
+    assert {"upstream, DDPM-100", "upstream, DDIM-10", "sequential, eager", "secant (window 40), eager"} <= set(chunks)
     assert all(0 < row["p50"] <= row["max"] for row in chunks.values())
-    assert 0 < chunks["secant (default), eager"]["error_p95"] < 0.1
+    assert 0 < chunks["secant (window 40), eager"]["error_p95"] < 0.1
     assert chunks["sequential, eager"]["rounds"] == 100
     assert (tmp_path / "bench.png").stat().st_size > 1000
     assert [row["robots"] for row in results["robots"]] == [1, 2]

@@ -91,10 +91,11 @@ def bench_chunks(policy: Policy, engines: Mapping[str, Engine], machine: Mapping
             "DDIM-16": base.with_schedule("ddim", 16).with_sampler("sequential"),
             "collocation (15 nodes)": base.with_sampler("collocation", nodes=15),
             "collocation (19 nodes)": base.with_sampler("collocation", nodes=19),
+            "collocation (24 nodes)": base.with_sampler("collocation", nodes=24),
             "paradigms": base.with_sampler("paradigms"),
             "semi_implicit": base.with_sampler("semi_implicit"),
             "speculative": base.with_sampler("speculative"),
-            "secant (default)": base.with_sampler("secant"),
+            "secant (window 40)": base.with_sampler("secant"),
             "auto": make_plan(base).apply(base),
             "secant, window 100, warm": base.with_sampler("secant", window=100),
         }
