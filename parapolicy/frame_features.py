@@ -9,8 +9,9 @@ import torch
 from torch import Tensor
 
 from parapolicy.networks import Network
+from parapolicy.networks.vision import IMAGE_NDIM
 
-IMAGE_NDIM, ENCODED_NDIM = 5, 3  # (B, To, C, H, W) and (B, To, F)
+ENCODED_NDIM = 3  # (B, To, F)
 
 
 class FrameFeatures:
