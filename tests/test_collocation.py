@@ -1,6 +1,7 @@
 """Collocation: exact where every step is a node, near the sequential chunk with few, and calibrated by the policy."""
 
 import dataclasses
+import warnings
 from typing import Any
 
 import numpy as np
@@ -54,6 +55,18 @@ def test_with_every_step_a_node_it_is_sequential(window: int, solver: str) -> No
     torch.testing.assert_close(sample.x, expected.x, rtol=0, atol=2e-6)
     torch.testing.assert_close(sample.u, expected.u, rtol=0, atol=2e-5)
     assert sample.complete.all()
+
+
+def test_a_schedule_that_has_lost_its_calibration_is_warned_of() -> None:
+    policy = parapolicy.load_policy(SHIPPED, engine="eager")
+    assert isinstance(policy.sampler, Collocation)
+    observation = some_observation(policy.spec)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        policy.predict(observation)
+        policy.with_schedule("ddim", steps=10).predict(observation)  # every step is a node
+    with pytest.warns(UserWarning, match="24 of 50 steps of a schedule without a calibration"):
+        policy.with_schedule(steps=50).predict(observation)
 
 
 def test_few_nodes_come_near_and_a_known_response_nearer() -> None:

@@ -9,6 +9,7 @@ A policy's mean response to its state, where it is known (:class:`parapolicy.sch
 what is interpolated: in modes v = Q^T x, d_j = Q^T u_j - kappa_j v_j is smoother than u_j.
 """
 
+import warnings
 from dataclasses import dataclass
 from functools import lru_cache
 from typing import Any, ClassVar, NamedTuple
@@ -150,6 +151,12 @@ def make_tables(schedule: Schedule, nodes: tuple[int, ...]) -> Tables:
     steps, device = len(schedule), schedule.A.device
     A, B, C, S = (table.double().cpu() for table in (schedule.A, schedule.B, schedule.C, schedule.S))
     calibration = None if schedule.multistep else schedule.calibration
+    if schedule.calibration is None and len(nodes) < steps:
+        warnings.warn(
+            f"collocation asks {len(nodes)} of {steps} steps of a schedule without a calibration: how far its chunks "
+            "are from the policy's is not known; parapolicy.calibrate.with_calibration(policy) measures a calibration",
+            stacklevel=2,
+        )
     follow = torch.zeros(steps, 1, dtype=torch.float64)
     if calibration is not None:
         follow = calibration.response.double().cpu()
