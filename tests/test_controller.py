@@ -14,7 +14,7 @@ import numpy as np
 import pytest
 
 from parapolicy import Controller, ObservationError, ObservationHistory
-from parapolicy.control import Histogram, Pacer
+from parapolicy.control import Histogram
 from parapolicy.noise import mix_seeds
 from parapolicy.policy import Chunk, Policy
 from tests.conftest import PATIENCE, ROOT
@@ -93,6 +93,23 @@ def test_warm_starts_know_how_many_steps_were_executed(policy: Timed) -> None:
     assert policy.calls[0]["warm"] is None
     assert policy.calls[1]["warm"] is not None
     assert policy.calls[1]["executed"] == EXECUTED
+
+
+def test_what_is_planned_begins_with_the_last_action_and_is_never_empty(policy: Timed) -> None:
+    controller = Controller(policy, clock=policy.clock)
+    with pytest.raises(RuntimeError, match="call act first"):
+        controller.planned()
+    first = policy.spec.n_obs_steps - 1
+    for k in range(EXECUTED):
+        (action,) = act(controller, policy, 1)
+        chunk = policy.policy.predict(**policy.calls[0]).trajectory[first:]
+        np.testing.assert_array_equal(controller.planned(), chunk[k:])
+        np.testing.assert_array_equal(controller.planned()[0], action)
+    controller.planned()[:] = np.nan
+    assert np.isfinite(controller.planned()).all()
+    policy.failures = {number: ValueError("lost") for number in range(1, 20)}
+    actions = act(controller, policy, 6)
+    np.testing.assert_array_equal(controller.planned(), actions[-1:])
 
 
 def start_async(policy: Timed, **options: Any) -> tuple[Controller, Later]:
@@ -336,65 +353,14 @@ def test_a_record_is_summarised_as_json_has_it(policy: Timed) -> None:
     assert counts == {"observe": EXECUTED + 1, **per_chunk, "act": EXECUTED + 1, "jitter": EXECUTED}
 
 
-def test_records_stay_small(policy: Timed) -> None:
-    quick = policy.policy.with_schedule("ddim", 1).with_sampler("sequential")
-    controller = Controller(quick, clock=policy.clock)
+def test_records_stay_small() -> None:
+    policy = Timed(small_policy(n_action_steps=1).with_schedule("ddim", 1).with_sampler("sequential"))
+    controller = Controller(policy.policy, clock=policy.clock)
     observation = step(policy, 0)
-    for _ in range(1100 * EXECUTED):
+    for _ in range(1100):
         controller.act(observation)
     assert len(controller.record.chunks) == 1000
     assert controller.record.chunks[0].number == 100
-
-
-class FakeTime:
-    """A clock on which sleeping is exact and steps take what the test says."""
-
-    def __init__(self) -> None:
-        self.now = 100.0
-
-    def sleep(self, seconds: float) -> None:
-        assert seconds >= 0
-        self.now += seconds
-
-
-def test_the_pacer_does_not_drift() -> None:
-    fake = FakeTime()
-    pacer = Pacer(50, lambda: fake.now, fake.sleep)
-    rng = np.random.default_rng(0)
-    for k in range(1000):
-        slack = pacer.wait()
-        assert fake.now == pytest.approx(100 + k / 50)
-        assert 0 <= slack <= 1 / 50
-        fake.now += rng.uniform(0, 0.0199)
-    assert pacer.missed == 0
-
-
-def test_the_pacer_skips_ticks_that_are_past() -> None:
-    fake = FakeTime()
-    pacer = Pacer(10, lambda: fake.now, fake.sleep)
-    pacer.wait()
-    fake.now += 0.27  # past ticks 1 and 2
-    assert pacer.wait() == pytest.approx(-0.17)
-    assert pacer.missed == 2
-    pacer.wait()
-    assert fake.now == pytest.approx(100.3)
-    fake.now += 0.15
-    pacer.wait()
-    assert pacer.missed == 3
-
-
-def test_a_step_that_takes_the_whole_period_is_in_time() -> None:
-    fake = FakeTime()
-    pacer = Pacer(0.5, lambda: fake.now, fake.sleep)
-    pacer.wait()
-    fake.now += 2.0
-    assert pacer.wait() == pacer.missed == 0
-
-
-@pytest.mark.parametrize("hz", [0, float("inf")])
-def test_a_pacer_needs_a_period(hz: float) -> None:
-    with pytest.raises(ValueError, match=f"hz is {hz}"):
-        Pacer(hz)
 
 
 def test_a_deadline_ends_sampling_and_is_counted(policy: Timed) -> None:
@@ -656,26 +622,3 @@ def test_a_dropped_chunk_that_never_ends_is_an_error(policy: Timed, monkeypatch:
         with pytest.raises(TimeoutError, match="still computed"):
             act(controller, counting, 1)
         counting.go.set()
-
-
-@pytest.mark.parametrize("fault", [-3600.0, float("nan"), float("inf"), float("-inf")])
-def test_the_pacer_never_sleeps_for_a_clock_that_goes_back(fault: float) -> None:
-    fake, slept = FakeTime(), []
-    faults = {4}
-
-    def clock() -> float:
-        if len(slept) in faults:
-            fake.now += fault if abs(fault) == 3600 else 0.0
-            faults.clear()
-            return fake.now if abs(fault) == 3600 else fault
-        return fake.now
-
-    def sleep(seconds: float) -> None:
-        slept.append(seconds)
-        fake.sleep(seconds)
-
-    pacer = Pacer(10, clock, sleep)
-    for _ in range(10):
-        pacer.wait()
-    assert slept == pytest.approx([0.1] * 9)
-    assert pacer.clock_faults >= 1

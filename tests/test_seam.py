@@ -147,6 +147,15 @@ def test_a_fade_that_has_not_ended_goes_on_within_the_next() -> None:
     np.testing.assert_allclose(actions[4], 1 / 6 * c[0] + 5 / 6 * before, rtol=1e-5)
 
 
+def test_a_chunk_that_comes_after_the_old_one_s_end_takes_over_at_once() -> None:
+    policy = Recorded(small_policy("sequential"), 0.0, 0.6)
+    _, actions, rows = run(policy, 11, seam="blend")
+    taken = next(row["step"] for row in rows if row["chunk"] == 1)
+    assert rows[taken - 1]["kind"] == "held"
+    index = FIRST + taken - rows[taken]["begin"]
+    np.testing.assert_array_equal(actions[taken], policy.chunks[1].trajectory[index])
+
+
 def test_ensembling_weighs_every_chunk_for_the_step() -> None:
     policy = Recorded(small_policy("sequential", n_action_steps=2), 0.0)
     _, actions, _ = run(policy, 8, seam="ensemble", asynchronous=False)
@@ -189,6 +198,7 @@ def test_a_policy_that_cannot_hold_is_refused_before_it_fails() -> None:
     Controller(Plain(), 10, asynchronous=True, seam="blend").close()
     with pytest.raises(ValueError, match="needs a policy whose predict takes hold"):
         Controller(Plain(), 10, asynchronous=True, seam="hold")
+    Controller(small_policy(), 10, asynchronous=True, seam="hold").close()
 
 
 def test_a_policy_that_holds_nothing_is_not_asked_to() -> None:

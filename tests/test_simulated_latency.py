@@ -3,7 +3,6 @@
 import itertools
 import json
 import re
-import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -24,66 +23,6 @@ from parapolicy.evaluate.run.simulated_latency import SimulatedLatency, run_with
 from tests.helpers import configured, small_spec
 
 LOW_DIM = small_spec(observation={"state": (5,)})
-
-
-def test_a_computation_takes_its_simulated_time() -> None:
-    clock = SimulatedClock(lambda measured: 0.25)
-    assert clock.compute(lambda: clock()) == 0.0  # it stands still meanwhile
-    assert clock() == 0.25
-    clock.reset()
-    assert clock() == 0.0
-
-
-def test_the_time_that_a_computation_took_is_charged() -> None:
-    measured: list[float] = []
-    clock = SimulatedClock(lambda seconds: measured.append(seconds) or 0.25)
-    begin = time.perf_counter()
-    clock.compute(time.sleep, 0.01)
-    assert 0.01 <= measured[0] <= time.perf_counter() - begin
-
-
-def test_a_computation_receives_its_arguments() -> None:
-    clock = SimulatedClock(lambda measured: 0.0)
-    assert clock.compute(int, "11", base=2) == clock.submit(int, "11", base=2).result(0) == 3
-
-
-def test_a_live_clock_stands_still_between_computations() -> None:
-    clock = SimulatedClock(lambda measured: measured, live=True)
-    clock.advance(0.5)
-    assert clock() == 0.5
-
-
-def test_a_live_clock_runs_during_a_computation() -> None:
-    clock = SimulatedClock(lambda measured: measured, live=True)
-
-    def look() -> list[float]:
-        times = [clock()]
-        while clock() == times[0]:
-            pass
-        return [*times, clock()]
-
-    first, last = clock.compute(look)
-    assert 0 <= first < last <= clock()
-
-
-def test_a_future_is_done_when_the_world_has_come_to_its_end() -> None:
-    clock = SimulatedClock(lambda measured: 0.25)
-    future = clock.submit(clock.compute, lambda: "chunk")
-    assert clock() == 0.0
-    for _ in range(2):
-        clock.advance(0.1)
-        assert not future.done()
-    clock.advance(0.1)
-    assert future.result(0) == "chunk"
-
-    def fail() -> None:
-        raise OSError("lost")
-
-    failing = clock.submit(clock.compute, fail)
-    assert not failing.done()
-    clock.advance(0.25)
-    with pytest.raises(OSError, match="lost"):
-        failing.result(0)
 
 
 def test_a_held_world_goes_on_towards_its_target() -> None:
