@@ -19,6 +19,9 @@ ENVS: Mapping[str, tuple[str, str, Mapping[str, Any]]] = {
     "square": (".robomimic", "Robomimic", {"task": "square"}),
     "tool_hang": (".robomimic", "Robomimic", {"task": "tool_hang"}),
     "transport": (".robomimic", "Robomimic", {"task": "transport"}),
+    "lift_image": (".robomimic", "Robomimic", {"task": "lift"}),  # here, too
+    "can_image": (".robomimic", "Robomimic", {"task": "can"}),
+    "square_image": (".robomimic", "Robomimic", {"task": "square"}),
 }
 
 

@@ -1,14 +1,13 @@
-"""Robomimic's manipulation tasks (Mandlekar et al., CoRL 2021) over robosuite, low-dimensional observations.
+"""Robomimic's manipulation tasks (Mandlekar et al., CoRL 2021) over robosuite.
 
 Observations have robomimic's names and order: ``object`` is robosuite's ``object-state``, the rest are called the same.
-The reward is 1 at success and 0 before, an episode ends with success or after the task's horizon, at 20 control steps
-per second. A seed gives the initial state; nothing needs a GL library but :meth:`Robomimic.render`.
+The picture of a camera is ``CAMERA_image``, (height, width, 3) uint8, its first row the highest. The reward is 1 at
+success and 0 before, an episode ends with success or after the task's horizon, at 20 control steps per second. A seed
+gives the initial state; nothing needs a GL library but pictures and :meth:`Robomimic.render`.
 
 robosuite is used itself: robomimic 0.3's wrapper of it imports mujoco_py, which robosuite has left.
 """
 
-import json
-import os
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -17,7 +16,16 @@ import gymnasium
 import numpy as np
 from gymnasium import spaces
 
-from parapolicy.errors import DataError
+from envs.robosuite_simulator import (
+    CONTROL_HZ,
+    absolute_controllers,
+    default_arguments,
+    free_renderer,
+    make_simulator,
+    placement_samplers,
+    read_arguments,
+    use_renderer,
+)
 from parapolicy.rotation import POSE_6D_DIM, to_axis_angle
 from parapolicy.spec import PolicySpec
 
@@ -29,30 +37,9 @@ TASKS: Mapping[str, tuple[str, int, int]] = {
     "tool_hang": ("ToolHang", 1, 700),
     "transport": ("TwoArmTransport", 2, 700),
 }
-CONTROL_HZ = 20
-# The operational-space controller of the published demonstrations: deltas of the gripper's pose, in the base's frame.
-CONTROLLER: Mapping[str, Any] = {
-    "type": "OSC_POSE",
-    "input_max": 1,
-    "input_min": -1,
-    "output_max": [0.05, 0.05, 0.05, 0.5, 0.5, 0.5],
-    "output_min": [-0.05, -0.05, -0.05, -0.5, -0.5, -0.5],
-    "kp": 150,
-    "damping_ratio": 1,
-    "impedance_mode": "fixed",
-    "kp_limits": [0, 300],
-    "damping_ratio_limits": [0, 10],
-    "position_limits": None,
-    "orientation_limits": None,
-    "uncouple_pos_ori": True,
-    "input_type": "delta",
-    "input_ref_frame": "base",
-    "interpolation": None,
-    "ramp_ratio": 0.2,
-    "gripper": {"type": "GRIP"},
-}
 Result = tuple[dict[str, np.ndarray], float, bool, bool, dict[str, Any]]
 ARM_DIM = 7  # numbers of an action per arm
+PICTURE = "_image"  # ends the key of a camera's picture
 
 
 class Robomimic(gymnasium.Env):
@@ -63,14 +50,14 @@ class Robomimic(gymnasium.Env):
     gripper's position, metres, and rotation (:mod:`parapolicy.rotation`) in the world's frame, and the gripper.
 
     Args:
-        spec: whose ``observation`` names robomimic's low-dimensional keys.
+        spec: whose ``observation`` names robomimic's keys. Its images say which cameras are drawn, and how large.
         task: a name of ``TASKS``.
         max_episode_steps: control steps until an episode is cut off; None: the task's.
         dataset: a robomimic HDF5 file whose ``env_args`` build the environment; None: those of the task's name.
-        render_size: width and height of :meth:`render`'s frames, pixels; 0: no renderer, and no GL library.
+        render_size: width and height of :meth:`render`'s frames, pixels; 0: no frames.
 
     Raises:
-        ValueError: an unknown task, an observation that it does not give, an action that does not fit, or frames are
+        ValueError: an unknown task, an observation that it does not give, an action that does not fit, or pictures are
             asked for and no GL library is there.
         DataError: the data set is not robomimic's.
     """
@@ -98,17 +85,26 @@ class Robomimic(gymnasium.Env):
         self._absolute, self._action_dim = spec.action_dim == poses, spec.action_dim
         arguments = default_arguments(robots) if dataset is None else read_arguments(Path(dataset), name)
         if self._absolute:
-            arguments = arguments | {"controller_configs": _absolute(arguments["controller_configs"])}
-        self._simulator = _make(name, arguments, render_size)
+            arguments = arguments | {"controller_configs": absolute_controllers(arguments["controller_configs"])}
+        self._pictures = [key for key, feature in spec.observation.items() if feature.kind == "image"]
+        if odd := [key for key in self._pictures if not key.endswith(PICTURE)]:
+            raise ValueError(f"the policy observes the images {odd}; {task} gives CAMERA_image, as agentview_image")
+        cameras = {key.removesuffix(PICTURE): spec.observation[key].shape[:2] for key in self._pictures}
+        self._simulator = make_simulator(name, arguments, render_size, cameras)
         self._render_size = render_size
         self._keys = list(spec.observation)
-        given = {key: value.shape for key, value in self._read(self._restart()).items()}
+        given = {key: value.shape for key, value in self._read(self._simulator._get_observations()).items()}
         for key, (shape, *_) in spec.observation.items():
             if given.get(key) != shape:
                 raise ValueError(f"the policy observes {key!r} with shape {shape}; {task} gives {given}")
         self.action_space = spaces.Box(-np.inf, np.inf, (spec.action_dim,), np.float32)
         self.observation_space = spaces.Dict(
-            {key: spaces.Box(-np.inf, np.inf, given[key], np.float32) for key in self._keys}
+            {
+                key: spaces.Box(0, 255, given[key], np.uint8)
+                if key in self._pictures
+                else spaces.Box(-np.inf, np.inf, given[key], np.float32)
+                for key in self._keys
+            }
         )
         self._steps, self._owed = 0, 0.0
         self._last = self._rest()
@@ -126,9 +122,10 @@ class Robomimic(gymnasium.Env):
         simulator = self._simulator
         if seed is not None:
             simulator.rng = np.random.default_rng(seed)
-            for sampler in _samplers(simulator.placement_initializer):
+            for sampler in placement_samplers(simulator.placement_initializer):
                 sampler.rng = simulator.rng
-        self._restart()
+        free_renderer(simulator)
+        simulator.reset()  # which makes a new simulator, and a new renderer
         if options is not None and "state" in options:
             state = np.asarray(options["state"], dtype=np.float64)
             expected = simulator.sim.get_state().flatten().shape
@@ -176,32 +173,16 @@ class Robomimic(gymnasium.Env):
         """
         if not self._render_size:
             raise RuntimeError("this environment has no renderer; set render_size (env.options.render_size=256)")
-        self._simulator.sim._render_context_offscreen.gl_ctx.make_current()
+        use_renderer(self._simulator)
         frame = self._simulator.sim.render(camera_name="agentview", width=self._render_size, height=self._render_size)
         return np.asarray(frame[::-1])
 
     def close(self) -> None:
-        self._drop_renderer()
+        free_renderer(self._simulator)
         self._simulator.close()
 
-    def _restart(self) -> Any:
-        """robosuite's reset, which makes a new simulator, and a new renderer."""
-        self._drop_renderer()
-        return self._simulator.reset()
-
-    def _drop_renderer(self) -> None:
-        """Free what the renderer holds while its own GL context is current.
-
-        robosuite leaves that to the garbage collector, which frees the same numbers in whatever context is current
-        then: another episode's pictures turn to noise.
-        """
-        context = self._simulator.sim and self._simulator.sim._render_context_offscreen
-        if context is not None:
-            context.gl_ctx.make_current()
-            context.con.free()
-            context.gl_ctx.free()
-
     def _run(self, action: np.ndarray) -> Result:
+        use_renderer(self._simulator)
         raw, _, _, _ = self._simulator.step(to_axis_angle(action) if self._absolute else np.clip(action, -1, 1))
         self._steps += 1
         success = self._success()
@@ -227,83 +208,15 @@ class Robomimic(gymnasium.Env):
         return np.concatenate(rows)
 
     def _read(self, raw: Mapping[str, Any]) -> dict[str, np.ndarray]:
-        """robosuite's observations under robomimic's names."""
+        """robosuite's observations under robomimic's names, pictures upright."""
         named = {"object" if key == "object-state" else key: value for key, value in raw.items()}
-        return {key: np.atleast_1d(np.asarray(value, dtype=np.float32)) for key, value in named.items()}
+        return {
+            key: np.ascontiguousarray(value[::-1])
+            if key in self._pictures
+            else np.atleast_1d(np.asarray(value, dtype=np.float32))
+            for key, value in named.items()
+        }
 
     def _observe(self, raw: Mapping[str, Any]) -> dict[str, np.ndarray]:
         read = self._read(raw)
         return {key: read[key] for key in self._keys}
-
-
-def default_arguments(robots: int) -> dict[str, Any]:
-    """What robosuite is made with where no data set says it."""
-    controller = {"type": "BASIC", "body_parts": {"right": dict(CONTROLLER)}}
-    return {
-        "robots": ["Panda"] * robots,
-        "controller_configs": controller if robots == 1 else [controller] * robots,
-        "control_freq": CONTROL_HZ,
-    }
-
-
-def read_arguments(path: Path, name: str) -> dict[str, Any]:
-    """``env_kwargs`` of a robomimic HDF5 file.
-
-    Raises:
-        DataError: no such file, not robomimic's, or of another task.
-    """
-    import h5py
-
-    try:
-        with h5py.File(path, "r") as file:
-            about = json.loads(file["data"].attrs["env_args"])
-            found, arguments = str(about["env_name"]), dict(about["env_kwargs"])
-    except (OSError, KeyError, ValueError, TypeError) as error:
-        raise DataError(f"{path} is no robomimic data set with env_args: {error}") from error
-    if found != name:
-        raise DataError(f"{path} is of the task {found!r}, expected {name!r}")
-    return arguments
-
-
-def _absolute(config: Any) -> Any:
-    """The configuration of controllers that take poses in the world's frame."""
-    if isinstance(config, list):
-        return [_absolute(part) for part in config]
-    if not isinstance(config, dict):
-        return config
-    changes = {"input_type": "absolute", "input_ref_frame": "world"} if config.get("type") == "OSC_POSE" else {}
-    return {key: _absolute(value) for key, value in config.items()} | changes
-
-
-def _make(name: str, arguments: dict[str, Any], render_size: int) -> Any:
-    if not render_size:
-        os.environ.setdefault("MUJOCO_GL", "disable")
-    try:
-        import robosuite
-    except ImportError as error:
-        raise ValueError(
-            f"{error.name} is not installed; pip install 'parapolicy[robomimic]' (it needs numpy below 2)"
-        ) from error
-    robosuite.macros.CONSOLE_LOGGING_LEVEL = "ERROR"
-    fixed = {
-        "has_renderer": False,
-        "has_offscreen_renderer": bool(render_size),
-        "use_camera_obs": False,
-        "use_object_obs": True,
-        "reward_shaping": False,
-        "ignore_done": True,
-    }
-    try:
-        return robosuite.make(name, **arguments | fixed)
-    except Exception as error:  # PyOpenGL's are of many kinds
-        if not render_size:
-            raise
-        raise ValueError(
-            f"render_size is {render_size}, but {name} could not be made with a renderer ({type(error).__name__}: "
-            f"{error}); install EGL (packages libegl1 and libgl1-mesa-dri), or set render_size to 0"
-        ) from error
-
-
-def _samplers(sampler: Any) -> list[Any]:
-    """A placement sampler and those it is made of."""
-    return [sampler, *(part for child in getattr(sampler, "samplers", {}).values() for part in _samplers(child))]

@@ -2,7 +2,6 @@
 
 import json
 import os
-import subprocess
 import sys
 from pathlib import Path
 
@@ -249,40 +248,6 @@ def test_frames_without_a_gl_library_name_its_package(monkeypatch: pytest.Monkey
         monkeypatch.setitem(sys.modules, f"robosuite.renderers.context.{context}_context", None)
     with pytest.raises(ValueError, match=r"render_size is 96, but Lift could not .*packages libegl1 and"):
         make_env("lift", LIFT_SPEC, render_size=96)
-
-
-FRAMES = """
-import gc
-from envs import make_env
-from tests.test_robomimic import LIFT_SPEC
-
-first, other = (make_env("lift", LIFT_SPEC, render_size=64) for _ in range(2))
-
-def shoot(env, seed):
-    env.reset(seed=seed)
-    return env.render()
-
-frames = shoot(first, 1), shoot(other, 2)
-assert (frames[0] != frames[1]).any() and frames[0].std() > 20
-for _ in range(2):
-    shoot(first, 3)  # frees the renderer of the episode before
-    gc.collect()
-    assert (other.render() == frames[1]).all()
-    assert (shoot(first, 1) == frames[0]).all()
-first.close()
-gc.collect()
-assert (other.render() == frames[1]).all()
-"""
-
-
-@pytest.mark.usefixtures("robosuite")
-def test_frames_do_not_change_when_another_renderer_is_freed() -> None:
-    """In a process of its own: robosuite chooses its GL library once, and the other tests need none."""
-    environment = {name: value for name, value in os.environ.items() if name != "MUJOCO_GL"}
-    done = subprocess.run([sys.executable, "-c", FRAMES], capture_output=True, text=True, cwd=ROOT, env=environment)
-    if "could not be made with a renderer" in done.stderr:
-        pytest.skip(f"no GL library here: {done.stderr.splitlines()[-1]}")
-    assert done.returncode == 0, done.stderr
 
 
 def test_actions_of_another_width_are_refused() -> None:

@@ -17,7 +17,8 @@ import numpy as np
 from scipy.spatial.transform import Rotation
 from tqdm import tqdm
 
-from envs.robomimic import ARM_DIM, CONTROL_HZ, TASKS, Robomimic
+from envs.robomimic import ARM_DIM, TASKS, Robomimic
+from envs.robosuite_simulator import CONTROL_HZ
 from parapolicy.errors import DataError
 from parapolicy.spec import Feature, PolicySpec
 

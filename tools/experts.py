@@ -20,7 +20,8 @@ from typing import Any
 import numpy as np
 from tqdm import tqdm
 
-from envs.robomimic import ARM_DIM, CONTROL_HZ, TASKS, Robomimic, default_arguments
+from envs.robomimic import ARM_DIM, TASKS, Robomimic
+from envs.robosuite_simulator import CONTROL_HZ, default_arguments
 from parapolicy.noise import mix_seeds
 from parapolicy.spec import Feature, PolicySpec
 from tools.scene import CLOSED, OPEN, Pose, Scene, Targets, follow, reach, servo, until_stuck, up, wait, wrap

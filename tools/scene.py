@@ -8,7 +8,8 @@ from typing import Any
 import numpy as np
 from scipy.spatial.transform import Rotation
 
-from envs.robomimic import CONTROLLER, Robomimic
+from envs.robomimic import Robomimic
+from envs.robosuite_simulator import CONTROLLER
 
 OPEN, CLOSED = -1.0, 1.0
 GAIN = 1.2  # of the pose error; 1 commands the whole error in one step
