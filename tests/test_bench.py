@@ -2,8 +2,10 @@
 
 import json
 import sys
+import time
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 
@@ -124,3 +126,27 @@ def test_a_soak_reports_every_tenth(monkeypatch: pytest.MonkeyPatch, capsys: pyt
     printed = capsys.readouterr().out
     assert printed.count(" to ") == 10
     assert "18 to 20" in printed
+
+
+def test_a_soak_of_a_controller_counts_what_was_missed(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    parapolicy.save_policy(small_policy(), tmp_path)
+    options = ["--engine", "eager", "--device", "cpu", "--control-hz", "50", "--seconds", "0.4"]
+    monkeypatch.setattr(sys, "argv", ["soak", str(tmp_path), *options])
+    act = parapolicy.Controller.act
+
+    def slow(controller: parapolicy.Controller, observation: dict[str, np.ndarray]) -> np.ndarray:
+        if controller.step == 5:
+            time.sleep(0.25)
+        return act(controller, observation)
+
+    monkeypatch.setattr(soak.Controller, "act", slow)
+    with pytest.warns(UserWarning, match="the loop does not keep its 50 Hz|the policy was trained"):
+        soak.main()
+    printed = capsys.readouterr().out
+    rows = [line.split("│") for line in printed.splitlines() if " to " in line or "all " in line]
+    assert len(rows) == 11
+    missed = [int(row[7]) for row in rows]
+    assert missed[-1] == sum(missed[:-1]) >= 5
+    assert "'steps': 21" in printed

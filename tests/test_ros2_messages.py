@@ -196,7 +196,7 @@ def test_compressed_images_are_bounded_before_they_are_decoded(monkeypatch: pyte
         with pytest.raises(ObservationError, match=text):
             observed_value(message, compressed(), GREY)
     monkeypatch.setattr(messages, "MAX_COMPRESSED", 10)
-    with pytest.raises(ObservationError, match="no whole JPEG"):
+    with pytest.raises(ObservationError, match="bytes, expected at most 10"):
         observed_value(encoded(PIXELS), compressed(), COLOUR)
 
 

@@ -1,19 +1,27 @@
 """Many chunks in a row: does latency drift, does memory grow?
 
-    python -m parapolicy.bench.soak [CHECKPOINT] [--chunks 20000] [--engine auto]
+    python -m parapolicy.bench.soak [CHECKPOINT] [--chunks 20000] [--engine auto] [--sampler NAME]
+    python -m parapolicy.bench.soak [CHECKPOINT] --control-hz 10 --seconds 1800 [--engine auto] [--sampler NAME]
 
-Prints latency percentiles and resident memory for every tenth of the run, and for all of it.
+Prints latency percentiles and resident memory for every tenth of the run, and for all of it. With a control rate, it is
+an asynchronous controller by the real clock that is timed, with a new observation at each control step, and images of
+noise: ``act`` of each tick, what was missed, and for how long the process was ready to run while the machine gave its
+cores to others.
 """
 
 import argparse
 import gc
+from collections.abc import Iterable, Mapping
+from itertools import pairwise
 from pathlib import Path
 
 import numpy as np
 from tqdm import tqdm
 
+from parapolicy.control import Controller, Pacer
 from parapolicy.loading import load_policy
 from parapolicy.planner import made_up_observations
+from parapolicy.policy import Policy
 
 PERCENTILES = (50, 95, 99, 99.9, 100)
 
@@ -24,41 +32,119 @@ def resident_mib() -> float:
     return pages * 4096 / 2**20
 
 
-def main() -> None:
-    from rich.console import Console
-    from rich.table import Table
+def waited_s() -> float:
+    """For how long this process's threads, all together, have been ready to run and had no core (Linux)."""
+    counts = (path.read_text() for path in Path("/proc/self/task").glob("*/schedstat"))
+    return sum(int(count.split()[1]) for count in counts) / 1e9
 
+
+class Table:
+    """A row for each tenth of a run."""
+
+    def __init__(self, unit: str, *columns: str) -> None:
+        from rich.table import Table as RichTable
+
+        self._table = RichTable(unit, *(f"p{p:g} ms" for p in PERCENTILES), *columns, "resident MiB")
+
+    def row(self, label: str, seconds: np.ndarray, *numbers: str) -> None:
+        values = np.percentile(1e3 * seconds, PERCENTILES)
+        self._table.add_row(label, *(f"{value:.2f}" for value in values), *numbers, f"{resident_mib():.0f}")
+
+    def print(self) -> None:
+        from rich.console import Console
+
+        Console(width=120).print(self._table)
+
+
+def tenths(count: int) -> Iterable[tuple[int, int]]:
+    """Begin and end of each, with a bar."""
+    bar: Iterable[tuple[int, int]] = tqdm(
+        list(pairwise(np.linspace(0, count, 11, dtype=int).tolist())), unit="tenth", leave=False
+    )
+    return bar
+
+
+def soak_chunks(policy: Policy, observations: list[dict[str, np.ndarray]], chunks: int) -> None:
+    """One chunk after the other."""
+    seconds, table = np.empty(chunks), Table("chunks")
+    for begin, end in tenths(chunks):
+        for i in range(begin, end):
+            seconds[i] = policy.predict(observations[i % len(observations)], seed=i).stats.seconds
+        table.row(f"{begin} to {end}", seconds[begin:end])
+    table.row("all", seconds)
+    table.print()
+
+
+def soak_controller(policy: Policy, observations: list[dict[str, np.ndarray]], ticks: int, control_hz: float) -> None:
+    """A controller's ticks by the real clock."""
+    seconds, late, waits, missed = np.zeros(ticks), np.zeros(ticks), np.zeros(ticks), np.zeros(ticks, int)
+    table, rng = Table("ticks", "missed", "own", "waited for a core, s"), np.random.default_rng(0)
+
+    def numbers(part: slice) -> tuple[str, ...]:
+        # A tick is missed by what the last one took, which may have begun late: two ticks' waiting explains it.
+        explained = waits + np.concatenate(([0.0], waits[:-1]))
+        own = missed[part][late[part] > explained[part]]
+        return str(missed[part].sum()), str(own.sum()), f"{waits[part].sum():.1f}"
+
+    with Controller(policy, control_hz, asynchronous=True) as controller:
+        controller.act(observed(observations[0], rng))  # the first chunk is waited for, with the robot at rest
+        pacer, waited = Pacer(control_hz), waited_s()
+        for begin, end in tenths(ticks):
+            for i in range(begin, end):
+                observation = observed(observations[i % len(observations)], rng)
+                before = pacer.missed
+                late[i], missed[i] = -pacer.wait(), pacer.missed - before
+                before_s, waited = waited, waited_s()  # since the last tick
+                waits[i] = waited - before_s
+                start = pacer.clock()
+                controller.act(observation)
+                seconds[i] = pacer.clock() - start
+            part = slice(begin, end)
+            table.row(f"{begin} to {end}", seconds[part], *numbers(part))
+        table.row("all", seconds, *numbers(slice(None)))
+        table.print()
+        latency = controller.latency
+    print("own: missed by more than the process has waited for a core since two ticks before")
+    print({name: latency[name] for name in ("steps", "misses", "failures", "late", "stale", "continued", "held")})
+    print("chunk ms", {name: round(value, 1) for name, value in latency["times"]["chunk"].items()})
+
+
+def observed(history: Mapping[str, np.ndarray], rng: np.random.Generator) -> dict[str, np.ndarray]:
+    """One control step: the history's newest state, and an image of noise that no step before has had."""
+    step = {key: value[-1] for key, value in history.items()}
+    return {
+        key: rng.integers(0, 256, value.shape, dtype=np.uint8) if value.dtype == np.uint8 else value
+        for key, value in step.items()
+    }
+
+
+def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("checkpoint", nargs="?", default="checkpoints/pusht_lowdim")
     parser.add_argument("--chunks", type=int, default=20_000)
+    parser.add_argument("--control-hz", type=float, help="time a controller at this rate, for --seconds")
+    parser.add_argument("--seconds", type=float, default=1800)
+    parser.add_argument("--sampler")
     parser.add_argument("--engine", default="auto")
     parser.add_argument("--device", default="auto")
     arguments = parser.parse_args()
     if arguments.chunks < 10:
         parser.error(f"--chunks is {arguments.chunks}, expected at least 10")
+    ticks = round(arguments.seconds * (arguments.control_hz or 1))
+    if not ticks >= 10:
+        parser.error(f"--seconds {arguments.seconds:g} are {ticks} ticks, expected at least 10")
     try:
-        policy = load_policy(arguments.checkpoint, device=arguments.device, engine=arguments.engine)
+        policy = load_policy(arguments.checkpoint, arguments.sampler, arguments.device, arguments.engine)
     except (ValueError, OSError) as error:
         raise SystemExit(f"error: {error}") from error
     observations = made_up_observations(policy, 100)
     for seed in range(5):
         policy.predict(observations[0], seed=seed)
     gc.freeze()  # as a control loop would
-    seconds = np.empty(arguments.chunks)
-
-    def row(label: str, times: np.ndarray) -> None:
-        values = np.percentile(1e3 * times, PERCENTILES)
-        table.add_row(label, *(f"{value:.2f}" for value in values), f"{resident_mib():.0f}")
-
-    table = Table("chunks", *(f"p{p:g} ms" for p in PERCENTILES), "resident MiB")
-    done = 0
-    for end in tqdm(np.linspace(0, arguments.chunks, 11, dtype=int)[1:].tolist(), unit="tenth", leave=False):
-        for i in range(done, end):
-            seconds[i] = policy.predict(observations[i % 100], seed=i).stats.seconds
-        row(f"{done} to {end}", seconds[done:end])
-        done = end
-    row("all", seconds)
-    Console(width=100).print(table)
+    if arguments.control_hz is None:
+        soak_chunks(policy, observations, arguments.chunks)
+    else:
+        soak_controller(policy, observations, ticks, arguments.control_hz)
 
 
 if __name__ == "__main__":

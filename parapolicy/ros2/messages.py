@@ -4,9 +4,7 @@ What a message says about its own size is checked against what it holds, and aga
 is used.
 """
 
-import io
 import math
-import warnings
 from collections.abc import Sequence
 from typing import Any
 
@@ -14,10 +12,10 @@ import numpy as np
 from PIL import Image
 
 from parapolicy.errors import ObservationError
+from parapolicy.image_file import MAX_PIXELS, decode_image
 from parapolicy.ros2.node_settings import COMPRESSED, IMAGE, JOINT_STATE, ActionSettings, SourceSettings
 from parapolicy.spec import Feature
 
-MAX_PIXELS = 1 << 24  # of a camera's image, 4096 × 4096
 MAX_NUMBERS = 100_000  # of a joint state or an array
 MAX_COMPRESSED = 1 << 26  # bytes
 _CHANNELS = {"rgb8": 3, "bgr8": 3, "rgba8": 4, "bgra8": 4, "mono8": 1, "8UC1": 1, "8UC3": 3}
@@ -112,24 +110,9 @@ def _raw_image(message: Any) -> np.ndarray:
 
 
 def _compressed_image(message: Any) -> np.ndarray:
-    data = bytes(message.data) if len(message.data) <= MAX_COMPRESSED else b""
-    try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # of sizes, which are checked here
-            with Image.open(io.BytesIO(data), formats=("JPEG", "PNG")) as image:
-                if not 0 < image.width * image.height <= MAX_PIXELS:
-                    raise ObservationError(
-                        f"the image is {image.width} × {image.height}, expected at most {MAX_PIXELS} pixels"
-                    )
-                if image.mode not in ("L", "RGB", "RGBA"):
-                    raise ObservationError(f"the image's mode is {image.mode!r}, expected 8 bits of grey, RGB or RGBA")
-                pixels = np.asarray(image)
-    except ObservationError:
-        raise
-    except Exception as error:  # of damaged files, Pillow raises many kinds
-        kind = f"{type(error).__name__}: {error!s:.100}"
-        raise ObservationError(f"{len(message.data)} bytes are no whole JPEG or PNG ({kind})") from error
-    return (pixels[..., None] if pixels.ndim == 2 else pixels)[..., :3]
+    if len(message.data) > MAX_COMPRESSED:
+        raise ObservationError(f"the image has {len(message.data)} bytes, expected at most {MAX_COMPRESSED}")
+    return decode_image(bytes(message.data), ("L", "RGB", "RGBA"))[..., :3]
 
 
 def _fit_image(image: np.ndarray, source: SourceSettings, feature: Feature) -> np.ndarray:

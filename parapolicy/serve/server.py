@@ -27,6 +27,7 @@ from parapolicy.planner import made_up_observations
 from parapolicy.policy import Policy
 from parapolicy.serve.batcher import Batcher, DroppedError
 from parapolicy.serve.connection import BoundedConnection
+from parapolicy.serve.encoded_images import image_files
 from parapolicy.serve.metrics import ServerMetrics
 from parapolicy.serve.session import Session
 from parapolicy.serve.settings import ServeConfig
@@ -64,7 +65,7 @@ class PolicyServer:
         self.metrics = ServerMetrics()
         self.batcher = Batcher(policy, config.max_batch, config.deadline_ms, self.metrics)
         self._open: set[ServerConnection] = set()
-        self._reader = ThreadPoolExecutor(1, "parapolicy-read")  # unpacking and checking hold up no other connection
+        self._reader = ThreadPoolExecutor(1, "parapolicy-read")  # unpacking and decoding hold up no other connection
 
     @contextlib.asynccontextmanager
     async def running(self) -> AsyncIterator[Server]:
@@ -110,6 +111,7 @@ class PolicyServer:
             "n_obs_steps": spec.n_obs_steps,
             "obs_steps": {key: spec.obs_steps(key) for key in spec.observation},
             "kinds": {key: feature.kind for key, feature in spec.observation.items()},
+            "image_files": image_files(spec),
             "n_action_steps": spec.n_action_steps,
             "action_horizon": spec.horizon - spec.executed.start,
             "action_dim": spec.action_dim,

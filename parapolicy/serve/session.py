@@ -12,6 +12,7 @@ from parapolicy.episode import Episode, Request
 from parapolicy.errors import ObservationError
 from parapolicy.observation import ObservationHistory
 from parapolicy.policy import Chunk
+from parapolicy.serve.encoded_images import decode_images
 from parapolicy.spec import PolicySpec
 
 OPTIONS = ("reset", "seed", "executed")
@@ -22,7 +23,8 @@ class Session:
     """A connection's episode.
 
     A message is a map of the policy's observation keys. Each is for its last ``obs_steps`` control steps, stacked
-    (To, ...), oldest first, or for the present one (...). One step alone joins the steps of the messages before only
+    (To, ...), oldest first, or for the present one (...). An image may be the bytes of a JPEG or PNG file, or a list of
+    them for stacked ones. One step alone joins the steps of the messages before only
     where ``executed`` is 1; otherwise it stands for the whole history, because the steps between are not known.
 
     Three more keys may stand in it. ``executed``: control steps since the last answered message; ``n_action_steps``
@@ -60,7 +62,7 @@ class Session:
         if not isinstance(message, Mapping):
             raise ObservationError(f"the message is a {type(message).__name__}, expected a map of observations")
         options = {key: message[key] for key in OPTIONS if key in message}
-        observation = {key: value for key, value in message.items() if key not in OPTIONS}
+        observation = decode_images(self.spec, {key: value for key, value in message.items() if key not in OPTIONS})
         seed = _integer(options, "seed", self.episode.seed[0], 2**63 - 1)
         executed = _integer(options, "executed", self.spec.n_action_steps, 2**31)
         reset = options.get("reset", silence_s > self.pause_s)

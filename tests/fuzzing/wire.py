@@ -5,11 +5,13 @@ anything else.
 """
 
 import functools
+import io
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+from PIL import Image
 
 from parapolicy.episode import Request
 from parapolicy.errors import ObservationError
@@ -36,6 +38,23 @@ def good_message(rng: np.random.Generator, spec: PolicySpec, stacked: bool, nest
             value = rng.integers(0, 256, shape, dtype=np.uint8)
         message[key] = value.tolist() if nested and feature.kind == "state" else value
     return message
+
+
+def with_files(message: dict[str, Any], spec: PolicySpec) -> dict[str, Any]:
+    """The message, with PNG files for its images."""
+    files = dict(message)
+    for key, feature in spec.observation.items():
+        if feature.kind == "image":
+            stacked = message[key].ndim == 4
+            frames = [_png(frame) for frame in (message[key] if stacked else [message[key]])]
+            files[key] = frames if stacked else frames[0]
+    return files
+
+
+def _png(pixels: np.ndarray) -> bytes:
+    file = io.BytesIO()
+    Image.fromarray(pixels).save(file, "PNG")
+    return file.getvalue()
 
 
 def mutated(rng: np.random.Generator, data: bytes) -> bytes:
@@ -111,9 +130,9 @@ def any_value(rng: np.random.Generator, folder: Path) -> str:
 def observations(rng: np.random.Generator, folder: Path) -> str:
     """A good message, in any of its forms, reaches the policy as it was sent."""
     spec = spec_with_an_image()
-    stacked, nested = (bool(b) for b in rng.integers(2, size=2))
+    stacked, nested, files = (bool(b) for b in rng.integers(2, size=3))
     message = good_message(rng, spec, stacked, nested)
-    data, limits = pack(message), Limits.of(spec)
+    data, limits = pack(with_files(message, spec) if files else message), Limits.of(spec)
     assert len(data) <= limits.message_bytes
     request = Session(spec, warm_start=False).request(unpack(data, limits))
     check(spec, request)
@@ -132,7 +151,8 @@ def damaged(rng: np.random.Generator, folder: Path) -> str:
     outcome = "equal"
     try:
         with np.errstate(all="ignore"):
-            check(spec, session.request(unpack(mutated(rng, pack(good)), limits)))
+            sent = with_files(good, spec) if rng.integers(2) else good
+            check(spec, session.request(unpack(mutated(rng, pack(sent)), limits)))
     except (WireError, ObservationError):
         outcome = "refused"
     request = session.request(unpack(pack(good), limits))
