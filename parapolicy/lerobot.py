@@ -14,7 +14,8 @@ import sys
 from collections.abc import Sequence
 from importlib.metadata import entry_points
 
-from parapolicy.adapters.live_lerobot import Accelerated, replace_methods
+from parapolicy.adapters.live import Accelerated
+from parapolicy.adapters.live_lerobot import replace_methods
 
 MODULE = "lerobot.policies.diffusion.modeling_diffusion"
 SERVER = "lerobot.async_inference.policy_server"  # which LeRobot installs no command for
@@ -63,9 +64,9 @@ def report(made: Sequence[Accelerated]) -> None:
     """Print what the chunks of each policy cost."""
     for accelerated in made:
         if recent := accelerated.recent:
-            seconds = statistics.median(stats.seconds for stats in recent)
-            rounds = statistics.fmean(float(stats.rounds.mean()) for stats in recent)
-            evaluations = statistics.fmean(float(stats.evaluations.mean()) for stats in recent)
+            seconds = statistics.median(cost.seconds for cost in recent)
+            rounds = statistics.fmean(float(cost.rounds.mean()) for cost in recent)
+            evaluations = statistics.fmean(float(cost.evaluations.mean()) for cost in recent)
             print(
                 f"parapolicy: the last {len(recent)} chunks took {1e3 * seconds:.1f} ms (median), {rounds:.1f} rounds "
                 f"and {evaluations:.0f} network evaluations each, sampled by {accelerated.settings[0]}",
