@@ -9,29 +9,74 @@ the command builds or loads. What follows the command's name is the command's ow
 import argparse
 import atexit
 import importlib
+import os
+import shlex
 import statistics
 import sys
 from collections.abc import Sequence
 from importlib.metadata import entry_points
 
 from parapolicy.adapters.live import Accelerated
-from parapolicy.adapters.live_lerobot import replace_methods
+from parapolicy.adapters.live_lerobot import REPLACED, replace_methods
 
 MODULE = "lerobot.policies.diffusion.modeling_diffusion"
 SERVER = "lerobot.async_inference.policy_server"  # which LeRobot installs no command for
+VARIABLE = "PARAPOLICY_LEROBOT"  # of the plug-in lerobot_policy_parapolicy
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(
         prog="python -m parapolicy.lerobot", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
+    _add_options(parser)
+    parser.add_argument("command", help=f"such as lerobot-eval, or the name of a module, such as {SERVER}")
+    parser.add_argument("rest", nargs=argparse.REMAINDER, help="the command's own arguments")
+    given = parser.parse_args(arguments)
+    _replace(given)
+    sys.argv = [given.command, *given.rest]
+    found = [entry for entry in entry_points(group="console_scripts") if entry.name == given.command]
+    if found:
+        sys.exit(found[0].load()())
+    try:
+        module = importlib.import_module(given.command)
+        run = next(getattr(module, name) for name in ("main", "serve") if hasattr(module, name))
+    except (ImportError, StopIteration) as error:
+        raise SystemExit(
+            f"error: {given.command!r} is neither an installed command nor a module with main()"
+        ) from error
+    sys.exit(run())
+
+
+def accelerate_by_environment() -> None:
+    """Sample all of LeRobot's diffusion policies in this process as the variable ``PARAPOLICY_LEROBOT`` says.
+
+    It is ``1``, or options of :func:`main` such as ``--sampler secant``. Nothing happens where it is empty or ``0``, or
+    where :func:`main` has done so before.
+
+    Raises:
+        SystemExit: the variable is wrong. LeRobot would only log another error of a plug-in, and sample by itself.
+    """
+    value = os.environ.get(VARIABLE, "").strip()
+    if value in ("", "0") or REPLACED:
+        return
+    parser = argparse.ArgumentParser(prog=f"{VARIABLE}=1, or {VARIABLE}=", add_help=False, allow_abbrev=False)
+    _add_options(parser)
+    try:
+        words = shlex.split(value)
+    except ValueError as error:
+        raise SystemExit(f"error: {VARIABLE} is {value!r}: {error}") from error
+    _replace(parser.parse_args([] if value == "1" else words))
+
+
+def _add_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--sampler", default="auto", help="one of parapolicy.list_samplers(), or auto")
     parser.add_argument("--engine", default="auto", help="one of parapolicy.engine.ENGINES")
     parser.add_argument("--tolerance", type=float, help="of the sampler; its default where left out")
     parser.add_argument("--verify", action="store_true", help="compare the first chunk with LeRobot's own")
-    parser.add_argument("command", help=f"such as lerobot-eval, or the name of a module, such as {SERVER}")
-    parser.add_argument("rest", nargs=argparse.REMAINDER, help="the command's own arguments")
-    given = parser.parse_args(arguments)
+
+
+def _replace(given: argparse.Namespace) -> None:
+    """Replace the methods of LeRobot's classes, and report at the end what the chunks cost."""
     try:
         module = importlib.import_module(MODULE)
     except ImportError as error:
@@ -46,18 +91,6 @@ def main(arguments: Sequence[str] | None = None) -> None:
     except (TypeError, ValueError) as error:
         raise SystemExit(f"error: {error}") from error
     atexit.register(report, made)
-    sys.argv = [given.command, *given.rest]
-    found = [entry for entry in entry_points(group="console_scripts") if entry.name == given.command]
-    if found:
-        sys.exit(found[0].load()())
-    try:
-        module = importlib.import_module(given.command)
-        run = next(getattr(module, name) for name in ("main", "serve") if hasattr(module, name))
-    except (ImportError, StopIteration) as error:
-        raise SystemExit(
-            f"error: {given.command!r} is neither an installed command nor a module with main()"
-        ) from error
-    sys.exit(run())
 
 
 def report(made: Sequence[Accelerated]) -> None:

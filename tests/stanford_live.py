@@ -157,7 +157,7 @@ def main() -> dict[str, Any]:
 
     found["refused"] = {
         "guided": refusal(parapolicy.accelerate(changed_class(unet("global"), Guided))),
-        "half": refusal(parapolicy.accelerate(unet("global").to(torch.float64))),
+        "double": refusal(parapolicy.accelerate(unet("global").to(torch.float64))),
         "training": refusal(parapolicy.accelerate(transformer().train())),
         "option": refusal(parapolicy.accelerate(unet("global", return_dict=True))),
         "scheduler": refusal(parapolicy.accelerate(unet("global", OtherDDPM(**COSINE)))),
@@ -174,6 +174,9 @@ def changed_class(policy: Any, kind: type) -> Any:
 class OtherDDPM(DDPMScheduler):
     def step(self, model_output: Any, *args: Any, **kwargs: Any) -> Any:
         return super().step(1.01 * model_output, *args, **kwargs)
+
+
+OtherDDPM.__name__ = "DDPMScheduler"
 
 
 def other_network() -> Any:
