@@ -9,42 +9,30 @@ the command builds or loads. What follows the command's name is the command's ow
 import argparse
 import atexit
 import importlib
+import os
+import shlex
 import statistics
 import sys
 from collections.abc import Sequence
 from importlib.metadata import entry_points
 
-from parapolicy.adapters.live_lerobot import Accelerated, replace_methods
+from parapolicy.adapters.live import Accelerated
+from parapolicy.adapters.live_lerobot import REPLACED, replace_methods
 
 MODULE = "lerobot.policies.diffusion.modeling_diffusion"
 SERVER = "lerobot.async_inference.policy_server"  # which LeRobot installs no command for
+VARIABLE = "PARAPOLICY_LEROBOT"  # of the plug-in lerobot_policy_parapolicy
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(
         prog="python -m parapolicy.lerobot", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--sampler", default="auto", help="one of parapolicy.list_samplers(), or auto")
-    parser.add_argument("--engine", default="auto", help="one of parapolicy.engine.ENGINES")
-    parser.add_argument("--tolerance", type=float, help="of the sampler; its default where left out")
-    parser.add_argument("--verify", action="store_true", help="compare the first chunk with LeRobot's own")
+    _add_options(parser)
     parser.add_argument("command", help=f"such as lerobot-eval, or the name of a module, such as {SERVER}")
     parser.add_argument("rest", nargs=argparse.REMAINDER, help="the command's own arguments")
     given = parser.parse_args(arguments)
-    try:
-        module = importlib.import_module(MODULE)
-    except ImportError as error:
-        raise SystemExit(
-            f"error: LeRobot is not installed in this environment ({error}); pip install lerobot"
-        ) from error
-    parameters = {} if given.tolerance is None else {"tolerance": given.tolerance}
-    try:
-        made = replace_methods(
-            module.DiffusionModel, module.DiffusionPolicy, given.sampler, given.engine, given.verify, **parameters
-        )
-    except (TypeError, ValueError) as error:
-        raise SystemExit(f"error: {error}") from error
-    atexit.register(report, made)
+    _replace(given)
     sys.argv = [given.command, *given.rest]
     found = [entry for entry in entry_points(group="console_scripts") if entry.name == given.command]
     if found:
@@ -59,13 +47,59 @@ def main(arguments: Sequence[str] | None = None) -> None:
     sys.exit(run())
 
 
+def accelerate_by_environment() -> None:
+    """Sample all of LeRobot's diffusion policies in this process as the variable ``PARAPOLICY_LEROBOT`` says.
+
+    It is ``1``, or options of :func:`main` such as ``--sampler secant``. Nothing happens where it is empty or ``0``, or
+    where :func:`main` has done so before.
+
+    Raises:
+        SystemExit: the variable is wrong. LeRobot would only log another error of a plug-in, and sample by itself.
+    """
+    value = os.environ.get(VARIABLE, "").strip()
+    if value in ("", "0") or REPLACED:
+        return
+    parser = argparse.ArgumentParser(prog=f"{VARIABLE}=1, or {VARIABLE}=", add_help=False, allow_abbrev=False)
+    _add_options(parser)
+    try:
+        words = shlex.split(value)
+    except ValueError as error:
+        raise SystemExit(f"error: {VARIABLE} is {value!r}: {error}") from error
+    _replace(parser.parse_args([] if value == "1" else words))
+
+
+def _add_options(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--sampler", default="auto", help="one of parapolicy.list_samplers(), or auto")
+    parser.add_argument("--engine", default="auto", help="one of parapolicy.engine.ENGINES")
+    parser.add_argument("--tolerance", type=float, help="of the sampler; its default where left out")
+    parser.add_argument("--verify", action="store_true", help="compare the first chunk with LeRobot's own")
+
+
+def _replace(given: argparse.Namespace) -> None:
+    """Replace the methods of LeRobot's classes, and report at the end what the chunks cost."""
+    try:
+        module = importlib.import_module(MODULE)
+    except ImportError as error:
+        raise SystemExit(
+            f"error: LeRobot is not installed in this environment ({error}); pip install lerobot"
+        ) from error
+    parameters = {} if given.tolerance is None else {"tolerance": given.tolerance}
+    try:
+        made = replace_methods(
+            module.DiffusionModel, module.DiffusionPolicy, given.sampler, given.engine, given.verify, **parameters
+        )
+    except (TypeError, ValueError) as error:
+        raise SystemExit(f"error: {error}") from error
+    atexit.register(report, made)
+
+
 def report(made: Sequence[Accelerated]) -> None:
     """Print what the chunks of each policy cost."""
     for accelerated in made:
         if recent := accelerated.recent:
-            seconds = statistics.median(stats.seconds for stats in recent)
-            rounds = statistics.fmean(float(stats.rounds.mean()) for stats in recent)
-            evaluations = statistics.fmean(float(stats.evaluations.mean()) for stats in recent)
+            seconds = statistics.median(cost.seconds for cost in recent)
+            rounds = statistics.fmean(float(cost.rounds.mean()) for cost in recent)
+            evaluations = statistics.fmean(float(cost.evaluations.mean()) for cost in recent)
             print(
                 f"parapolicy: the last {len(recent)} chunks took {1e3 * seconds:.1f} ms (median), {rounds:.1f} rounds "
                 f"and {evaluations:.0f} network evaluations each, sampled by {accelerated.settings[0]}",

@@ -33,6 +33,7 @@ FENCED = re.compile(r"^```(\w*)\n(.*?)^```$", re.DOTALL | re.MULTILINE)
 ONLY_COMPILED: dict[str, str] = {
     "# Files of your own.": "checkpoints of other programs are not shipped",
     "# With LeRobot.": "LeRobot has an environment of its own",
+    "# With real-stanford/diffusion_policy or robomimic.": "they are in no environment of ours",
 }
 
 

@@ -1,0 +1,263 @@
+"""What the live objects of all libraries share: how one is sampled, its noise, and checks against the original.
+
+One method of a live object decides what it samples. It is replaced on the instance; everything else stays the
+library's. Network, scheduler and number of steps are read at each call, so that overrides and weights that change take
+effect.
+"""
+
+import copy
+import inspect
+import threading
+import time
+import warnings
+from collections import deque
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from parapolicy.denoiser import Denoiser, check_finite
+from parapolicy.engine import ENGINES, make_engine
+from parapolicy.networks import Network, build_network
+from parapolicy.normalizer import Affine, Normalizer
+from parapolicy.planner import make_first_sampler, make_plan
+from parapolicy.policy import Policy
+from parapolicy.schedule import Schedule, make_schedule
+from parapolicy.spec import PolicySpec
+
+ATTRIBUTE = "_parapolicy"  # of an object that is accelerated
+CONDITION = "condition"  # the only observation of the policy that samples: what the library's encoders made
+RECENT = 1000  # chunks whose costs are kept
+VERIFIED = 0.05  # largest difference from the original's own chunk, normalised, that ``verify`` takes for equal
+WAY_OUT = "parapolicy.restore(policy) gives its own sampling back"
+
+
+class Method(NamedTuple):
+    """A method of a live object, and what takes its place."""
+
+    owner: Any
+    name: str
+    replacement: Callable[..., Any]
+
+
+class Cost(NamedTuple):
+    """What a chunk cost: wall time in seconds, and rounds and network evaluations of each element, (B,)."""
+
+    seconds: float
+    rounds: np.ndarray
+    evaluations: np.ndarray
+
+
+class Built(NamedTuple):
+    """What was built for an object: a policy with its weights, and which steps draw noise."""
+
+    policy: Policy
+    draws: list[bool]
+
+
+class Accelerated:
+    """How an object is sampled, and what was built for that. A copy of the object builds its own.
+
+    Attributes:
+        settings: sampler, engine, verify and the sampler's parameters.
+        verify: the next chunk is to be compared with the original's.
+        recent: what the last chunks cost.
+
+    Raises:
+        ValueError: an unknown sampler, parameter or engine.
+    """
+
+    def __init__(self, sampler: str, engine: str, verify: bool, parameters: dict[str, Any]) -> None:
+        self.settings = sampler, engine, verify, parameters
+        make_first_sampler(sampler, **parameters)  # refuses what is wrong now
+        if engine not in ENGINES or engine == "sharded":
+            raise ValueError(f"engine is {engine!r}, expected one of {[e for e in ENGINES if e != 'sharded']}")
+        self.recent: deque[Cost] = deque(maxlen=RECENT)
+        self.verify = verify
+        self._built: Built | None = None
+        self._key: tuple[Any, ...] = ()
+        self._lock = threading.RLock()
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> "Accelerated":
+        return Accelerated(*self.settings)
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return Accelerated, self.settings
+
+    @contextmanager
+    def built(self, key: tuple[Any, ...], network: nn.Module, make: Callable[[], Built]) -> Iterator[Built]:
+        """What was built for the object as it is now, for the caller alone.
+
+        Args:
+            key: what it depends on, beside the weights.
+            network: the weights.
+        """
+        weights = tuple((value.data_ptr(), value._version) for value in network.parameters())
+        whole = key, weights, network.training
+        with self._lock:
+            if self._built is None or self._key != whole:
+                self._built = make()
+                self._key = whole
+            yield self._built
+
+    def make_policy(self, spec: PolicySpec, network: Network, schedule: Schedule, device: torch.device) -> Policy:
+        """A policy that takes conditions and gives chunks as they are, with this object's sampler and engine."""
+        sampler, engine, _, parameters = self.settings
+        one = torch.ones(())
+        plain = {key: Affine(one.expand(s).clone(), torch.zeros(s)) for key, s in spec.normalizer_shapes.items()}
+        policy = Policy(
+            spec=spec,
+            network=network,
+            normalizer=Normalizer(plain).to(device),
+            schedule=schedule.to(device),
+            sampler=make_first_sampler(sampler, **parameters),
+            device=device,
+            engine=make_engine(engine, device),  # a new one: the last may have packed weights that have changed
+        )
+        return make_plan(policy, **parameters).apply(policy) if sampler == "auto" else policy
+
+    def sample(self, policy: Policy, condition: Tensor, noise: Tensor) -> Tensor:
+        """Chunks (B, *sample_shape) for conditions (B, To, C) and noise (T + 1, B, *sample_shape).
+
+        Raises:
+            FloatingPointError: the chunk is not finite.
+        """
+        begin = time.perf_counter()
+        with torch.inference_mode(), torch.autocast(condition.device.type, enabled=False), policy.engine.exclusive():
+            evaluate = policy.engine.bind(policy.network, policy.schedule.timesteps, {CONDITION: condition.float()})
+            denoiser = Denoiser(evaluate, policy.schedule, policy.spec.sample_shape)
+            sample = policy.engine.run(policy.sampler, denoiser, noise.flatten(2))
+            check_finite(sample.x, "action chunk")
+        rounds, evaluations = sample.rounds.cpu().numpy(), sample.evaluations.cpu().numpy()
+        self.recent.append(Cost(time.perf_counter() - begin, rounds, evaluations))
+        return sample.x.clone().unflatten(1, policy.spec.sample_shape)  # a clone may be changed in place
+
+
+def read_schedule(
+    scheduler: Any, steps: int, sample_shape: tuple[int, int], options: Mapping[str, Any] | None = None
+) -> tuple[dict[str, Any], Schedule, list[bool]]:
+    """The config and the table of a live scheduler, and which steps draw noise.
+
+    Each step is compared with the scheduler's own.
+
+    Args:
+        scheduler: of diffusers.
+        steps: as the library sets them.
+        sample_shape: of one chunk.
+        options: keyword arguments of the scheduler's step.
+
+    Raises:
+        ValueError: a scheduler, setting or option that is not supported, or whose steps are others than the table's.
+    """
+    options = dict(options or {})
+    config = {"_class_name": type(scheduler).__name__, **scheduler.config}
+    config = {name: value for name, value in config.items() if value is not None}
+    if unknown := sorted(options.keys() - {"eta", "use_clipped_model_output"}):
+        raise ValueError(f"{unknown} reach the scheduler's step, which is not supported; {WAY_OUT}")
+    schedule = make_schedule(config, steps=steps, sample_shape=sample_shape, spacing="diffusers", **options)
+    own = copy.deepcopy(scheduler)
+    own.set_timesteps(steps)
+    if own.timesteps.tolist() != schedule.timesteps.tolist():
+        raise ValueError(f"{config['_class_name']} takes other timesteps than its config says; {WAY_OUT}")
+    generator, draws = torch.Generator().manual_seed(0), []
+    previous = torch.zeros(1, 16)
+    for j, timestep in enumerate(own.timesteps):
+        x, output = torch.randn(2, 1, 16, generator=generator)
+        before = generator.get_state()
+        expected = own.step(output, timestep, x, generator=generator, **options).prev_sample
+        draws.append(not torch.equal(before, generator.get_state()))
+        noise = torch.randn(1, 16, generator=torch.Generator().set_state(before)) * draws[-1]
+        step = torch.tensor([j])
+        estimate = schedule.estimate(output, x, step)
+        difference = schedule.step(x, estimate, previous, noise, step) - expected
+        if not difference.abs().amax() <= 1e-4 * expected.abs().amax().clamp(min=1):
+            raise ValueError(f"{config['_class_name']} steps otherwise than its config says, at {timestep}; {WAY_OUT}")
+        previous = estimate
+    return config, schedule, draws
+
+
+def draw_noise_after(first: Tensor, draws: Sequence[bool], generator: torch.Generator | None) -> Tensor:
+    """Noise (T + 1, *shape): the first state, which is given, and number for number what the scheduler's steps draw.
+
+    Args:
+        first: (*shape).
+        draws: which steps draw any; of :func:`read_schedule`.
+        generator: that they draw from; None: torch's own.
+    """
+    device = first.device if generator is None else generator.device
+
+    def draw() -> Tensor:
+        return torch.randn(first.shape, generator=generator, device=device).to(first.device)
+
+    drawn = [draw() if draws_noise else torch.zeros_like(first) for draws_noise in draws]
+    return torch.stack([first, *drawn])
+
+
+def adopt(spec: PolicySpec, tensors: Mapping[str, Tensor]) -> Network:
+    """The network of a spec on the memory of a live one.
+
+    Args:
+        spec: says which network, of which sizes.
+        tensors: the live one's, by our names.
+
+    Raises:
+        ValueError: they are not float32, or others than those of that network.
+    """
+    with torch.device("meta"):
+        network = build_network(spec)
+    expected = {name: (tuple(value.shape), torch.float32) for name, value in network.state_dict().items()}
+    found = {name: (tuple(value.shape), value.dtype) for name, value in tensors.items()}
+    if expected != found:
+        wrong = sorted(name for name in {*expected, *found} if expected.get(name) != found.get(name))
+        raise ValueError(
+            f"the network is not the published {spec.network['name']} of its settings in float32: {wrong[:3]} differ; "
+            f"{WAY_OUT}"
+        )
+    network.load_state_dict({name: tensors[name].detach() for name in expected}, assign=True)
+    return network.requires_grad_(False).eval()
+
+
+def verified(
+    ours: Callable[[], Tensor], original: Callable[[], Tensor], generator: torch.Generator | None, device: torch.device
+) -> tuple[Tensor, bool]:
+    """The original's own chunk, and whether ours of the same random numbers is near; a warning says if it is not."""
+    with _rewound(generator, device):
+        found = ours()
+    expected = original()
+    difference = float((found - expected).abs().amax())
+    agrees = difference <= VERIFIED
+    if not agrees:
+        warnings.warn(
+            f"parapolicy steps aside: its first chunk differs from the policy's own by {difference:.2g}, normalised, "
+            f"and at most {VERIFIED} was expected; the policy samples by itself from here on",
+            stacklevel=5,
+        )
+    return expected, agrees
+
+
+@contextmanager
+def _rewound(generator: torch.Generator | None, device: torch.device) -> Iterator[None]:
+    """Random numbers drawn inside are drawn again behind it."""
+    if generator is not None:
+        state = generator.get_state()
+        yield
+        generator.set_state(state)
+    else:
+        with torch.random.fork_rng([device] if device.type == "cuda" else []):
+            yield
+
+
+def remove(*methods: Method) -> None:
+    """Give objects their own methods back."""
+    for owner, name, _ in methods:
+        for attribute in (name, ATTRIBUTE):
+            vars(owner).pop(attribute, None)
+
+
+def arguments_of(function: Callable[..., Any], *args: Any, **kwargs: Any) -> dict[str, Any]:
+    """The arguments of a call, by name, without those that are None."""
+    given = inspect.signature(function).bind(*args, **kwargs).arguments
+    return {name: value for name, value in given.items() if value is not None}

@@ -1,0 +1,47 @@
+"""A policy of real-stanford/diffusion_policy in memory: its chunks are sampled here, all else stays its own.
+
+One method decides what it samples: ``conditional_sample``, the loop over denoising steps, which policies with a UNet or
+a transformer, of states or images, have alike. Encoders, normalisers, training and ``state_dict`` are not touched.
+"""
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from parapolicy.adapters.live import ATTRIBUTE, Accelerated, Method, arguments_of, remove, verified
+from parapolicy.adapters.live_loop import ChunkInLoop, Inpainted, View
+
+
+def methods(policy: Any) -> list[Method]:
+    """What is replaced of a policy of real-stanford; nothing of other objects."""
+    parts = isinstance(getattr(policy, "model", None), nn.Module) and hasattr(policy, "noise_scheduler")
+    if not parts or not callable(getattr(policy, "conditional_sample", None)):
+        return []
+    return [Method(policy, "conditional_sample", conditional_sample)]
+
+
+@torch.compiler.disable
+def conditional_sample(self: Any, condition_data: Tensor, condition_mask: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+    """Takes the place of the policy's method of that name, on an instance."""
+    accelerated: Accelerated = getattr(self, ATTRIBUTE)
+
+    def original(policy: Any) -> Tensor:
+        chunk: Tensor = type(self).conditional_sample(policy, condition_data, condition_mask, *args, **kwargs)
+        return chunk
+
+    def ours() -> Tensor:
+        inpainted = Inpainted(condition_mask, condition_data) if bool(condition_mask.any()) else None
+        loop = ChunkInLoop(accelerated, self.model, self.noise_scheduler, inpainted)
+        chunk = original(View(self, model=loop.predict, noise_scheduler=loop))
+        loop.finish()
+        return chunk
+
+    if not accelerated.verify:
+        return ours()
+    accelerated.verify = False
+    given = arguments_of(type(self).conditional_sample, self, condition_data, condition_mask, *args, **kwargs)
+    chunk, agrees = verified(ours, lambda: original(self), given.get("generator"), condition_data.device)
+    if not agrees:
+        remove(*methods(self))
+    return chunk
