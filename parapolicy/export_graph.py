@@ -24,7 +24,7 @@ Graph = tuple[nn.Module, dict[str, Tensor], tuple[str, ...]]  # with inputs of t
 
 
 class NetworkGraph(nn.Module):
-    """Noisy sample (N, H, D), timestep (N,) and the observation's keys (N, To, …) -> (N, H, D), as training calls it."""
+    """Noisy sample (N, H, D), timestep (N,) and the observed keys (N, To, …) -> (N, H, D), as training calls it."""
 
     def __init__(self, network: Network, keys: Sequence[str]) -> None:
         super().__init__()

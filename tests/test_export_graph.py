@@ -1,4 +1,4 @@
-"""Networks and image encoders as files of other runtimes: loaded there, equal for any number of rows, or not written."""
+"""Networks and encoders as files of other runtimes: loaded there, equal for any number of rows, or not written."""
 
 import importlib.util
 import json
