@@ -16,7 +16,7 @@ USAGE = """usage: parapolicy eval [env=pusht checkpoint=FOLDER samplers=[sequent
        parapolicy inspect CHECKPOINT [--json]
        parapolicy check CHECKPOINT [--chunks 5] [--engine eager] [--device auto]
        parapolicy convert CHECKPOINT OUT [--control-hz HZ]
-       parapolicy export CHECKPOINT OUT [--format fused] [--sampler sequential] [--engine fused]
+       parapolicy export CHECKPOINT OUT [--format fused|onnx|openvino|aoti] [--sampler sequential] [--engine fused]
        parapolicy calibrate FOLDER [--observations FILE.npz…] [--chunks 60] [--draws 60]
        parapolicy serve [checkpoint=FOLDER port=8000 …]
        parapolicy ros2 SETTINGS.yaml [--ros-args …]
@@ -28,7 +28,8 @@ USAGE = """usage: parapolicy eval [env=pusht checkpoint=FOLDER samplers=[sequent
   inspect  what a policy is: what it wants to see, its actions, its schedule, what to beware of
   check    run every sampler on made-up observations: rounds, evaluations, errors, latency
   convert  write a policy as config.json and model.safetensors; its answers stay the same to the bit
-  export   write a policy with its schedule and sampler as one file, for control stacks without Python
+  export   write a policy with its schedule and sampler as one file, for control stacks without Python; or its network
+           and image encoder for ONNX, OpenVINO or AOTInductor
   calibrate  measure where the sampler collocation asks the network best, and what error it then has
   serve    answer openpi clients with action chunks of a policy; its settings: parapolicy.serve.settings.ServeConfig
   ros2     run a ROS 2 node between topics of observations and of actions; its settings: docs/ros2.md
@@ -139,23 +140,39 @@ def export(arguments: Sequence[str]) -> None:
     """``parapolicy export``."""
     parser = _checkpoint_parser("export")
     parser.add_argument("out", type=Path, metavar="OUT")
-    parser.add_argument("--format", choices=["fused"], default="fused", help="a plan file of parapolicy_fused.h")
-    parser.add_argument("--sampler", default="sequential", help="or collocation")
-    parser.add_argument("--nodes", type=int, help="of collocation")
-    parser.add_argument("--window", type=int, help="of collocation")
-    parser.add_argument("--solver", help="instead of the policy's own, such as ddim")
-    parser.add_argument("--steps", type=int, help="of the solver")
-    parser.add_argument("--engine", default="fused", help="or fused_bfloat16, for processors with instructions for it")
+    forms = ["fused", "onnx", "openvino", "aoti"]
+    parser.add_argument("--format", choices=forms, default="fused", help="fused: a plan file of parapolicy_fused.h")
+    fused = parser.add_argument_group("of the format fused")
+    fused.add_argument("--sampler", help="sequential (default) or collocation")
+    fused.add_argument("--nodes", type=int, help="of collocation")
+    fused.add_argument("--window", type=int, help="of collocation")
+    fused.add_argument("--solver", help="instead of the policy's own, such as ddim")
+    fused.add_argument("--steps", type=int, help="of the solver")
+    fused.add_argument("--engine", help="fused (default), or fused_bfloat16 for processors with instructions for it")
     parsed = parser.parse_args(arguments)
+
+    from parapolicy import load_policy
+
+    if parsed.format != "fused":
+        from parapolicy.export_graph import export_graphs
+
+        settings = ("sampler", "nodes", "window", "solver", "steps", "engine")
+        unused = [name for name in settings if getattr(parsed, name) is not None]
+        if unused:
+            raise ValueError(f"{unused} are settings of the format fused, expected none for {parsed.format}")
+        policy = load_policy(parsed.checkpoint, "sequential", device="cpu", engine="eager", ema=parsed.ema)
+        found = export_graphs(policy, parsed.out, parsed.format)
+        errors = ", ".join(f"{name} within {error:.1g}" for name, error in found.items())
+        print(f"wrote {parsed.out}: {errors} of its largest output")
+        return
     if parsed.out.is_dir():
         raise ValueError(f"{parsed.out} is a folder, expected the name of a file")
 
-    from parapolicy import load_policy
     from parapolicy.export import write_plan
 
     given = {name: getattr(parsed, name) for name in ("nodes", "window") if getattr(parsed, name) is not None}
-    settings = {"device": "cpu", "engine": parsed.engine, "ema": parsed.ema}
-    policy = load_policy(parsed.checkpoint, parsed.sampler, **settings, **given)
+    how = {"device": "cpu", "engine": parsed.engine or "fused", "ema": parsed.ema}
+    policy = load_policy(parsed.checkpoint, parsed.sampler or "sequential", **how, **given)
     if parsed.solver is not None or parsed.steps is not None:
         policy = policy.with_schedule(parsed.solver, parsed.steps)
     write_plan(policy, parsed.out)

@@ -6,10 +6,14 @@ from parapolicy.engine.base import Deadline, Eager, Engine
 from parapolicy.engine.compiled import Compiled
 from parapolicy.engine.cuda_graph import CudaGraph
 from parapolicy.engine.fused import Fused
+from parapolicy.engine.openvino import OpenVino
 
-__all__ = ["ENGINES", "Compiled", "CudaGraph", "Deadline", "Eager", "Engine", "Fused", "make_engine"]
+__all__ = ["ENGINES", "Compiled", "CudaGraph", "Deadline", "Eager", "Engine", "Fused", "OpenVino", "make_engine"]
 
-ENGINES = ("auto", "eager", "compiled", "compiled_bfloat16", "fused", "fused_bfloat16", "cuda_graph", "sharded")
+ENGINES = (
+    *("auto", "eager", "compiled", "compiled_bfloat16", "fused", "fused_bfloat16"),
+    *("openvino", "cuda_graph", "sharded"),
+)
 
 
 def make_engine(name: str, device: torch.device) -> Engine:
@@ -19,7 +23,7 @@ def make_engine(name: str, device: torch.device) -> Engine:
 
     Raises:
         ValueError: an unknown name, ``sharded``, which is of several processes, ``cuda_graph`` without CUDA, or
-            a fused engine with it.
+            ``fused`` or ``openvino`` with it, or ``openvino`` where it is not installed.
     """
     if name not in ENGINES:
         raise ValueError(f"engine is {name!r}, expected one of {list(ENGINES)}")
@@ -30,10 +34,10 @@ def make_engine(name: str, device: torch.device) -> Engine:
     if name == "eager":
         return Eager()
     dtype = torch.bfloat16 if name.endswith("_bfloat16") else torch.float32
-    if name.startswith("fused"):
+    if name == "openvino" or name.startswith("fused"):
         if device.type != "cpu":
             raise ValueError(f"engine {name!r} is for CPUs, and the policy is on {device}; take 'cuda_graph'")
-        return Fused(dtype)
+        return OpenVino() if name == "openvino" else Fused(dtype)
     if name == "cuda_graph":
         if device.type != "cuda":
             raise ValueError(f"engine 'cuda_graph' needs a CUDA device, and the policy is on {device}; take 'compiled'")

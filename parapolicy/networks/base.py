@@ -72,7 +72,7 @@ class Network(nn.Module):
 
         This is how training and the published samplers call a network.
         """
-        entry = torch.arange(len(x), device=x.device)
+        entry = torch.arange(x.shape[0], device=x.device)  # len(x) is no symbol in an export
         prediction: Tensor = self(x, self.embed_steps(timesteps), self.embed_condition(observation), entry, entry)
         return prediction
 

@@ -143,7 +143,7 @@ class TimmEncoder(nn.Module):
         """(N, C, H, W), normalised -> (N, ``features``)."""
         x = pictures
         if self.crop:
-            top, left = (round((have - want) / 2) for have, want in zip(x.shape[2:], self.crop, strict=True))
+            top, left = (round((int(have) - want) / 2) for have, want in zip(x.shape[2:], self.crop, strict=True))
             x = x[..., top : top + self.crop[0], left : left + self.crop[1]]
         if self.resize:
             x = functional.interpolate(x, self.resize, mode="bilinear", align_corners=False, antialias=self.antialias)

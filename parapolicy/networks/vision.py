@@ -122,7 +122,9 @@ class CameraEncoder(nn.Module):
         if self.resize:
             x = functional.interpolate(x, self.resize, mode="bilinear", align_corners=False, antialias=self.antialias)
         if self.crop:
-            top, left = (self.crop_offset((have - want) / 2) for have, want in zip(x.shape[2:], self.crop, strict=True))
+            top, left = (
+                self.crop_offset((int(have) - want) / 2) for have, want in zip(x.shape[2:], self.crop, strict=True)
+            )
             x = x[..., top : top + self.crop[0], left : left + self.crop[1]]
         if self.imagenet:
             mean, spread = (torch.tensor(v, device=x.device)[:, None, None] for v in IMAGENET)

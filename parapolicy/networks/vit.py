@@ -128,7 +128,8 @@ class VisionTransformer(nn.Module):
 
     def forward(self, pictures: Tensor) -> Tensor:
         tokens = self.patch_embed["proj"](pictures).flatten(2).transpose(1, 2)  # (N, rows · columns, W)
-        first = [token.expand(len(tokens), -1, -1) for token in (self.cls_token, self.reg_token) if token is not None]
+        added = (self.cls_token, self.reg_token)
+        first = [token.expand(tokens.shape[0], -1, -1) for token in added if token is not None]
         if self.place_class:
             placed = torch.cat((first[0], tokens), 1) + self.pos_embed
             first, tokens = [placed[:, :1], *first[1:]], placed[:, 1:]

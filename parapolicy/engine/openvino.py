@@ -1,0 +1,171 @@
+"""The network as a graph of OpenVINO, on a CPU."""
+
+import sys
+import threading
+import warnings
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from parapolicy.engine.base import Engine
+from parapolicy.engine.checking import check_equal
+from parapolicy.networks import Embedding, Network
+
+
+def import_openvino() -> Any:
+    """OpenVINO without its telemetry, which reports every import and conversion over the network.
+
+    Raises:
+        ValueError: it is not installed.
+    """
+    silenced = "openvino" not in sys.modules and "openvino_telemetry" not in sys.modules
+    if silenced:
+        sys.modules["openvino_telemetry"] = None  # type: ignore[assignment]  # OpenVINO then takes its own stand-in
+    try:
+        import openvino
+
+        return openvino
+    except ImportError as error:
+        raise ValueError("OpenVINO is not installed; pip install 'parapolicy[openvino]'") from error
+    finally:
+        if silenced:
+            del sys.modules["openvino_telemetry"]
+
+
+class OpenVino(Engine):
+    """The network's forward pass, converted in memory at the first call, for any number of rows.
+
+    A converted network is compared with the eager one on random rows; see :mod:`parapolicy.engine.checking`. What is
+    computed once per schedule and once per chunk stays torch's. A call has as many threads as torch has when the
+    network is converted. Threads may share the engine.
+
+    Raises:
+        ValueError: OpenVINO is not installed, or, at the first call, it cannot convert the network.
+    """
+
+    name = "openvino"
+
+    def __init__(self) -> None:
+        import_openvino()
+        self._converted: Converted | None = None  # of the newest network
+        self._lock = threading.Lock()
+
+    def bind(self, network: Network, timesteps: Tensor, observation: Mapping[str, Tensor]) -> "Bound":
+        with self._lock:
+            if self._converted is None or self._converted.source is not network:
+                self._converted = Converted(network)
+            converted = self._converted
+            steps = converted.embed_steps(timesteps)
+        return Bound(converted, steps, network.embed_condition(observation))
+
+
+class Converted:
+    """A network as OpenVINO computes it, with the embedding of the newest schedule.
+
+    Args:
+        source: the network as it was trained.
+    """
+
+    def __init__(self, source: Network) -> None:
+        self.source = source
+        self._timesteps: Tensor | None = None
+        self._model: Any = None
+        self._own = threading.local()  # a request holds the memory of one call
+        self._lock = threading.Lock()
+
+    def embed_steps(self, timesteps: Tensor) -> Embedding:
+        if timesteps is not self._timesteps:
+            self._steps, self._timesteps = self.source.embed_steps(timesteps), timesteps
+        return self._steps
+
+    def forward(self, x: Tensor, steps: Embedding, condition: Embedding, step: Tensor, element: Tensor) -> Tensor:
+        """The network's forward pass; see :meth:`parapolicy.networks.Network.forward`."""
+        with self._lock:
+            if self._model is None:
+                self._model = self._convert(x.shape[1:], steps, condition)
+        if not hasattr(self._own, "request"):
+            self._own.request = self._model.create_infer_request()
+        return _infer(self._own.request, (x, step, element, *_tensors(steps), *_tensors(condition)))
+
+    @torch.inference_mode(False)
+    @torch.no_grad()
+    def _convert(self, shape: Sequence[int], steps: Embedding, condition: Embedding) -> Any:
+        """A compiled model for samples of a shape and embeddings like these, with any number of each."""
+        openvino, generator = import_openvino(), torch.Generator().manual_seed(0)
+
+        def normal(*shape: int) -> Tensor:
+            return torch.empty(shape).normal_(generator=generator)
+
+        tables = [normal(*table.shape) for table in (*_tensors(steps), *_tensors(condition))]
+        counts = len(tables[0]), len(tables[-1])
+
+        def draw(rows: int) -> tuple[Tensor, ...]:
+            entries = (torch.randint(count, (rows,), generator=generator) for count in counts)
+            return normal(rows, *shape), *entries, *tables
+
+        module, example = Forward(self.source, steps, condition), draw(3)
+        settings = {
+            "INFERENCE_PRECISION_HINT": "f32",  # bfloat16 is its own choice where there are instructions for it
+            "INFERENCE_NUM_THREADS": torch.get_num_threads(),
+            "NUM_STREAMS": 1,
+        }
+        try:
+            with warnings.catch_warnings():
+                warnings.simplefilter("ignore")  # that tracing takes sizes for constants: compared below
+                shapes = [[-1, *value.shape[1:]] for value in example]
+                model = openvino.convert_model(module, example_input=example, input=shapes)
+            compiled = openvino.Core().compile_model(model, "CPU", settings)
+        except Exception as error:  # of many kinds: the trace's, the converter's and the plugin's
+            name = type(self.source).__name__
+            raise ValueError(f"OpenVINO does not take a {name}: {error!s:.300}; take engine 'compiled'") from error
+        request = compiled.create_infer_request()
+        check_equal(
+            "the network converted for OpenVINO",
+            lambda *inputs: (module(*inputs),),
+            lambda *inputs: (_infer(request, inputs),),
+            draw,
+        )
+        return compiled
+
+
+class Forward(nn.Module):
+    """A network's forward pass with a plain list of inputs: x, step, element, and the tensors of both embeddings.
+
+    Args:
+        steps, condition: embeddings, for how many tensors they hold.
+    """
+
+    def __init__(self, network: Network, steps: Embedding, condition: Embedding) -> None:
+        super().__init__()
+        self.network, self.count = network, len(_tensors(steps))
+        self.pairs = isinstance(steps, tuple), isinstance(condition, tuple)
+
+    def forward(self, x: Tensor, step: Tensor, element: Tensor, *tables: Tensor) -> Tensor:
+        parts = tables[: self.count], tables[self.count :]
+        steps, condition = (part if pair else part[0] for part, pair in zip(parts, self.pairs, strict=True))
+        prediction: Tensor = self.network(x, steps, condition, step, element)
+        return prediction
+
+
+@dataclass(frozen=True)
+class Bound:
+    """The network at one schedule and batch of observations."""
+
+    converted: Converted
+    steps: Embedding
+    condition: Embedding
+
+    def __call__(self, x: Tensor, step: Tensor, element: Tensor) -> Tensor:
+        return self.converted.forward(x, self.steps, self.condition, step, element)
+
+
+def _tensors(embedding: Embedding) -> tuple[Tensor, ...]:
+    return embedding if isinstance(embedding, tuple) else (embedding,)
+
+
+def _infer(request: Any, inputs: Sequence[Tensor]) -> Tensor:
+    arrays = [value.contiguous().numpy() for value in inputs]
+    return torch.from_numpy(request.infer(arrays, share_inputs=True)[0])  # the output is a copy
