@@ -27,6 +27,7 @@ from parapolicy.warm import WarmState
 
 BATCHES = (1, 8, 16, 32, 40, 100)
 ROBOTS = (1, 4, 16, 64)
+ROBOT_SAMPLERS = ("secant", "collocation", "sequential")
 WINDOWS = (5, 10, 20, 30, 40, 60, 100)
 STEPS = (10, 20, 50, 100, 200, 1000)
 HORIZONS = (8, 16, 32, 64)
@@ -125,14 +126,18 @@ def bench_chunks(policy: Policy, engines: Mapping[str, Engine], machine: Mapping
 
 
 def bench_robots(policy: Policy, engines: Mapping[str, Engine], repeats: int) -> Rows:
-    """Median seconds of one ``predict`` for several robots, with the default sampler."""
+    """Median seconds of one ``predict`` for several robots by sampler and engine; rounds, and evaluations of all."""
     rows = []
     for robots in ROBOTS:
         batch = stack_observations(made_up_observations(policy, robots))
-        policies = {name: dataclasses.replace(policy, engine=engine) for name, engine in engines.items()}
-        calls = {name: partial(way.predict, batch) for name, way in policies.items()}
-        seconds = alternate(calls, repeats, policy.device)
-        rows.append({"robots": robots} | {name: statistics.median(values) for name, values in seconds.items()})
+        for sampler in ROBOT_SAMPLERS:
+            way = policy.with_sampler(sampler)
+            ways = {name: dataclasses.replace(way, engine=engine) for name, engine in engines.items()}
+            seconds = alternate({n: partial(w.predict, batch) for n, w in ways.items()}, repeats, policy.device)
+            stats = next(iter(ways.values())).predict(batch).stats
+            row: dict[str, Any] = {"robots": robots, "sampler": sampler}
+            row |= {"rounds": float(np.mean(stats.rounds)), "evaluations": float(np.sum(stats.evaluations))}
+            rows.append(row | {name: statistics.median(values) for name, values in seconds.items()})
     return rows
 
 

@@ -1,13 +1,15 @@
 """Many chunks in a row: does latency drift, does memory grow?
 
-    python -m parapolicy.bench.soak [CHECKPOINT] [--chunks 20000] [--engine auto]
+    python -m parapolicy.bench.soak [CHECKPOINT] [--chunks 20000] [--engine auto] [--output FILE]
 
-Prints latency percentiles and resident memory for every tenth of the run, and for all of it.
+Prints latency percentiles and resident memory for every tenth of the run, and for all of it; the file has them as JSON.
 """
 
 import argparse
 import gc
+import json
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from tqdm import tqdm
@@ -33,6 +35,7 @@ def main() -> None:
     parser.add_argument("--chunks", type=int, default=20_000)
     parser.add_argument("--engine", default="auto")
     parser.add_argument("--device", default="auto")
+    parser.add_argument("--output", type=Path)
     arguments = parser.parse_args()
     if arguments.chunks < 10:
         parser.error(f"--chunks is {arguments.chunks}, expected at least 10")
@@ -47,10 +50,12 @@ def main() -> None:
     seconds = np.empty(arguments.chunks)
 
     def row(label: str, times: np.ndarray) -> None:
-        values = np.percentile(1e3 * times, PERCENTILES)
-        table.add_row(label, *(f"{value:.2f}" for value in values), f"{resident_mib():.0f}")
+        values, memory = np.percentile(1e3 * times, PERCENTILES).tolist(), resident_mib()
+        table.add_row(label, *(f"{value:.2f}" for value in values), f"{memory:.0f}")
+        rows.append({"chunks": label, "ms": values, "resident_mib": memory})
 
     table = Table("chunks", *(f"p{p:g} ms" for p in PERCENTILES), "resident MiB")
+    rows: list[dict[str, Any]] = []
     done = 0
     for end in tqdm(np.linspace(0, arguments.chunks, 11, dtype=int)[1:].tolist(), unit="tenth", leave=False):
         for i in range(done, end):
@@ -59,6 +64,8 @@ def main() -> None:
         done = end
     row("all", seconds)
     Console(width=100).print(table)
+    if arguments.output:
+        arguments.output.write_text(json.dumps({"percentiles": PERCENTILES, "rows": rows}, indent=2) + "\n")
 
 
 if __name__ == "__main__":
