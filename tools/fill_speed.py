@@ -4,12 +4,15 @@ import json
 from pathlib import Path
 from typing import Any
 
-from tools.fill_docs import Folders, table
+from tools.fill_docs import TASKS, Folders, table
 
 
 def chunks_table(folders: Folders) -> str:
     """A chunk by sampler and engine, and a network call by rows, from ``bench.json``."""
-    results = _read(folders[0], "bench.json")
+    return _chunks(_read(folders[0], "bench.json"))
+
+
+def _chunks(results: Any) -> str:
     rows = {row["chunk"]: row for row in results["chunks"]}
     upstream = [label for label in rows if label.startswith("upstream, ")]
     ways: dict[str, dict[str, Any]] = {}  # sampler -> engine -> record
@@ -28,19 +31,28 @@ def chunks_table(folders: Folders) -> str:
                 f"{rows[upstream[0]]['p50'] / last['p50']:.1f}×",
                 f"{last['rounds']:.1f}",
                 f"{last['evaluations']:.0f}",
-                f"{last['floor']:.1f}",
+                f"{last['floor']:.1f} ({last['p50'] / last['floor']:.1f}×)",
                 f"{last['error_p95']:.0e}" if "error_p95" in last else "",
             ]
         )
     for label in upstream:
         cells = ["{p50:.1f} / {p99:.1f}".format(**rows[label]), *[""] * (len(engines) - 1)]
         lines.append([f"{label} (eager)", *cells, "", "", "", "", ""])
-    headings = ["p50 / p99, ms", *engines, "against upstream", "rounds", "evaluations", "float32 floor", "error p95"]
+    headings = [
+        "p50 / p99, ms",
+        *engines,
+        "against upstream",
+        "rounds",
+        "evaluations",
+        "float32 floor (× floor)",
+        "error p95",
+    ]
+    called = [engine for engine in engines if engine in results["network"][0]]
     calls = [
         [
             str(row["batch"]),
             f"{1e3 * row['floor']:.2f}",
-            *(f"{1e3 * row[engine]:.2f} ({row[engine] / row['floor']:.1f}×)" for engine in engines),
+            *(f"{1e3 * row[engine]:.2f} ({row[engine] / row['floor']:.1f}×)" for engine in called),
         ]
         for row in results["network"]
     ]
@@ -50,7 +62,7 @@ def chunks_table(folders: Folders) -> str:
         f"float32, {machine['bytes_per_second'] / 1e9:.0f} GB/s for the weights. "
         f"Peak memory: {peak['process']:.0f} MiB."
     )
-    call_headings = ["rows of a call", "float32 floor, ms", *(f"{engine}, ms (× floor)" for engine in engines)]
+    call_headings = ["rows of a call", "float32 floor, ms", *(f"{engine}, ms (× floor)" for engine in called)]
     return f"{table(headings, lines)}\n\n{table(call_headings, calls)}\n\n{facts}"
 
 
@@ -70,9 +82,12 @@ def _threads(run: Any) -> str:
 
 
 def scaling_tables(folders: Folders) -> str:
-    """By steps, window, horizon and processes, from ``bench.json``; the last engine's."""
-    scaling = _read(folders[0], "bench.json")["scaling"]
-    parts = []
+    """By robots, and by window, steps, horizon and processes, the last engine's; from ``bench.json``."""
+    return _scaling(_read(folders[0], "bench.json"))
+
+
+def _scaling(results: Any) -> str:
+    scaling, parts = results["scaling"], [_robots(results["robots"])]
     for rows in scaling.values():
         first, *others = rows[0]
         lines = [[first, *(str(row[first]) for row in rows)]]
@@ -85,7 +100,10 @@ def scaling_tables(folders: Folders) -> str:
 
 def robots_table(folders: Folders) -> str:
     """Several robots in one call, by sampler and engine."""
-    rows = _read(folders[0], "bench.json")["robots"]
+    return _robots(_read(folders[0], "bench.json")["robots"])
+
+
+def _robots(rows: Any) -> str:
     engines = [key for key in rows[0] if key not in ("robots", "sampler", "rounds", "evaluations")]
     lines = [
         [
@@ -117,6 +135,49 @@ def frames_table(folders: Folders) -> str:
         for row in _read(folders[0], "frames.json")
     ]
     return table(["encoder", "two frames", "one new frame", ""], lines)
+
+
+def rounding_table(folders: Folders) -> str:
+    """What rounding to bfloat16 changes in the chunks of the shipped policies."""
+    lines = [
+        [
+            TASKS[row["env"]],
+            *(f"{row[key]:.1e}" for key in ("median", "p95")),
+            *("{:.0e} to {:.0e}".format(*row[key]) for key in ("equal", "own")),
+        ]
+        for row in _read(folders[0], "rounding.json")
+    ]
+    headings = "policy|error, median|error, 95th percentile|distance, equal noise|distance, noise of their own"
+    return table(headings.split("|"), lines)
+
+
+def gpu_tables(folders: Folders) -> str:
+    """Everything of ``gpu.json``, with what failed and what was left out."""
+    found = _read(folders[0], "gpu.json")
+    parts, git = dict(found["parts"]), found["git"] or {"commit": "unknown", "changed": False}
+    failed = [name for name, part in parts.items() if "error" in part]
+    texts = [
+        f"{' and '.join(found['devices']) or 'No GPU, a dry run'}, torch {found['versions']['torch']}, "
+        f"{found['date']}, commit {git['commit'][:10]}{' with changes' if git['changed'] else ''}: `make results-gpu`. Times in ms."
+    ]
+    if failed or found["left_out"]:
+        texts.append(f"Failed: {', '.join(failed) or 'none'}. Left out: {', '.join(found['left_out']) or 'none'}.")
+    for name, part in parts.items():
+        if name in failed:
+            continue
+        if "chunks" in part:
+            texts.append(f"**{name}**\n\n{_chunks(part)}")
+        elif name == "tests" and part["passed"] is not None:
+            texts.append(f"The CUDA tests {'passed' if part['passed'] else 'failed'}.")
+        elif name == "agreement":
+            differences = (f"`{engine}` {value:.0e}" for engine, value in part.items() if engine != "seconds")
+            texts.append(f"Largest difference from the CPU's sequential chunk, normalised: {', '.join(differences)}.")
+        elif name == "scaling":
+            texts.append(_scaling(part))
+        elif name == "devices":
+            rows = [[str(row["devices"]), f"{1e3 * row['seconds']:.1f}"] for row in part["devices"]]
+            texts.append(table([f"devices ({part['backend']}, `{part['engine']}`)", "ms"], rows))
+    return "\n\n".join(texts)
 
 
 def lerobot_table(folders: Folders) -> str:

@@ -30,7 +30,7 @@ from tools import fill_docs, fill_speed
 
 ROOT = Path(__file__).resolve().parent.parent
 TABLE = Path(__file__).with_suffix(".yaml")
-TOOLS = ("time_calls", "time_frames", "lerobot_table")  # that measure
+TOOLS = ("time_calls", "time_frames", "lerobot_table", "measure_rounding")  # that measure
 CODE = ("parapolicy", "envs", "conf", "checkpoints", "eval.py", *(f"tools/{name}.py" for name in TOOLS), ":!*.md")
 RECORD = "step.json"  # of a step that is done, in its folder
 PLACES = re.compile(r" (?:--output |hydra\.(?:run|sweep)\.dir=)\$OUT\S*")  # in commands, of no interest in a caption
@@ -157,11 +157,13 @@ def fill(
     texts: dict[str, str] = {}
     errors: dict[str, str] = {}
     for name, block in blocks.items():
-        folders = [results / step for step in block["from"]]
-        if not all((folder / RECORD).is_file() for folder in folders):
+        measured = root / block.get("file", "")  # elsewhere; its table has its own caption
+        folders = [measured.parent] if "file" in block else [results / step for step in block["from"]]
+        if not all(path.is_file() for path in ([measured] if "file" in block else [f / RECORD for f in folders])):
             continue
         try:
-            texts[name] = f"{find_table(block['table'])(folders)}\n\n{caption(folders)}"
+            texts[name] = find_table(block["table"])(folders)
+            texts[name] += "" if "file" in block else f"\n\n{caption(folders)}"
         except (ValueError, KeyError, IndexError, OSError) as error:
             errors[name] = f"{type(error).__name__}: {error}"
     for page in pages(root):
