@@ -158,7 +158,8 @@ def gpu_tables(folders: Folders) -> str:
     failed = [name for name, part in parts.items() if "error" in part]
     texts = [
         f"{' and '.join(found['devices']) or 'No GPU, a dry run'}, torch {found['versions']['torch']}, "
-        f"{found['date']}, commit {git['commit'][:10]}{' with changes' if git['changed'] else ''}: `make results-gpu`. Times in ms."
+        f"{found['date']}, commit {git['commit'][:10]}{' with changes' if git['changed'] else ''}: "
+        "`make results-gpu`. Times in ms."
     ]
     if failed or found["left_out"]:
         texts.append(f"Failed: {', '.join(failed) or 'none'}. Left out: {', '.join(found['left_out']) or 'none'}.")
