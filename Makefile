@@ -8,7 +8,7 @@ BIN := $(VENV)/bin
 ENV ?= pusht
 DEMONSTRATIONS ?= ../shared/data
 
-.PHONY: setup client lerobot ros2 ros2-test eval test test-distributed fuzz mutate wheel docs docs-test
+.PHONY: setup client lerobot ros2 ros2-test eval test test-distributed fuzz mutate wheel docs docs-test results results-gpu gpu-wheels
 setup: $(VENV)/.done
 
 $(VENV)/.done: pyproject.toml constraints.txt
@@ -51,6 +51,22 @@ ros2-test: ros2
 
 eval: setup
 	$(BIN)/python eval.py env=$(ENV) $(ARGS)
+
+# Every figure of README and docs, measured on this machine: hours; the same command goes on after an interruption.
+# RESULTS=quick takes about 20 minutes and fills copies of the pages; ARGS='--only bench' runs one step.
+results: setup
+	$(BIN)/python -m tools.make_results $(if $(filter quick,$(RESULTS)),--quick) $(ARGS)
+
+# All measurements of a GPU in at most nine minutes, for a machine that has torch and no network: outputs/gpu/gpu.json,
+# from which make results ARGS=--fill fills docs/performance.md. WHEELS=FOLDER has what is needed besides torch.
+results-gpu:
+	$(if $(WHEELS),$(PYTHON) -m pip install --quiet --no-index --no-deps --upgrade --target outputs/gpu/packages $(WHEELS)/*.whl)
+	PYTHONPATH=.:outputs/gpu/packages timeout -k 5 540 $(PYTHON) -m tools.results_gpu --output outputs/gpu $(ARGS)
+
+# These wheels, into WHEELS, for this Python and system.
+gpu-wheels: setup
+	$(BIN)/python -m pip wheel --disable-pip-version-check --no-deps -w $(or $(WHEELS),wheels) -c constraints.txt \
+		$$($(BIN)/python -m tools.results_gpu --packages)
 
 # Tests run side by side with one thread each: torch's thread pool stalls where a core is busy.
 test: setup client

@@ -103,7 +103,8 @@ def test_the_command_writes_its_results(
     assert 0 < chunks["secant (window 40), eager"]["error_p95"] < 0.1
     assert chunks["sequential, eager"]["rounds"] == 100
     assert (tmp_path / "bench.png").stat().st_size > 1000
-    assert [row["robots"] for row in results["robots"]] == [1, 2]
+    assert [row["robots"] for row in results["robots"]] == [1, 1, 1, 2, 2, 2]
+    assert {row["sampler"]: row["rounds"] for row in results["robots"]}["sequential"] == 100
     assert [row["T"] for row in results["scaling"]["steps"]] == [5]
     assert [row["devices"] for row in results["scaling"]["devices"]] == [1, 2]
     assert results["peak_memory"]["process"] > 50
@@ -119,13 +120,16 @@ def test_numbers_that_make_no_sense_are_refused(
     assert "--widen is 0, expected at least 1" in capsys.readouterr().err
 
 
-def test_a_soak_reports_every_tenth(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
-    options = ["--chunks", "20", "--engine", "eager", "--device", "cpu"]
+def test_a_soak_reports_every_tenth(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    options = ["--chunks", "20", "--engine", "eager", "--device", "cpu", "--output", str(tmp_path / "soak.json")]
     monkeypatch.setattr(sys, "argv", ["soak", str(SHIPPED), *options])
     soak.main()
     printed = capsys.readouterr().out
     assert printed.count(" to ") == 10
     assert "18 to 20" in printed
+    assert len(json.loads((tmp_path / "soak.json").read_text())["rows"]) == 11
 
 
 def test_a_soak_of_a_controller_counts_what_was_missed(

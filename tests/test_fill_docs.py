@@ -1,16 +1,22 @@
-"""The comparison page is filled from results and keeps its prose."""
+"""The tables of README and docs, made from finished runs; a page keeps its prose."""
 
 import json
-import subprocess
-import sys
+import shutil
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from tools.fill_docs import fill_page
+from tests.conftest import ROOT
+from tools import fill_docs, fill_speed
 
 PAGE = "# Title\n\nProse.\n\n<!-- closed loop -->\nold\n<!-- end -->\n\nMore.\n\n<!-- errors -->\n<!-- end -->\n"
+
+
+def write(folder: Path, name: str, content: Any) -> Path:
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / name).write_text(json.dumps(content))
+    return folder
 
 
 def some_results(**changes: Any) -> dict[str, Any]:
@@ -23,8 +29,11 @@ def some_results(**changes: Any) -> dict[str, Any]:
         "rounds": {"mean": 6.9, "p95": 8.0},
         "evaluations": {"mean": 193.0, "p95": 240.0},
         "chunk_error": quantiles,
-        "chunk_ms": {"p50": 150.0, "p99": 200.0},
+        "chunk_ms": {"p50": 150.0, "p95": 190.0, "p99": 200.0},
         "speedup_p50": 4.5,
+        "paired_reward_difference": {"to": "sequential", "mean": -0.01, "ci95": [-0.03, 0.02]},
+        "control": {"latency": "measured", "chunk_ms": {"p50": 33.0, "p99": 44.0}},
+        "motion": {name: {"mean": 1.5, "ci95": [1.4, 1.6]} for name in ("relative_jump", "jerk")},
     }
     errors = {
         "chunks": 5000,
@@ -34,42 +43,97 @@ def some_results(**changes: Any) -> dict[str, Any]:
         "action_error": {key: 250 * value for key, value in quantiles.items()},
         "exceeding_10_tolerances": 3,
     }
-    machine = {"cpu": "a processor", "threads": 2, "device": "cpu"}
-    versions = {"python": "3.11", "torch": "2.13", "diffusers": "0.35"}
-    results = {"episodes": 100, "samplers": {"secant": row}, "errors": {"secant": errors}}
-    return results | {"machine": machine, "versions": versions} | changes
+    return {"episodes": 100, "samplers": {"secant": row}, "errors": {"secant": errors}} | changes
 
 
-def test_blocks_are_filled_and_prose_is_kept() -> None:
-    page = fill_page(PAGE, [some_results()])
-    assert page.startswith("# Title\n\nProse.\n")
-    assert "old" not in page
-    assert "| secant | 0.900 [0.800, 0.950] | 0.50 [0.40, 0.60] |" in page
-    assert "3 of 5000" in page
-    assert "| 0.25 / 0.50 |" in page
-    assert fill_page(page, [some_results()]) == page
+def some_bench() -> dict[str, Any]:
+    ways = {"sequential": 20.0, "collocation (19 nodes)": 4.0, "DDIM-16": 3.0, "DDIM-10": 2.0}
+    cost = {"rounds": 100.0, "evaluations": 100.0, "floor": 9.0}
+    chunks = [{"chunk": "upstream, DDPM-100", "p50": 500.0, "p99": 600.0}]
+    for engine, factor in (("eager", 10), ("fused", 1)):
+        chunks += [{"chunk": f"{way}, {engine}", "p50": factor * ms, "p99": 99.0} | cost for way, ms in ways.items()]
+    robots = {"robots": 16, "sampler": "secant", "rounds": 8.0, "evaluations": 3000.0, "fused": 0.5}
+    return {
+        "parameters": 4.5e6,
+        "machine": {"flops_per_second": 5e11, "bytes_per_second": 2e11},
+        "peak_memory": {"process": 500.0},
+        "network": [{"batch": 1, "floor": 1e-4, "eager": 2e-3, "fused": 4e-4}],
+        "chunks": chunks,
+        "robots": [robots],
+        "scaling": {
+            "windows": [{"window": 5, "seconds": 0.1, "rounds": 22.8}, {"window": 9, "seconds": 0.2, "rounds": 9}]
+        },
+    }
 
 
-def test_too_few_episodes_are_no_closed_loop_result() -> None:
-    page = fill_page(PAGE, [some_results(episodes=20)])
-    assert "0.900" not in page
-    assert "3 of 5000" in page
+def test_blocks_are_filled_and_all_else_is_kept() -> None:
+    page = fill_docs.fill_page(PAGE, {"closed loop": "new"})
+    assert page == PAGE.replace("old", "new")
+    assert fill_docs.block_names(page) == ["closed loop", "errors"]
 
 
-def test_a_page_without_blocks_or_with_an_unknown_one_is_refused() -> None:
-    with pytest.raises(ValueError, match="no block"):
-        fill_page("prose", [some_results()])
-    with pytest.raises(ValueError, match="block 'speed'"):
-        fill_page("<!-- speed -->\n<!-- end -->", [some_results()])
+def test_tables_of_a_run(tmp_path: Path) -> None:
+    folder = [write(tmp_path, "results.json", some_results())]
+    assert "| secant | 0.900 [0.800, 0.950] | 0.50 [0.40, 0.60] | -0.010 [-0.030, +0.020] | 6.9 (8) | 193 |" in (
+        fill_docs.closed_loop_table(folder)
+    )
+    assert "| 150.0 / 190.0 / 200.0 | 4.50× | 6.9 | 193 | 2e-03 |" in fill_docs.shipped_table(folder)
+    assert "| 0.25 / 0.50 | 3 of 5000 |" in fill_docs.errors_table([*folder, *folder])
+    assert "| secant | 33.0 / 44.0 | 0.900" in fill_docs.simulated_latency_table(folder)
+    assert "| 1.50 [1.40, 1.60] | 1.5 [1.4, 1.6] |" in fill_docs.seams_table(folder)
 
 
-def test_the_command_writes_the_page(tmp_path: Path) -> None:
-    (tmp_path / "results.json").write_text(json.dumps(some_results()))
-    page = tmp_path / "page.md"
-    page.write_text("<!-- machine -->\n<!-- end -->\n")
-    command = [sys.executable, "-m", "tools.fill_docs", str(page)]
-    subprocess.run([*command, str(tmp_path)], check=True)
-    assert "a processor, 2 threads" in page.read_text()
-    refused = subprocess.run([*command, str(tmp_path / "absent")], capture_output=True, text=True)
-    assert refused.returncode == 1
-    assert "absent" in refused.stderr
+def test_tables_of_the_benchmarks(tmp_path: Path) -> None:
+    bench = [write(tmp_path, "bench.json", some_bench())]
+    assert "25 times as fast as the published code to the same chunk, and 125 times" in fill_docs.speedups(bench)
+    chunks = fill_speed.chunks_table(bench)
+    assert "| sequential | 200.0 / 99.0 | 20.0 / 99.0 | 25.0× | 100.0 | 100 | 9.0 (2.2×) |" in chunks
+    assert "| upstream, DDPM-100 (eager) | 500.0 / 600.0 |" in chunks
+    assert "| 1 | 0.10 | 2.00 (20.0×) | 0.40 (4.0×) |" in chunks
+    scaling = fill_speed.scaling_tables(bench)
+    assert "| window | 5 | 9 |" in scaling
+    assert "| seconds, ms | 100 | 200 |" in scaling
+    assert "| 16 | `secant` | 3000 | 8.0 | 500.0 |" in scaling
+    calls = {"rows": [1, 3], "threads": 2, "ms": {"fused": [0.44, 0.97]}}
+    table = fill_speed.calls_table([write(tmp_path / "a", "calls.json", calls)])
+    assert "| rows | fused, 2 threads |" in table
+    assert "| 3 | 0.97 |" in table
+    soak = {"percentiles": [50, 99], "rows": [{"chunks": "all", "ms": [5.0, 6.0], "resident_mib": 446.0}]}
+    assert "| all | 5.00 | 6.00 | 446 |" in fill_speed.soak_table([write(tmp_path, "soak.json", soak)])
+    frames = [{"encoder": "e", "two": 4.0, "one": 2.0}]
+    assert "| e | 4.0 ms | 2.0 ms | 2.0× |" in fill_speed.frames_table([write(tmp_path, "frames.json", frames)])
+    lerobot = [
+        {"way": w, "ms": ms, "evaluations": 9.0, "median": 0.0, "p95": 1e-3} for w, ms in (("a", 9.0), ("b", 3.0))
+    ]
+    assert "| b | 3.0 | 3.0 | 9 |" in fill_speed.lerobot_table([write(tmp_path, "lerobot.json", lerobot)])
+
+
+def test_the_calibrations_are_read_from_their_files(tmp_path: Path) -> None:
+    shutil.copytree(ROOT / "checkpoints" / "lift_lowdim", tmp_path / "calibration_lift")
+    lines = fill_docs.calibrations_table([tmp_path / "calibration_lift"]).splitlines()
+    assert [line.split(" | ")[0] for line in lines[2:]] == ["| Lift"] * (len(lines) - 2)
+    assert any("| 24 nodes |" in line for line in lines)
+
+
+def test_runs_of_two_tasks_are_no_sweep_of_one(tmp_path: Path) -> None:
+    for env in ("pusht", "lift"):
+        results = {"env": env, "checkpoint": env, "samplers": {"sequential": {"per_episode": [an_episode()]}}}
+        write(tmp_path / env, "results.json", results)
+    with pytest.raises(ValueError, match="runs of 2 tasks, expected 1"):
+        fill_docs.sweep_table([tmp_path])
+
+
+def an_episode(seed: int = 0) -> dict[str, Any]:
+    costs = {"steps": 10, "rounds_mean": 100.0, "evaluations_mean": 100.0}
+    return {"seed": seed, "max_reward": 0.5 + 0.1 * (seed % 3), "success": seed % 2 == 0} | costs
+
+
+def test_the_headline_joins_times_and_scores(tmp_path: Path) -> None:
+    labels = {"sequential": 6, "collocation-19": 6, "ddim-16": 4, "ddim-10": 4}
+    samplers = {label: {"per_episode": [an_episode(i) for i in range(n)]} for label, n in labels.items()}
+    runs = write(tmp_path / "runs", "results.json", {"env": "pusht", "checkpoint": "c", "samplers": samplers})
+    text = fill_docs.headline([write(tmp_path, "bench.json", some_bench()), runs])
+    assert "| published code's way, 100 steps | 500 | 1× |" in text
+    assert "| collocation (19 nodes) | 4.0 | 125× | 0.600 | +0.000 [+0.000, +0.000] | 0.500 |" in text
+    assert "6 and 4 episodes" in text
+    assert fill_docs.equivalence_tables([runs]).splitlines()[2].startswith("| Push-T | collocation-19 | 6 |")

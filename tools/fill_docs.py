@@ -1,152 +1,263 @@
-"""Fill the tables of a document from evaluation runs.
+"""The tables of README and docs, made from the folders of finished runs, and the blocks of a page that hold them.
 
-    python -m tools.fill_docs docs/samplers.md RUN_FOLDER…
-
-The text between ``<!-- NAME -->`` and ``<!-- end -->`` is replaced, for NAME one of ``machine``, ``closed loop`` and
-``errors``. All other text stays.
+A block is the text between ``<!-- NAME -->`` and ``<!-- end -->``. Every table takes the folders of its steps.
 """
 
-import argparse
 import json
 import re
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-Results = Mapping[str, Any]
+from safetensors import safe_open
+
+from parapolicy.evaluate.report.gather import episode_table, gather_fidelities, gather_latencies, gather_runs
+from parapolicy.evaluate.report.markdown import costs_table, equivalence_table
+from parapolicy.evaluate.report.summary import Margins, recommend, summarize
+
+BLOCK = re.compile(r"<!-- ([\w ]+) -->\n(.*?)<!-- end -->", re.DOTALL)
+MARGINS = Margins(reward=0.02)  # of the equivalence of the frontier, chosen before its episodes were run
+TASKS = {"pusht": "Push-T", "pusht_image": "Push-T, images", "lift": "Lift", "can": "Can", "square": "Square"}
+HEADLINE = {  # chunk of bench.json -> sampler of the runs
+    "sequential": "sequential",
+    "collocation (19 nodes)": "collocation-19",
+    "DDIM-16": "ddim-16",
+    "DDIM-10": "ddim-10",
+}
+
+Folders = Sequence[Path]
 
 
-def fill_page(page: str, runs: Sequence[Results]) -> str:
-    """The page with its blocks filled from the ``results.json`` of one or more runs.
+def block_names(page: str) -> list[str]:
+    """Names of a page's blocks."""
+    return [match[1] for match in BLOCK.finditer(page)]
 
-    Raises:
-        ValueError: the page has no block, or a block with an unknown name.
-    """
+
+def fill_page(page: str, texts: Mapping[str, str]) -> str:
+    """The page with these texts in its blocks, by name; other blocks and all other text stay."""
 
     def fill(match: re.Match[str]) -> str:
-        name = match[1]
-        if name not in BLOCKS:
-            raise ValueError(f"the page has a block {name!r}, expected one of {sorted(BLOCKS)}")
-        return f"<!-- {name} -->\n{BLOCKS[name](runs)}\n<!-- end -->"
+        return f"<!-- {match[1]} -->\n{texts[match[1]]}\n<!-- end -->" if match[1] in texts else match[0]
 
-    filled, count = re.subn(r"<!-- ([\w ]+) -->\n.*?<!-- end -->", fill, page, flags=re.DOTALL)
-    if count == 0:
-        raise ValueError(f"the page has no block such as '<!-- closed loop -->' … '<!-- end -->', of {sorted(BLOCKS)}")
-    return filled
+    return BLOCK.sub(fill, page)
 
 
-def describe_runs(runs: Sequence[Results]) -> str:
-    """Machine and versions of the runs, without repetitions."""
-    lines = []
-    for run in runs:
-        machine, versions = run["machine"], run["versions"]
-        lines.append(
-            f"{machine['cpu']}, {machine['threads']} threads, device {machine['device']}; Python {versions['python']}, "
-            f"torch {versions['torch']}, diffusers {versions['diffusers']}."
+def speedups(folders: Folders) -> str:
+    """One sentence: how many times as fast as the published code."""
+    chunks, engine = _bench_chunks(folders[0])
+    upstream = chunks["upstream, DDPM-100"]["p50"]
+    exact, draw = (upstream / chunks[f"{way}, {engine}"]["p50"] for way in ("sequential", "collocation (19 nodes)"))
+    return (
+        f"On a CPU it is {exact:.0f} times as fast as the published code to the same chunk, and {draw:.0f} times to a "
+        "draw of the same distribution."
+    )
+
+
+def headline(folders: Folders) -> str:
+    """README's results: times of the fastest engine, and the scores of the same samplers."""
+    chunks, engine = _bench_chunks(folders[0])
+    scores = _summary(folders[1:]).set_index("sampler")
+    upstream = chunks["upstream, DDPM-100"]["p50"]
+    rows = [["published code's way, 100 steps", f"{upstream:.0f}", "1×", "", "", "", ""]]
+    for chunk, sampler in HEADLINE.items():
+        p50, score = chunks[f"{chunk}, {engine}"]["p50"], scores.loc[sampler]
+        compared = sampler != "sequential"
+        rows.append(
+            [
+                chunk,
+                f"{p50:.1f}",
+                f"{upstream / p50:.0f}×",
+                f"{score['reward']:.3f}",
+                _bounds(score, "difference") if compared else "",
+                f"{score['success']:.3f}",
+                _bounds(score, "success_difference") if compared else "",
+            ]
         )
-    return "\n".join(dict.fromkeys(lines))
+    lines = table(["", "ms", "", "mean max reward", "difference", "success", "difference"], rows)
+    counts = sorted(set(scores["episodes"]), reverse=True)
+    return f"{lines}\n\nEngine `{engine}`; {' and '.join(map(str, counts))} episodes (DDIM: the fewer)."
 
 
-def closed_loop_table(runs: Sequence[Results]) -> str:
-    """Reward, success, cost and fidelity of every sampler, from runs with at least 100 episodes."""
+def shipped_table(folders: Folders) -> str:
+    """Scores, latency and chunk error of a run of ``eval.py``."""
     rows = []
-    for run in runs:
-        if run["episodes"] < 100:
-            continue
-        for label, row in run["samplers"].items():
-            paired, distance = row.get("paired_reward_difference"), row.get("energy_distance")
-            error = row["chunk_error"]
-            rows.append(
-                [
-                    label,
-                    _interval("{:.3f}", row["mean_max_reward"], row["mean_max_reward_ci95"]),
-                    _interval("{:.2f}", row["success_rate"], row["success_rate_ci95"]),
-                    _interval("{:+.3f}", paired["mean"], paired["ci95"]) if paired and paired["to"] != label else "",
-                    "{mean:.1f} ({p95:.0f})".format(**row["rounds"]),
-                    f"{row['evaluations']['mean']:.0f}",
-                    "{median:.0e} / {p95:.0e} / {max:.0e}".format(**error) if error["max"] else "",
-                    "{p50:.0f} / {p99:.0f}".format(**row["chunk_ms"]),
-                    f"{row['speedup_p50']:.1f}×" if "speedup_p50" in row else "",
-                    f"{distance['mean']:.4f}" if distance else "",
-                ]
-            )
-    headings = [
-        "sampler",
-        "mean max reward",
-        "success",
-        "paired reward difference",
-        "rounds, mean (p95)",
-        "evaluations",
-        "chunk error, median / p95 / max",
-        "chunk ms, p50 / p99",
-        "speed-up",
-        "energy distance",
-    ]
-    return _table(headings, rows)
+    for label, row in _results(folders[0])["samplers"].items():
+        paired, error = row.get("paired_reward_difference"), row["chunk_error"]
+        rows.append(
+            [
+                label,
+                _interval("{:.3f}", row["mean_max_reward"], row["mean_max_reward_ci95"]),
+                _interval("{:.2f}", row["success_rate"], row["success_rate_ci95"]),
+                _interval("{:+.3f}", paired["mean"], paired["ci95"]) if paired and paired["to"] != label else "",
+                "{p50:.1f} / {p95:.1f} / {p99:.1f}".format(**row["chunk_ms"]),
+                f"{row['speedup_p50']:.2f}×" if "speedup_p50" in row else "",
+                f"{row['rounds']['mean']:.1f}",
+                f"{row['evaluations']['mean']:.0f}",
+                f"{error['p95']:.0e}" if error["max"] else "0",
+            ]
+        )
+    headings = "sampler|mean max reward|success|paired difference|chunk ms p50 / p95 / p99|speed-up|rounds|evaluations"
+    return table([*headings.split("|"), "error p95"], rows)
 
 
-def errors_table(runs: Sequence[Results]) -> str:
+def closed_loop_table(folders: Folders) -> str:
+    """Reward, success, cost and fidelity of every sampler."""
+    rows = []
+    for label, row in (pair for folder in folders for pair in _results(folder)["samplers"].items()):
+        paired, distance = row.get("paired_reward_difference"), row.get("energy_distance")
+        error = row["chunk_error"]
+        rows.append(
+            [
+                label,
+                _interval("{:.3f}", row["mean_max_reward"], row["mean_max_reward_ci95"]),
+                _interval("{:.2f}", row["success_rate"], row["success_rate_ci95"]),
+                _interval("{:+.3f}", paired["mean"], paired["ci95"]) if paired and paired["to"] != label else "",
+                "{mean:.1f} ({p95:.0f})".format(**row["rounds"]),
+                f"{row['evaluations']['mean']:.0f}",
+                "{median:.0e} / {p95:.0e} / {max:.0e}".format(**error) if error["max"] else "",
+                "{p50:.1f} / {p99:.1f}".format(**row["chunk_ms"]),
+                f"{row['speedup_p50']:.1f}×" if "speedup_p50" in row else "",
+                f"{distance['mean']:.4f}" if distance else "",
+            ]
+        )
+    headings = "sampler|mean max reward|success|paired reward difference|rounds, mean (p95)|evaluations"
+    more = "chunk error, median / p95 / max|chunk ms, p50 / p99|speed-up|energy distance"
+    return table([*headings.split("|"), *more.split("|")], rows)
+
+
+def errors_table(folders: Folders) -> str:
     """Error quantiles of every sampler, from runs that measured them."""
     rows = []
-    for run in runs:
-        for label, measured in run.get("errors", {}).items():
-            error, action = measured["error"], measured["action_error"]
-            exceeding = measured.get("exceeding_10_tolerances")
+    for label, measured in (pair for folder in folders for pair in _results(folder)["errors"].items()):
+        error, action = measured["error"], measured["action_error"]
+        exceeding = measured.get("exceeding_10_tolerances")
+        rows.append(
+            [
+                label,
+                str(measured["chunks"]),
+                "{mean:.1f} ({p95:.0f})".format(**measured["rounds"]),
+                f"{measured['evaluations']['mean']:.0f}",
+                *(f"{error[quantile]:.1e}" for quantile in ("median", "p95", "p99", "p99.9", "max")),
+                f"{action['median']:.2f} / {action['p95']:.2f}",
+                "" if exceeding is None else f"{exceeding} of {measured['chunks']}",
+            ]
+        )
+    headings = "sampler|chunks|rounds, mean (p95)|evaluations|error median|p95|p99|p99.9|max"
+    return table([*headings.split("|"), "in action units, median / p95", "above 10 × tolerance"], rows)
+
+
+def sweep_table(folders: Folders) -> str:
+    """Costs and scores of runs and sweeps on one task, and which sampler the report recommends."""
+    summary = _summary(folders)
+    return f"{costs_table(summary)}\n\n{recommend(summary.dropna(axis=1, how='all'), Margins())[1]}"
+
+
+def equivalence_tables(folders: Folders) -> str:
+    """Tests of equivalence of several tasks in one table."""
+    lines: list[str] = []
+    for env, task in _summary(folders, tasks=None).groupby("env", sort=False):
+        head, rule, *rows = equivalence_table(task).splitlines()
+        lines = lines or [f"| task {head}", f"| --- {rule}"]
+        lines += [f"| {TASKS.get(str(env), env)} {row}" for row in rows]
+    return "\n".join(lines)
+
+
+def calibrations_table(folders: Folders) -> str:
+    """How near collocation comes, from what ``parapolicy calibrate`` wrote for several policies."""
+    rows = []
+    for folder in folders:
+        with safe_open(folder / "calibration.safetensors", "pt") as file:
+            measured = json.loads(file.metadata()["measured"])["rows"]
+        env = folder.name.removeprefix("calibration_")
+        for row in measured:
             rows.append(
                 [
-                    label,
-                    str(measured["chunks"]),
-                    "{mean:.1f} ({p95:.0f})".format(**measured["rounds"]),
-                    f"{measured['evaluations']['mean']:.0f}",
-                    *(f"{error[quantile]:.1e}" for quantile in ("median", "p95", "p99", "p99.9", "max")),
-                    f"{action['median']:.2f} / {action['p95']:.2f}",
-                    "" if exceeding is None else f"{exceeding} of {measured['chunks']}",
+                    TASKS.get(env, env),
+                    row["sampler"],
+                    f"{row['rounds']:.1f}",
+                    f"{row['evaluations']:.1f}",
+                    "{median:.1e} / {p95:.1e} / {p99:.1e}".format(**row["error"]),
+                    _interval("{:.1e}", row["energy"], row["energy_ci95"]),
+                    f"{row['energy_ci95'][1] / row['spread']:.2%}",
                 ]
             )
-    headings = [
-        "sampler",
-        "chunks",
-        "rounds, mean (p95)",
-        "evaluations",
-        "error median",
-        "p95",
-        "p99",
-        "p99.9",
-        "max",
-        "in action units, median / p95",
-        "above 10 × tolerance",
-    ]
-    return _table(headings, rows)
+    headings = "policy|sampler|rounds|evaluations|error median / p95 / p99|energy distance|at most, of the spread"
+    return table(headings.split("|"), rows)
 
 
-BLOCKS: dict[str, Callable[[Sequence[Results]], str]] = {
-    "machine": describe_runs,
-    "closed loop": closed_loop_table,
-    "errors": errors_table,
-}
+def simulated_latency_table(folders: Folders) -> str:
+    """Scores under the measured latency of each chunk."""
+    samplers = _results(folders[0])["samplers"]
+    rows = []
+    for label, row in samplers.items():
+        control, paired = row.get("control"), row.get("paired_reward_difference")
+        timed = control is not None and control["latency"] != "none"
+        rows.append(
+            [
+                label,
+                "{p50:.1f} / {p99:.1f}".format(**control["chunk_ms"]) if timed else "",
+                _interval("{:.3f}", row["mean_max_reward"], row["mean_max_reward_ci95"]),
+                _interval("{:.2f}", row["success_rate"], row["success_rate_ci95"]),
+                _interval("{:+.3f}", paired["mean"], paired["ci95"]) if paired and paired["to"] != label else "",
+            ]
+        )
+    headings = ["", "chunk ms p50 / p99", "mean max reward", "success", "difference to the first row, by seed"]
+    return table(headings, rows)
+
+
+def seams_table(folders: Folders) -> str:
+    """Scores and motion of every way to join chunks."""
+    rows = []
+    for label, row in _results(folders[0])["samplers"].items():
+        motion = row.get("motion", {})
+        rows.append(
+            [
+                label,
+                _interval("{:.3f}", row["mean_max_reward"], row["mean_max_reward_ci95"]),
+                _interval("{:.2f}", row["success_rate"], row["success_rate_ci95"]),
+                *(
+                    _interval(form, motion[name]["mean"], motion[name]["ci95"]) if name in motion else ""
+                    for name, form in (("relative_jump", "{:.2f}"), ("jerk", "{:.3g}"))
+                ),
+            ]
+        )
+    return table(["seam and latency", "mean max reward", "success", "jump at seams / step", "jerk"], rows)
+
+
+def _results(folder: Path) -> dict[str, Any]:
+    found: dict[str, Any] = json.loads((folder / "results.json").read_text())
+    return found
+
+
+def _summary(folders: Folders, tasks: int | None = 1) -> Any:
+    """The report's summary of runs and sweeps.
+
+    Raises:
+        ValueError: they are of another number of tasks.
+    """
+    runs = gather_runs(folders)
+    latencies, fidelities = gather_latencies(runs, folders), gather_fidelities(runs, folders)
+    summary = summarize(episode_table(runs), latencies, MARGINS, fidelities)
+    found = summary[["env", "checkpoint"]].drop_duplicates()
+    if tasks is not None and len(found) != tasks:
+        raise ValueError(f"{', '.join(map(str, folders))} have runs of {len(found)} tasks, expected {tasks}")
+    return summary.sort_values("p50_ms", kind="stable") if tasks == 1 and "p50_ms" in summary else summary
+
+
+def _bench_chunks(folder: Path) -> tuple[dict[str, dict[str, Any]], str]:
+    """Label -> chunk of ``bench.json``, and its last engine."""
+    rows = json.loads((folder / "bench.json").read_text())["chunks"]
+    return {row["chunk"]: row for row in rows}, rows[-1]["chunk"].rpartition(", ")[2]
+
+
+def _bounds(row: Any, name: str) -> str:
+    return f"{row[name]:+.3f} [{row[f'{name}_low']:+.3f}, {row[f'{name}_high']:+.3f}]"
 
 
 def _interval(form: str, mean: float, bounds: Sequence[float]) -> str:
     return f"{form} [{form}, {form}]".format(mean, *bounds)
 
 
-def _table(headings: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+def table(headings: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
     lines = [headings, ["---"] * len(headings), *rows]
     return "\n".join("| " + " | ".join(line) + " |" for line in lines)
-
-
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("page", type=Path)
-    parser.add_argument("runs", type=Path, nargs="+", metavar="RUN_FOLDER")
-    arguments = parser.parse_args()
-    try:
-        runs = [json.loads((folder / "results.json").read_text()) for folder in arguments.runs]
-        arguments.page.write_text(fill_page(arguments.page.read_text(), runs))
-    except (OSError, ValueError) as error:
-        raise SystemExit(f"error: {error}") from error
-    print(f"wrote {arguments.page}")
-
-
-if __name__ == "__main__":
-    main()

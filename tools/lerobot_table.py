@@ -1,6 +1,6 @@
 """LeRobot's own sampling against ours, on the shipped Push-T policy inside LeRobot's ``DiffusionPolicy``.
 
-    python -m tools.lerobot_table [--chunks 20] [--threads 2]
+    python -m tools.lerobot_table [--chunks 20] [--threads 2] [--output FILE]
 
 Run it with a Python that has LeRobot. Each line: median time of a chunk, network evaluations, and the largest
 difference of an action from LeRobot's own DDPM-100 chunk of the same seed, normalised (median and 95th percentile).
@@ -9,8 +9,10 @@ Calls alternate.
 
 import argparse
 import copy
+import json
 import statistics
 import time
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -60,6 +62,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--chunks", type=int, default=20)
     parser.add_argument("--threads", type=int, default=2)
+    parser.add_argument("--output", type=Path, help="of the lines, JSON")
     given = parser.parse_args()
     torch.set_num_threads(given.threads)
     shipped = parapolicy.load_policy(FOLDER, device="cpu", engine="eager")
@@ -85,7 +88,7 @@ def main() -> None:
             begin = time.perf_counter()
             chunks[label].append(ways[label].diffusion.generate_actions(batch).numpy())
             seconds[label].append(time.perf_counter() - begin)
-    first = chunks[labels[0]]
+    first, rows = chunks[labels[0]], list[dict[str, Any]]()
     print(f"{'':28} {'ms':>8} {'ratio':>6} {'evaluations':>12} {'difference':>11} {'p95':>8}")
     for label in labels:
         spent = 1e3 * statistics.median(seconds[label])
@@ -94,8 +97,11 @@ def main() -> None:
         model = ways[label].diffusion
         costs = [float(s.evaluations[0]) for s in model._parapolicy.recent] if hasattr(model, "_parapolicy") else []
         evaluations = statistics.fmean(costs) if costs else float(model.num_inference_steps)
-        median, tail = np.quantile(errors, [0.5, 0.95])
+        median, tail = np.quantile(errors, [0.5, 0.95]).tolist()
+        rows.append({"way": label, "ms": spent, "evaluations": evaluations, "median": median, "p95": tail})
         print(f"{label:28} {spent:8.1f} {ratio:6.1f} {evaluations:12.1f} {median:11.1e} {tail:8.1e}")
+    if given.output:
+        given.output.write_text(json.dumps(rows, indent=2) + "\n")
 
 
 if __name__ == "__main__":

@@ -1,24 +1,28 @@
 """Time one call of a network by several engines in one run, in rotating order.
 
-    python -m tools.time_calls NETWORK [--engines compiled_bfloat16 fused_bfloat16] [--threads 1] [--seconds 10]
+    python -m tools.time_calls NETWORK [--engines compiled fused …] [--threads 1] [--seconds 10] [--output FILE]
 
-NETWORK is ``pusht``, the shipped policy's, or one of random weights: ``transformer``, as published for Push-T's states
-(8 layers of 256), or ``image``, the UNet of the published image policies (263 M). Engine ``openvino`` is the network
-converted for each number of rows, in bfloat16; ``pip install openvino``. Prints medians in ms.
+NETWORK is ``pusht``, the shipped policy's, ``published``, the same with four times the channels, or one of random
+weights: ``transformer``, as published for Push-T's states (8 layers of 256), or ``image``, the UNet of the published
+image policies (263 M). Engine ``openvino`` is the network converted for each number of rows, in bfloat16; ``pip
+install openvino``. Prints medians in ms.
 """
 
 import argparse
 import functools
 import importlib
+import json
 import statistics
 import time
 import warnings
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from parapolicy.bench.widen import widen
 from parapolicy.engine import make_engine
 from parapolicy.loading import load_policy
 from parapolicy.networks import Network
@@ -29,10 +33,11 @@ ROWS, HORIZON, ELEMENTS = (1, 3, 8, 16, 40), 16, 2
 CPU = torch.device("cpu")
 NETWORKS: dict[str, Callable[[], Any]] = {
     "pusht": lambda: load_policy("checkpoints/pusht_lowdim", device="cpu", engine="eager").network,
+    "published": lambda: widen(load_policy("checkpoints/pusht_lowdim", device="cpu", engine="eager"), 4).network,
     "transformer": lambda: TransformerForDiffusion(2, HORIZON, 2, 20),
     "image": lambda: ConditionalUnet1D(2, 132, 128, (512, 1024, 2048)),
 }
-OBSERVED = {"pusht": 20, "transformer": 20, "image": 66}  # numbers of an observed step
+OBSERVED = {"pusht": 20, "published": 20, "transformer": 20, "image": 66}  # numbers of an observed step
 
 
 class Rows(torch.nn.Module):
@@ -69,6 +74,7 @@ def main() -> None:
     parser.add_argument("--engines", nargs="+", default=["compiled_bfloat16", "fused_bfloat16"])
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--seconds", type=float, default=10.0)
+    parser.add_argument("--output", type=Path, help="of the medians, JSON")
     arguments = parser.parse_args()
     warnings.simplefilter("ignore")  # OpenVINO's tracing
     torch.manual_seed(0)
@@ -100,9 +106,13 @@ def main() -> None:
             begin = time.perf_counter()
             call()
             times[key].append(1e3 * (time.perf_counter() - begin))
+    medians = {name: [statistics.median(times[name, rows]) for rows in ROWS] for name in arguments.engines}
     print(f"{'rows':>20}" + "".join(f"{rows:>9}" for rows in ROWS))
-    for name in arguments.engines:
-        print(f"{name:>20}" + "".join(f"{statistics.median(times[name, rows]):9.3g}" for rows in ROWS))
+    for name, values in medians.items():
+        print(f"{name:>20}" + "".join(f"{value:9.3g}" for value in values))
+    if arguments.output:
+        found = {"network": arguments.network, "threads": arguments.threads, "rows": ROWS, "ms": medians}
+        arguments.output.write_text(json.dumps(found, indent=2) + "\n")
 
 
 if __name__ == "__main__":

@@ -27,6 +27,7 @@ from parapolicy.warm import WarmState
 
 BATCHES = (1, 8, 16, 32, 40, 100)
 ROBOTS = (1, 4, 16, 64)
+ROBOT_SAMPLERS = ("secant", "collocation", "sequential")
 WINDOWS = (5, 10, 20, 30, 40, 60, 100)
 STEPS = (10, 20, 50, 100, 200, 1000)
 HORIZONS = (8, 16, 32, 64)
@@ -60,7 +61,31 @@ def _call(policy: Policy, engine: Engine, x: Tensor) -> Callable[[], Tensor]:
     return partial(evaluate, x, step, torch.zeros_like(step))
 
 
-def bench_chunks(policy: Policy, engines: Mapping[str, Engine], machine: Mapping[str, Any], chunks: int) -> Rows:
+def samplers_of(base: Policy) -> dict[str, Policy]:
+    """What :func:`bench_chunks` times, by name. What is to start from the chunk before has a name that ends in warm."""
+    return {
+        "sequential": base.with_sampler("sequential"),
+        "DDIM-10": base.with_schedule("ddim", 10).with_sampler("sequential"),
+        "DDIM-16": base.with_schedule("ddim", 16).with_sampler("sequential"),
+        "collocation (15 nodes)": base.with_sampler("collocation", nodes=15),
+        "collocation (19 nodes)": base.with_sampler("collocation", nodes=19),
+        "collocation (24 nodes)": base.with_sampler("collocation", nodes=24),
+        "paradigms": base.with_sampler("paradigms"),
+        "semi_implicit": base.with_sampler("semi_implicit"),
+        "speculative": base.with_sampler("speculative"),
+        "secant (window 40)": base.with_sampler("secant"),
+        "auto": make_plan(base).apply(base),
+        "secant, window 100, warm": base.with_sampler("secant", window=100),
+    }
+
+
+def bench_chunks(
+    policy: Policy,
+    engines: Mapping[str, Engine],
+    machine: Mapping[str, Any],
+    chunks: int,
+    samplers: Callable[[Policy], Mapping[str, Policy]] = samplers_of,
+) -> Rows:
     """Latency (ms) of a chunk at batch 1: the published code, the sequential sampler, and the parallel ones.
 
     The error is the distance from the sequential chunk of the same engine and noise, see :func:`normalized_error`. The
@@ -84,22 +109,7 @@ def bench_chunks(policy: Policy, engines: Mapping[str, Engine], machine: Mapping
         sample(label, policy, made[label][-1].warm_state if made[label] else None)
 
     for name, engine in engines.items():
-        base = dataclasses.replace(policy, engine=engine)
-        ways = {
-            "sequential": base.with_sampler("sequential"),
-            "DDIM-10": base.with_schedule("ddim", 10).with_sampler("sequential"),
-            "DDIM-16": base.with_schedule("ddim", 16).with_sampler("sequential"),
-            "collocation (15 nodes)": base.with_sampler("collocation", nodes=15),
-            "collocation (19 nodes)": base.with_sampler("collocation", nodes=19),
-            "collocation (24 nodes)": base.with_sampler("collocation", nodes=24),
-            "paradigms": base.with_sampler("paradigms"),
-            "semi_implicit": base.with_sampler("semi_implicit"),
-            "speculative": base.with_sampler("speculative"),
-            "secant (window 40)": base.with_sampler("secant"),
-            "auto": make_plan(base).apply(base),
-            "secant, window 100, warm": base.with_sampler("secant", window=100),
-        }
-        for way, candidate in ways.items():
+        for way, candidate in samplers(dataclasses.replace(policy, engine=engine)).items():
             label = f"{way}, {name}"
             made[label] = []
             variants[label] = partial(sample_warm if way.endswith("warm") else sample, label, candidate)
@@ -125,14 +135,18 @@ def bench_chunks(policy: Policy, engines: Mapping[str, Engine], machine: Mapping
 
 
 def bench_robots(policy: Policy, engines: Mapping[str, Engine], repeats: int) -> Rows:
-    """Median seconds of one ``predict`` for several robots, with the default sampler."""
+    """Median seconds of one ``predict`` for several robots by sampler and engine; rounds, and evaluations of all."""
     rows = []
     for robots in ROBOTS:
         batch = stack_observations(made_up_observations(policy, robots))
-        policies = {name: dataclasses.replace(policy, engine=engine) for name, engine in engines.items()}
-        calls = {name: partial(way.predict, batch) for name, way in policies.items()}
-        seconds = alternate(calls, repeats, policy.device)
-        rows.append({"robots": robots} | {name: statistics.median(values) for name, values in seconds.items()})
+        for sampler in ROBOT_SAMPLERS:
+            way = policy.with_sampler(sampler)
+            ways = {name: dataclasses.replace(way, engine=engine) for name, engine in engines.items()}
+            seconds = alternate({n: partial(w.predict, batch) for n, w in ways.items()}, repeats, policy.device)
+            stats = next(iter(ways.values())).predict(batch).stats
+            row: dict[str, Any] = {"robots": robots, "sampler": sampler}
+            row |= {"rounds": float(np.mean(stats.rounds)), "evaluations": float(np.sum(stats.evaluations))}
+            rows.append(row | {name: statistics.median(values) for name, values in seconds.items()})
     return rows
 
 
@@ -164,19 +178,23 @@ def bench_scaling(policy: Policy, repeats: int) -> dict[str, Rows]:
     return {"windows": windows, "steps": steps, "horizons": horizons}
 
 
-def bench_devices(folder: Path, engine: str, device: torch.device, repeats: int) -> Rows:
-    """Median seconds of a chunk on one device and split over two: GPUs, or processes of half the CPU's threads each."""
+def bench_devices(folder: Path, engine: str, device: torch.device, repeats: int, processes: int = PROCESSES) -> Rows:
+    """Median seconds of a chunk on one device, and split over several: GPUs, or processes that share the CPU's threads.
+
+    One process is the sharded engine beside the plain one: what the splitting itself costs.
+    """
     threads = torch.get_num_threads()
-    torch.set_num_threads(max(1, threads // PROCESSES))
+    torch.set_num_threads(max(1, threads // processes))
     try:
-        with start_workers(folder, PROCESSES, engine, device.type) as split:
+        with start_workers(folder, processes, engine, device.type) as split:
             whole = load_policy(folder, device=str(split.device), engine=engine)
             observation = made_up_observations(whole, 1)[0]
-            calls = {name: partial(way.predict, observation) for name, way in (("1", whole), (str(PROCESSES), split))}
+            calls = {"whole": partial(whole.predict, observation), "split": partial(split.predict, observation)}
             seconds = alternate(calls, repeats, split.device)
     finally:
         torch.set_num_threads(threads)
-    return [{"devices": int(name), "seconds": statistics.median(values)} for name, values in seconds.items()]
+    numbers = {"whole": 1, "split": processes}
+    return [{"devices": numbers[name], "seconds": statistics.median(values)} for name, values in seconds.items()]
 
 
 def _with_steps(policy: Policy, count: int) -> Policy:

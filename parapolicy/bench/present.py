@@ -32,9 +32,9 @@ def print_tables(results: Mapping[str, Any], engines: Sequence[str]) -> None:
         chunks.add_row(row["chunk"], *times, f"{baseline / row['p50']:.1f}×", rounds, floor, error)
     tables = [network, chunks]
     if "robots" in results:
-        robots = Table("robots", *engines, title="one call for several robots, default sampler, ms")
+        robots = Table("robots", "sampler", *engines, title="one call for several robots, ms")
         for row in results["robots"]:
-            robots.add_row(str(row["robots"]), *(f"{1e3 * row[name]:.0f}" for name in engines))
+            robots.add_row(str(row["robots"]), row["sampler"], *(f"{1e3 * row[name]:.0f}" for name in engines))
         tables.append(robots)
     for name, rows in results.get("scaling", {}).items():
         table = Table(*rows[0], title=f"{name}, {engines[-1]}; times in ms")

@@ -1,6 +1,6 @@
 """Many chunks in a row: does latency drift, does memory grow?
 
-    python -m parapolicy.bench.soak [CHECKPOINT] [--chunks 20000] [--engine auto] [--sampler NAME]
+    python -m parapolicy.bench.soak [CHECKPOINT] [--chunks 20000] [--engine auto] [--sampler NAME] [--output FILE]
     python -m parapolicy.bench.soak [CHECKPOINT] --control-hz 10 --seconds 1800 [--engine auto] [--sampler NAME]
 
 Prints latency percentiles and resident memory for every tenth of the run, and for all of it. With a control rate, it is
@@ -11,9 +11,11 @@ cores to others.
 
 import argparse
 import gc
+import json
 from collections.abc import Iterable, Mapping
 from itertools import pairwise
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from tqdm import tqdm
@@ -45,10 +47,12 @@ class Table:
         from rich.table import Table as RichTable
 
         self._table = RichTable(unit, *(f"p{p:g} ms" for p in PERCENTILES), *columns, "resident MiB")
+        self.rows: list[dict[str, Any]] = []
 
     def row(self, label: str, seconds: np.ndarray, *numbers: str) -> None:
-        values = np.percentile(1e3 * seconds, PERCENTILES)
-        self._table.add_row(label, *(f"{value:.2f}" for value in values), *numbers, f"{resident_mib():.0f}")
+        values, memory = np.percentile(1e3 * seconds, PERCENTILES).tolist(), resident_mib()
+        self._table.add_row(label, *(f"{value:.2f}" for value in values), *numbers, f"{memory:.0f}")
+        self.rows.append({"chunks": label, "ms": values, "resident_mib": memory})
 
     def print(self) -> None:
         from rich.console import Console
@@ -64,7 +68,7 @@ def tenths(count: int) -> Iterable[tuple[int, int]]:
     return bar
 
 
-def soak_chunks(policy: Policy, observations: list[dict[str, np.ndarray]], chunks: int) -> None:
+def soak_chunks(policy: Policy, observations: list[dict[str, np.ndarray]], chunks: int) -> list[dict[str, Any]]:
     """One chunk after the other."""
     seconds, table = np.empty(chunks), Table("chunks")
     for begin, end in tenths(chunks):
@@ -73,6 +77,7 @@ def soak_chunks(policy: Policy, observations: list[dict[str, np.ndarray]], chunk
         table.row(f"{begin} to {end}", seconds[begin:end])
     table.row("all", seconds)
     table.print()
+    return table.rows
 
 
 def soak_controller(policy: Policy, observations: list[dict[str, np.ndarray]], ticks: int, control_hz: float) -> None:
@@ -127,6 +132,7 @@ def main() -> None:
     parser.add_argument("--sampler")
     parser.add_argument("--engine", default="auto")
     parser.add_argument("--device", default="auto")
+    parser.add_argument("--output", type=Path, help="a file for the rows of chunks, as JSON")
     arguments = parser.parse_args()
     if arguments.chunks < 10:
         parser.error(f"--chunks is {arguments.chunks}, expected at least 10")
@@ -142,7 +148,9 @@ def main() -> None:
         policy.predict(observations[0], seed=seed)
     gc.freeze()  # as a control loop would
     if arguments.control_hz is None:
-        soak_chunks(policy, observations, arguments.chunks)
+        rows = soak_chunks(policy, observations, arguments.chunks)
+        if arguments.output:
+            arguments.output.write_text(json.dumps({"percentiles": PERCENTILES, "rows": rows}, indent=2) + "\n")
     else:
         soak_controller(policy, observations, ticks, arguments.control_hz)
 

@@ -1,0 +1,201 @@
+"""The tables of times, made from the files of the benchmarks; see :mod:`tools.fill_docs`."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+from tools.fill_docs import TASKS, Folders, table
+
+
+def chunks_table(folders: Folders) -> str:
+    """A chunk by sampler and engine, and a network call by rows, from ``bench.json``."""
+    return _chunks(_read(folders[0], "bench.json"))
+
+
+def _chunks(results: Any) -> str:
+    rows = {row["chunk"]: row for row in results["chunks"]}
+    upstream = [label for label in rows if label.startswith("upstream, ")]
+    ways: dict[str, dict[str, Any]] = {}  # sampler -> engine -> record
+    for label, row in rows.items():
+        way, _, engine = label.rpartition(", ")
+        if label not in upstream:
+            ways.setdefault(way, {})[engine] = row
+    engines = list(next(iter(ways.values())))
+    lines = []
+    for way, found in ways.items():
+        last = found[engines[-1]]
+        lines.append(
+            [
+                way,
+                *("{p50:.1f} / {p99:.1f}".format(**found[engine]) for engine in engines),
+                f"{rows[upstream[0]]['p50'] / last['p50']:.1f}×",
+                f"{last['rounds']:.1f}",
+                f"{last['evaluations']:.0f}",
+                f"{last['floor']:.1f} ({last['p50'] / last['floor']:.1f}×)",
+                f"{last['error_p95']:.0e}" if "error_p95" in last else "",
+            ]
+        )
+    for label in upstream:
+        cells = ["{p50:.1f} / {p99:.1f}".format(**rows[label]), *[""] * (len(engines) - 1)]
+        lines.append([f"{label} (eager)", *cells, "", "", "", "", ""])
+    headings = [
+        "p50 / p99, ms",
+        *engines,
+        "against upstream",
+        "rounds",
+        "evaluations",
+        "float32 floor (× floor)",
+        "error p95",
+    ]
+    called = [engine for engine in engines if engine in results["network"][0]]
+    calls = [
+        [
+            str(row["batch"]),
+            f"{1e3 * row['floor']:.2f}",
+            *(f"{1e3 * row[engine]:.2f} ({row[engine] / row['floor']:.1f}×)" for engine in called),
+        ]
+        for row in results["network"]
+    ]
+    machine, peak = results["machine"], results["peak_memory"]
+    facts = (
+        f"{results['parameters'] / 1e6:.1f} M parameters. Floor: {machine['flops_per_second'] / 1e9:.0f} GFLOP/s in "
+        f"float32, {machine['bytes_per_second'] / 1e9:.0f} GB/s for the weights. "
+        f"Peak memory: {peak['process']:.0f} MiB."
+    )
+    call_headings = ["rows of a call", "float32 floor, ms", *(f"{engine}, ms (× floor)" for engine in called)]
+    return f"{table(headings, lines)}\n\n{table(call_headings, calls)}\n\n{facts}"
+
+
+def calls_table(folders: Folders) -> str:
+    """A network call by rows and engine, from one or more files of ``tools.time_calls``."""
+    runs = [_read(folder, "calls.json") for folder in folders]
+    headings = ["rows", *(f"{engine}, {_threads(run)}" for run in runs for engine in run["ms"])]
+    rows = [
+        [str(count), *(f"{values[i]:.3g}" for run in runs for values in run["ms"].values())]
+        for i, count in enumerate(runs[0]["rows"])
+    ]
+    return f"{table(headings, rows)}\n\nMedians, ms."
+
+
+def _threads(run: Any) -> str:
+    return "1 thread" if run["threads"] == 1 else f"{run['threads']} threads"
+
+
+def scaling_tables(folders: Folders) -> str:
+    """By robots, and by window, steps, horizon and processes, the last engine's; from ``bench.json``."""
+    return _scaling(_read(folders[0], "bench.json"))
+
+
+def _scaling(results: Any) -> str:
+    scaling, parts = results["scaling"], [_robots(results["robots"])]
+    for rows in scaling.values():
+        first, *others = rows[0]
+        lines = [[first, *(str(row[first]) for row in rows)]]
+        for key in others:
+            form, unit, factor = ("{:.1f}", "", 1.0) if key == "rounds" else ("{:.3g}", ", ms", 1e3)
+            lines.append([f"{key}{unit}", *(form.format(factor * row[key]) for row in rows)])
+        parts.append(table(lines[0], lines[1:]))
+    return "\n\n".join(parts)
+
+
+def robots_table(folders: Folders) -> str:
+    """Several robots in one call, by sampler and engine."""
+    return _robots(_read(folders[0], "bench.json")["robots"])
+
+
+def _robots(rows: Any) -> str:
+    engines = [key for key in rows[0] if key not in ("robots", "sampler", "rounds", "evaluations")]
+    lines = [
+        [
+            str(row["robots"]),
+            f"`{row['sampler']}`",
+            f"{row['evaluations']:.0f}",
+            f"{row['rounds']:.1f}",
+            *(f"{1e3 * row[engine]:.1f}" for engine in engines),
+        ]
+        for row in rows
+    ]
+    return table(["robots", "sampler", "evaluations", "rounds", *(f"ms, `{engine}`" for engine in engines)], lines)
+
+
+def soak_table(folders: Folders) -> str:
+    """Percentiles and memory along many chunks."""
+    found = _read(folders[0], "soak.json")
+    percentiles = found["percentiles"]
+    lines = [
+        [row["chunks"], *(f"{value:.2f}" for value in row["ms"]), f"{row['resident_mib']:.0f}"] for row in found["rows"]
+    ]
+    return table(["chunks", *(f"p{p:g} ms" for p in percentiles), "resident MiB"], lines)
+
+
+def frames_table(folders: Folders) -> str:
+    """Encoding of two frames, without and with one kept."""
+    lines = [
+        [row["encoder"], f"{row['two']:.1f} ms", f"{row['one']:.1f} ms", f"{row['two'] / row['one']:.1f}×"]
+        for row in _read(folders[0], "frames.json")
+    ]
+    return table(["encoder", "two frames", "one new frame", ""], lines)
+
+
+def rounding_table(folders: Folders) -> str:
+    """What rounding to bfloat16 changes in the chunks of the shipped policies."""
+    lines = [
+        [
+            TASKS[row["env"]],
+            *(f"{row[key]:.1e}" for key in ("median", "p95")),
+            *("{:.0e} to {:.0e}".format(*row[key]) for key in ("equal", "own")),
+        ]
+        for row in _read(folders[0], "rounding.json")
+    ]
+    headings = "policy|error, median|error, 95th percentile|distance, equal noise|distance, noise of their own"
+    return table(headings.split("|"), lines)
+
+
+def gpu_tables(folders: Folders) -> str:
+    """Everything of ``gpu.json``, with what failed and what was left out."""
+    found = _read(folders[0], "gpu.json")
+    parts, git = dict(found["parts"]), found["git"] or {"commit": "unknown", "changed": False}
+    failed = [name for name, part in parts.items() if "error" in part]
+    texts = [
+        f"{' and '.join(found['devices']) or 'No GPU, a dry run'}, torch {found['versions']['torch']}, "
+        f"{found['date']}, commit {git['commit'][:10]}{' with changes' if git['changed'] else ''}: "
+        "`make results-gpu`. Times in ms."
+    ]
+    if failed or found["left_out"]:
+        texts.append(f"Failed: {', '.join(failed) or 'none'}. Left out: {', '.join(found['left_out']) or 'none'}.")
+    for name, part in parts.items():
+        if name in failed:
+            continue
+        if "chunks" in part:
+            texts.append(f"**{name}**\n\n{_chunks(part)}")
+        elif name == "tests" and part["passed"] is not None:
+            texts.append(f"The CUDA tests {'passed' if part['passed'] else 'failed'}.")
+        elif name == "agreement":
+            differences = (f"`{engine}` {value:.0e}" for engine, value in part.items() if engine != "seconds")
+            texts.append(f"Largest difference from the CPU's sequential chunk, normalised: {', '.join(differences)}.")
+        elif name == "scaling":
+            texts.append(_scaling(part))
+        elif name == "devices":
+            rows = [[str(row["devices"]), f"{1e3 * row['seconds']:.1f}"] for row in part["devices"]]
+            texts.append(table([f"devices ({part['backend']}, `{part['engine']}`)", "ms"], rows))
+    return "\n\n".join(texts)
+
+
+def lerobot_table(folders: Folders) -> str:
+    """LeRobot's own sampling against ours."""
+    rows = _read(folders[0], "lerobot.json")
+    lines = [
+        [
+            row["way"],
+            f"{row['ms']:.1f}",
+            f"{rows[0]['ms'] / row['ms']:.1f}",
+            f"{row['evaluations']:.0f}",
+            *(f"{row[key]:.1e}" for key in ("median", "p95")),
+        ]
+        for row in rows
+    ]
+    return table(["", "ms", "ratio", "evaluations", "difference, median", "p95"], lines)
+
+
+def _read(folder: Path, name: str) -> Any:
+    return json.loads((folder / name).read_text())
