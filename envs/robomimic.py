@@ -89,7 +89,10 @@ class Robomimic(gymnasium.Env):
         self._pictures = [key for key, feature in spec.observation.items() if feature.kind == "image"]
         if odd := [key for key in self._pictures if not key.endswith(PICTURE)]:
             raise ValueError(f"the policy observes the images {odd}; {task} gives CAMERA_image, as agentview_image")
-        cameras = {key.removesuffix(PICTURE): spec.observation[key].shape[:2] for key in self._pictures}
+        cameras: dict[str, tuple[int, int]] = {}
+        for key in self._pictures:
+            height, width, _ = spec.observation[key].shape
+            cameras[key.removesuffix(PICTURE)] = height, width
         self._simulator = make_simulator(name, arguments, render_size, cameras)
         self._render_size = render_size
         self._keys = list(spec.observation)
