@@ -409,13 +409,6 @@ def test_a_real_thread(shipped: Policy) -> None:
     assert controller.record.times["act"].summary()["count"] == 200
 
 
-def test_executed_beyond_the_horizon_is_refused() -> None:
-    policy = small_policy()
-    state = policy.predict(some_observation(policy.spec)).warm_state
-    with pytest.raises(ValueError, match="executed is 8, expected 0 to 7"):
-        policy.predict(some_observation(policy.spec), warm=state, executed=8)
-
-
 @pytest.mark.parametrize(
     ("example", "printed"),
     [("control_loop seconds=1", "100 ticks:"), ("gym_agent episodes=1", "seed 100000: reward")],

@@ -122,6 +122,23 @@ def test_a_deadline_ends_sampling_after_the_round(sampler: str) -> None:
         policy.predict(observation, deadline=float("nan"))
 
 
+def test_one_state_per_call_is_a_bound() -> None:
+    policy = small_policy()
+    with pytest.raises(ValueError, match="max_batch is 0"):
+        dataclasses.replace(policy, max_batch=0)
+    observation = some_observation(policy.spec, batch=2)
+    single = dataclasses.replace(policy, max_batch=1).predict(observation)
+    np.testing.assert_allclose(single.trajectory, policy.predict(observation).trajectory, rtol=1e-4, atol=1e-3)
+
+
+def test_without_arguments_it_is_the_published_schedule() -> None:
+    policy = small_policy(inference={"solver": "ddim", "steps": 10})
+    moved = policy.with_schedule(steps=20)
+    assert (moved.schedule.solver, len(moved.schedule)) == ("ddpm", 20)
+    published = moved.with_schedule()
+    assert (published.schedule.solver, len(published.schedule)) == ("ddim", 10)
+
+
 @pytest.mark.parametrize("sampler", parapolicy.list_samplers())
 def test_max_batch_bounds_every_call_and_changes_nothing(sampler: str) -> None:
     policy = small_policy(sampler)

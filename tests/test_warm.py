@@ -1,6 +1,7 @@
 """Warm starts: the guess saves rounds and changes nothing; the noise stays standard normal."""
 
 import dataclasses
+from typing import Any
 
 import numpy as np
 import pytest
@@ -9,6 +10,7 @@ from scipy import stats
 
 from envs import make_env
 from parapolicy.denoiser import Denoiser
+from parapolicy.engine import Eager
 from parapolicy.evaluate.run.rollout import rollout
 from parapolicy.noise import draw_noise
 from parapolicy.observation import normalize_observation
@@ -60,6 +62,38 @@ def test_a_perfect_guess_leaves_one_round_per_window(name: str) -> None:
     noise, guess = state.noise.flatten(2), state.estimates.flatten(2)
     sample = run_sampler(sampler.sampler, _denoiser(policy, observation), policy.schedule, noise, guess=guess)
     assert int(sample.rounds[0]) <= 3  # two windows; ParaDiGMS waits for its last states to stand still
+
+
+class Noting(Eager):
+    """Keeps the last call's noise and guess."""
+
+    def run(self, sampler: Any, denoiser: Any, noise: Any, stop: Any = None, guess: Any = None) -> Any:
+        self.noise, self.guess = noise, guess
+        return super().run(sampler, denoiser, noise, stop, guess)
+
+
+@pytest.mark.parametrize(("name", "shared"), [("secant", True), ("speculative", False)])
+def test_the_guess_is_shifted_and_noise_is_shared_only_where_that_is_exact(name: str, shared: bool) -> None:
+    engine = Noting()
+    policy = dataclasses.replace(small_policy(name), engine=engine)
+    observation = some_observation(policy.spec)
+    state = policy.predict(observation, seed=1).warm_state
+    assert engine.guess is None
+    policy.predict(observation, seed=2, warm=state, executed=3)
+    assert torch.equal(engine.guess, state.guess(3).flatten(2))
+    assert not torch.equal(engine.guess, state.guess(0).flatten(2))
+    fresh = draw_noise(policy.schedule, 1, seed=2)
+    assert torch.equal(engine.noise, (state.shift_noise(fresh, 3) if shared else fresh).flatten(2))
+
+
+@pytest.mark.parametrize("executed", [-1, 8])
+def test_chunks_that_do_not_overlap_share_no_state(executed: int) -> None:
+    policy = small_policy()
+    observation = some_observation(policy.spec)
+    state = policy.predict(observation).warm_state
+    with pytest.raises(ValueError, match=f"executed is {executed}, expected 0 to 7"):
+        policy.predict(observation, warm=state, executed=executed)
+    policy.predict(observation, warm=state, executed=7)
 
 
 def _denoiser(policy: Policy, observation: dict) -> Denoiser:
