@@ -124,8 +124,8 @@ def bad_images() -> dict[str, tuple[Any, str]]:
         "another format": (encode(good, "BMP"), "no whole JPEG or PNG"),
         "empty": (b"", "0 bytes are no whole"),
         "long": (encode(good) + bytes(100_000), "bytes, expected at most 70144"),
-        "too few": ([encode(good)], "a list of 1, expected 2 files' bytes"),
-        "mixed": ([encode(good), 3], "a list of 2, expected 2 files' bytes"),
+        "too few": ([encode(good)], "a list of 1, expected 2 JPEG or PNG files"),
+        "mixed": ([encode(good), 3], "a list of 2, expected 2 JPEG or PNG files"),
         "one of two": ([encode(good), encode(good[:-1])], "32 × 23, expected 32 × 24"),
         "one step": (encode(good), "expected all of one kind"),
     }
