@@ -25,7 +25,9 @@ networks.ConditionalUnet1D.__init__.__defaults__ = (32, [16, 32, 64], 5, 8)  # r
 
 def algo(kind: str) -> Any:
     config = config_factory("diffusion_policy")
-    with config.values_unlocked():
+    with config.unlocked():
+        # As robomimic's training script does.
+        config.algo.optim_params.policy.num_train_batches = config.algo.optim_params.policy.num_epochs = 1
         config.observation.modalities.obs.low_dim = list(SHAPES)
         config.algo.ema.enabled = False
         config.algo.ddpm.enabled, config.algo.ddim.enabled = kind == "ddpm", kind == "ddim"

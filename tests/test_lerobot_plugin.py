@@ -92,7 +92,7 @@ def test_lerobot_finds_the_plug_in(run: Run) -> None:
 def test_a_wrong_variable_ends_lerobot_s_command(run: Run) -> None:
     done = run("-c", SAMPLED_BY, variable="--sampler nothing", check=False)
     assert done.returncode == 1
-    assert done.stderr.splitlines()[-1].startswith("error: sampler name is 'nothing'")
+    assert done.stderr.splitlines()[-1].startswith("error: sampler is 'nothing'")
 
 
 @needs_lerobot

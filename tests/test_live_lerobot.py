@@ -154,6 +154,6 @@ def test_without_lerobot_the_command_says_so() -> None:
         main(["lerobot-eval"])
 
 
-def test_only_lerobot_s_policies_are_taken() -> None:
+def test_only_diffusion_policies_are_taken() -> None:
     with pytest.raises(TypeError, match="object is no diffusion policy of LeRobot"):
         parapolicy.accelerate(object())
