@@ -46,7 +46,7 @@ def envs() -> Iterator[list[gymnasium.Env]]:
     """Two of Lift in this process, each with a renderer of its own."""
     pytest.importorskip("robosuite", reason="robosuite is not installed: pip install 'parapolicy[robomimic]'")
     try:
-        made = [make_env("lift_image", small_spec(**SETTINGS), max_episode_steps=3, render_size=64) for _ in range(2)]
+        made = [make_env("lift_image", small_spec(**SETTINGS), max_episode_steps=5, render_size=64) for _ in range(2)]
     except ValueError as error:
         if "install EGL" not in str(error):
             raise
@@ -98,7 +98,7 @@ def test_episodes_do_not_depend_on_the_number_of_environments_or_on_processes(en
         return {episode.seed: episode for episode in episodes}
 
     both = run(iter(envs).__next__, 2, False)
-    one = run(partial(make_env, "lift_image", policy.spec, max_episode_steps=3), 1, True)
+    one = run(partial(make_env, "lift_image", policy.spec, max_episode_steps=5), 1, True)
     for seed, episode in both.items():
         assert len(episode.observations) == 2
         assert digest(episode.observations) == digest(one[seed].observations)
