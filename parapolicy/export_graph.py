@@ -4,7 +4,6 @@ import importlib
 import json
 import logging
 import tempfile
-import warnings
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -14,7 +13,7 @@ from torch import Tensor, nn
 from torch.export import Dim, ExportedProgram
 
 from parapolicy.engine.checking import Function, check_equal
-from parapolicy.engine.openvino import import_openvino
+from parapolicy.engine.openvino import PRECISION, convert_rows, import_openvino
 from parapolicy.networks import Network
 from parapolicy.policy import Policy
 from parapolicy.spec import Feature
@@ -158,15 +157,12 @@ def _write_onnx(module: nn.Module, inputs: Mapping[str, Tensor], outputs: tuple[
 
 def _write_openvino(module: nn.Module, inputs: Mapping[str, Tensor], outputs: tuple[str, ...], path: Path) -> Function:
     openvino = import_openvino()
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # that tracing takes sizes for constants: compared with other sizes
-        given = tuple(inputs.values())
-        model = openvino.convert_model(module, example_input=given, input=[[-1, *v.shape[1:]] for v in given])
+    model = convert_rows(module, tuple(inputs.values()))
     for places, names in ((model.inputs, inputs), (model.outputs, outputs)):
         for place, name in zip(places, names, strict=True):
             place.get_tensor().set_names({name})
     openvino.save_model(model, path, compress_to_fp16=False)
-    compiled = openvino.Core().compile_model(path, "CPU", {"INFERENCE_PRECISION_HINT": "f32"})
+    compiled = openvino.Core().compile_model(path, "CPU", PRECISION)
 
     def run(*given: Tensor) -> list[Tensor]:
         found = compiled({name: value.numpy() for name, value in zip(inputs, given, strict=True)})

@@ -10,7 +10,6 @@ install openvino``. Prints medians in ms.
 
 import argparse
 import functools
-import importlib
 import json
 import statistics
 import time
@@ -24,6 +23,7 @@ from torch import Tensor
 
 from parapolicy.bench.widen import widen
 from parapolicy.engine import make_engine
+from parapolicy.engine.openvino import import_openvino
 from parapolicy.loading import load_policy
 from parapolicy.networks import Network
 from parapolicy.networks.transformer1d import TransformerForDiffusion
@@ -54,8 +54,7 @@ class Rows(torch.nn.Module):
 
 def convert(network: Any, tables: tuple[Tensor, Tensor], given: tuple[Tensor, ...], threads: int) -> Callable[[], Any]:
     """A call of OpenVINO for as many rows as are given."""
-    openvino: Any = importlib.import_module("openvino")  # not one of this package's dependencies
-
+    openvino = import_openvino()
     x, step, element = given
     inputs = x, tables[0][step], tables[1][element]
     model = openvino.convert_model(Rows(network), example_input=inputs, input=[list(value.shape) for value in inputs])

@@ -11,8 +11,15 @@ from parapolicy.engine.openvino import OpenVino
 __all__ = ["ENGINES", "Compiled", "CudaGraph", "Deadline", "Eager", "Engine", "Fused", "OpenVino", "make_engine"]
 
 ENGINES = (
-    *("auto", "eager", "compiled", "compiled_bfloat16", "fused", "fused_bfloat16"),
-    *("openvino", "cuda_graph", "sharded"),
+    "auto",
+    "eager",
+    "compiled",
+    "compiled_bfloat16",
+    "fused",
+    "fused_bfloat16",
+    "openvino",
+    "cuda_graph",
+    "sharded",
 )
 
 

@@ -10,7 +10,7 @@ from typing import Any
 from torch import Tensor
 
 from parapolicy.denoiser import Denoiser, Evaluate
-from parapolicy.networks import Network
+from parapolicy.networks import Embedding, Network
 from parapolicy.samplers import Rounds, Sample, Sampler
 
 
@@ -74,11 +74,27 @@ class Engine(ABC):
                 return rounds.result()
 
 
+@dataclass(frozen=True)
+class Bound:
+    """A network at one schedule and batch of observations.
+
+    Attributes:
+        forward: as :meth:`parapolicy.networks.Network.forward`.
+        steps, condition: what it takes of both.
+    """
+
+    forward: Callable[[Tensor, Embedding, Embedding, Tensor, Tensor], Tensor]
+    steps: Embedding
+    condition: Embedding
+
+    def __call__(self, x: Tensor, step: Tensor, element: Tensor) -> Tensor:
+        return self.forward(x, self.steps, self.condition, step, element)
+
+
 class Eager(Engine):
     """The network as it was trained: the reference."""
 
     name = "eager"
 
     def bind(self, network: Network, timesteps: Tensor, observation: Mapping[str, Tensor]) -> Evaluate:
-        steps, condition = network.embed_steps(timesteps), network.embed_condition(observation)
-        return lambda x, step, element: network(x, steps, condition, step, element)
+        return Bound(network, network.embed_steps(timesteps), network.embed_condition(observation))

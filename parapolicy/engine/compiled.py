@@ -2,7 +2,6 @@
 
 import threading
 from collections.abc import Mapping
-from dataclasses import dataclass
 
 import torch
 from torch import Tensor
@@ -10,7 +9,7 @@ from torch.nn import functional
 
 from parapolicy.compiling import Compiling
 from parapolicy.denoiser import Denoiser
-from parapolicy.engine.base import Engine
+from parapolicy.engine.base import Bound, Engine
 from parapolicy.engine.lowered import lower
 from parapolicy.networks import Embedding, Network, map_embedding
 from parapolicy.samplers import Rounds, Sampler
@@ -35,13 +34,13 @@ class Compiled(Engine):
         self._lowered: Lowered | None = None  # of the newest network
         self._lock = threading.Lock()
 
-    def bind(self, network: Network, timesteps: Tensor, observation: Mapping[str, Tensor]) -> "Bound":
+    def bind(self, network: Network, timesteps: Tensor, observation: Mapping[str, Tensor]) -> Bound:
         with self._lock:
             if self._lowered is None or self._lowered.source is not network:
                 self._lowered = Lowered(network, self.dtype)
             lowered = self._lowered
             steps = lowered.embed_steps(timesteps)
-        return Bound(lowered, steps, map_embedding(_twice, lowered.network.embed_condition(observation)))
+        return Bound(lowered.forward, steps, map_embedding(_twice, lowered.network.embed_condition(observation)))
 
     def rounds(self, sampler: Sampler, denoiser: Denoiser, noise: Tensor) -> Rounds:
         # Compiled rounds differ by roundings from the plain ones that larger batches take.
@@ -85,18 +84,6 @@ class Lowered:
                 map_embedding(_mark_dynamic, embedding)
         output: Tensor = self._forward(x, steps, condition, step, element)
         return output
-
-
-@dataclass(frozen=True)
-class Bound:
-    """The network at one schedule and batch of observations."""
-
-    lowered: Lowered
-    steps: Embedding
-    condition: Embedding
-
-    def __call__(self, x: Tensor, step: Tensor, element: Tensor) -> Tensor:
-        return self.lowered.forward(x, self.steps, self.condition, step, element)
 
 
 def _mark_dynamic(value: Tensor) -> Tensor:

@@ -10,9 +10,10 @@ import torch
 from torch import Tensor
 
 from parapolicy.denoiser import Denoiser
-from parapolicy.engine import compiled
+from parapolicy.engine import base
 from parapolicy.engine.base import Engine
-from parapolicy.networks import Embedding, Network, map_embedding
+from parapolicy.engine.compiled import Compiled
+from parapolicy.networks import Embedding, Network, embedding_tensors, map_embedding
 from parapolicy.samplers import DenoiserLike, Rounds, Sample, Sampler
 
 CACHED = 8  # schedules and batch sizes whose graphs are cached at a time
@@ -28,7 +29,7 @@ class CudaGraph(Engine):
     name = "cuda_graph"
 
     def __init__(self) -> None:
-        self.compiled = compiled.Compiled()
+        self.compiled = Compiled()
         self._bound: OrderedDict[Hashable, Bound] = OrderedDict()
         self._lock = threading.Lock()
 
@@ -75,14 +76,14 @@ class Bound:
         bound: computes; its condition is copied.
     """
 
-    def __init__(self, key: Any, bound: compiled.Bound) -> None:
+    def __init__(self, key: Any, bound: base.Bound) -> None:
         self.key = key
         self.bound = dataclasses.replace(bound, condition=map_embedding(torch.clone, bound.condition))
         self.cached: dict[Hashable, Rounds] = {}
 
     def update(self, condition: Embedding) -> None:
         """Take a new chunk's condition into the memory that graphs read."""
-        for mine, value in zip(_tensors(self.bound.condition), _tensors(condition), strict=True):
+        for mine, value in zip(embedding_tensors(self.bound.condition), embedding_tensors(condition), strict=True):
             mine.copy_(value)
 
     def __call__(self, x: Tensor, step: Tensor, element: Tensor) -> Tensor:
@@ -117,7 +118,3 @@ class Captured(Rounds):
 
     def result(self) -> Sample:
         return self.rounds.result()
-
-
-def _tensors(embedding: Embedding) -> tuple[Tensor, ...]:
-    return embedding if isinstance(embedding, tuple) else (embedding,)

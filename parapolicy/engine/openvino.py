@@ -4,15 +4,16 @@ import sys
 import threading
 import warnings
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from parapolicy.engine.base import Engine
+from parapolicy.engine.base import Bound, Engine
 from parapolicy.engine.checking import check_equal
-from parapolicy.networks import Embedding, Network
+from parapolicy.networks import Embedding, Network, embedding_tensors
+
+PRECISION = {"INFERENCE_PRECISION_HINT": "f32"}  # bfloat16 is its own choice where there are instructions for it
 
 
 def import_openvino() -> Any:
@@ -35,6 +36,14 @@ def import_openvino() -> Any:
             del sys.modules["openvino_telemetry"]
 
 
+def convert_rows(module: nn.Module, example: tuple[Tensor, ...]) -> Any:
+    """OpenVINO's model of a module, for any number of rows of each input; to be compared on other numbers of them."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # that tracing takes sizes for constants
+        shapes = [[-1, *value.shape[1:]] for value in example]
+        return import_openvino().convert_model(module, example_input=example, input=shapes)
+
+
 class OpenVino(Engine):
     """The network's forward pass, converted in memory at the first call, for any number of rows.
 
@@ -53,13 +62,13 @@ class OpenVino(Engine):
         self._converted: Converted | None = None  # of the newest network
         self._lock = threading.Lock()
 
-    def bind(self, network: Network, timesteps: Tensor, observation: Mapping[str, Tensor]) -> "Bound":
+    def bind(self, network: Network, timesteps: Tensor, observation: Mapping[str, Tensor]) -> Bound:
         with self._lock:
             if self._converted is None or self._converted.source is not network:
                 self._converted = Converted(network)
             converted = self._converted
             steps = converted.embed_steps(timesteps)
-        return Bound(converted, steps, network.embed_condition(observation))
+        return Bound(converted.forward, steps, network.embed_condition(observation))
 
 
 class Converted:
@@ -88,7 +97,7 @@ class Converted:
                 self._model = self._convert(x.shape[1:], steps, condition)
         if not hasattr(self._own, "request"):
             self._own.request = self._model.create_infer_request()
-        return _infer(self._own.request, (x, step, element, *_tensors(steps), *_tensors(condition)))
+        return _infer(self._own.request, (x, step, element, *embedding_tensors(steps), *embedding_tensors(condition)))
 
     @torch.inference_mode(False)
     @torch.no_grad()
@@ -99,7 +108,7 @@ class Converted:
         def normal(*shape: int) -> Tensor:
             return torch.empty(shape).normal_(generator=generator)
 
-        tables = [normal(*table.shape) for table in (*_tensors(steps), *_tensors(condition))]
+        tables = [normal(*table.shape) for table in (*embedding_tensors(steps), *embedding_tensors(condition))]
         counts = len(tables[0]), len(tables[-1])
 
         def draw(rows: int) -> tuple[Tensor, ...]:
@@ -108,16 +117,12 @@ class Converted:
 
         module, example = Forward(self.source, steps, condition), draw(3)
         settings = {
-            "INFERENCE_PRECISION_HINT": "f32",  # bfloat16 is its own choice where there are instructions for it
+            **PRECISION,
             "INFERENCE_NUM_THREADS": torch.get_num_threads(),
             "NUM_STREAMS": 1,
         }
         try:
-            with warnings.catch_warnings():
-                warnings.simplefilter("ignore")  # that tracing takes sizes for constants: compared below
-                shapes = [[-1, *value.shape[1:]] for value in example]
-                model = openvino.convert_model(module, example_input=example, input=shapes)
-            compiled = openvino.Core().compile_model(model, "CPU", settings)
+            compiled = openvino.Core().compile_model(convert_rows(module, example), "CPU", settings)
         except Exception as error:  # of many kinds: the trace's, the converter's and the plugin's
             name = type(self.source).__name__
             raise ValueError(f"OpenVINO does not take a {name}: {error!s:.300}; take engine 'compiled'") from error
@@ -140,7 +145,7 @@ class Forward(nn.Module):
 
     def __init__(self, network: Network, steps: Embedding, condition: Embedding) -> None:
         super().__init__()
-        self.network, self.count = network, len(_tensors(steps))
+        self.network, self.count = network, len(embedding_tensors(steps))
         self.pairs = isinstance(steps, tuple), isinstance(condition, tuple)
 
     def forward(self, x: Tensor, step: Tensor, element: Tensor, *tables: Tensor) -> Tensor:
@@ -148,22 +153,6 @@ class Forward(nn.Module):
         steps, condition = (part if pair else part[0] for part, pair in zip(parts, self.pairs, strict=True))
         prediction: Tensor = self.network(x, steps, condition, step, element)
         return prediction
-
-
-@dataclass(frozen=True)
-class Bound:
-    """The network at one schedule and batch of observations."""
-
-    converted: Converted
-    steps: Embedding
-    condition: Embedding
-
-    def __call__(self, x: Tensor, step: Tensor, element: Tensor) -> Tensor:
-        return self.converted.forward(x, self.steps, self.condition, step, element)
-
-
-def _tensors(embedding: Embedding) -> tuple[Tensor, ...]:
-    return embedding if isinstance(embedding, tuple) else (embedding,)
 
 
 def _infer(request: Any, inputs: Sequence[Tensor]) -> Tensor:

@@ -3,14 +3,22 @@
 from importlib.metadata import entry_points
 from typing import Any
 
-from parapolicy.networks.base import Embedding, Network, flatten_observation, map_embedding
+from parapolicy.networks.base import Embedding, Network, embedding_tensors, flatten_observation, map_embedding
 from parapolicy.networks.transformer1d import TransformerForDiffusion
 from parapolicy.networks.unet1d import ConditionalUnet1D
 from parapolicy.spec import PolicySpec
 
 NETWORKS: dict[str, type[Network]] = {"unet1d": ConditionalUnet1D, "transformer1d": TransformerForDiffusion}
 
-__all__ = ["NETWORKS", "Embedding", "Network", "build_network", "flatten_observation", "map_embedding"]
+__all__ = [
+    "NETWORKS",
+    "Embedding",
+    "Network",
+    "build_network",
+    "embedding_tensors",
+    "flatten_observation",
+    "map_embedding",
+]
 
 
 def build_network(spec: PolicySpec) -> Network:

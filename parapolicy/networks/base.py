@@ -110,6 +110,11 @@ def check_condition(spec: PolicySpec, observed: int, condition: Any) -> None:
         raise ValueError(f"n_obs_steps is {spec.n_obs_steps}, expected at most the horizon, {spec.horizon}")
 
 
+def embedding_tensors(embedding: Embedding) -> tuple[Tensor, ...]:
+    """Its tensors; of one tensor, itself."""
+    return embedding if isinstance(embedding, tuple) else (embedding,)
+
+
 def map_embedding(function: Callable[[Tensor], Tensor], embedding: Embedding) -> Embedding:
     """``function`` of each tensor."""
     return tuple(map(function, embedding)) if isinstance(embedding, tuple) else function(embedding)
