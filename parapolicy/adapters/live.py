@@ -220,22 +220,35 @@ def adopt(spec: PolicySpec, tensors: Mapping[str, Tensor]) -> Network:
     return network.requires_grad_(False).eval()
 
 
-def verified(
-    ours: Callable[[], Tensor], original: Callable[[], Tensor], generator: torch.Generator | None, device: torch.device
-) -> tuple[Tensor, bool]:
-    """The original's own chunk, and whether ours of the same random numbers is near; a warning says if it is not."""
+def sample_checked(
+    accelerated: Accelerated,
+    ours: Callable[[], Tensor],
+    original: Callable[[], Tensor],
+    step_aside: Callable[[], None],
+    generator: torch.Generator | None,
+    device: torch.device,
+) -> Tensor:
+    """Our chunk; while ``accelerated.verify``, the original's own, which ours of the same random numbers must be near.
+
+    Args:
+        step_aside: called, with a warning, where it is not: gives the policy its own sampling back.
+        generator: that both draw from; None: torch's own of ``device``.
+    """
+    if not accelerated.verify:
+        return ours()
+    accelerated.verify = False
     with _rewound(generator, device):
         found = ours()
     expected = original()
     difference = float((found - expected).detach().abs().amax())
-    agrees = difference <= VERIFIED
-    if not agrees:
+    if not difference <= VERIFIED:
         warnings.warn(
             f"parapolicy steps aside: its first chunk differs from the policy's own by {difference:.2g}, normalised, "
             f"and at most {VERIFIED} was expected; the policy samples by itself from here on",
             stacklevel=5,
         )
-    return expected, agrees
+        step_aside()
+    return expected
 
 
 @contextmanager

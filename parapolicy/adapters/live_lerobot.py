@@ -24,7 +24,7 @@ from parapolicy.adapters.live import (
     draw_noise_after,
     read_schedule,
     remove,
-    verified,
+    sample_checked,
 )
 from parapolicy.checkpoint.lerobot_config import FINAL_GROUPS, UNET
 from parapolicy.checkpoint.lerobot_folder import COMPILED, published_name
@@ -106,21 +106,20 @@ def conditional_sample(
     if global_cond is None or any(value is not None for value in others.values()):
         chunk: Tensor = original(self, batch_size, global_cond=global_cond, generator=generator, noise=noise, **others)
         return chunk
-    if not accelerated.verify:
+
+    def ours() -> Tensor:
         return _sample(accelerated, self, global_cond, generator, noise)
-    accelerated.verify = False
-    given = {"noise": noise} if "noise" in inspect.signature(original).parameters else {}
-    chunk, agrees = verified(
-        lambda: _sample(accelerated, self, global_cond, generator, noise),
-        lambda: original(self, batch_size, global_cond=global_cond, generator=generator, **given),
-        generator,
-        global_cond.device,
-    )
-    if not agrees:
+
+    def theirs() -> Tensor:
+        given = {"noise": noise} if "noise" in inspect.signature(original).parameters else {}
+        return original(self, batch_size, global_cond=global_cond, generator=generator, **given)
+
+    def step_aside() -> None:
         remove(Method(self, "conditional_sample", conditional_sample))
         if type(self) in REPLACED:
             self.conditional_sample = types.MethodType(original, self)
-    return chunk
+
+    return sample_checked(accelerated, ours, theirs, step_aside, generator, global_cond.device)
 
 
 @dataclass

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from parapolicy.adapters.live import ATTRIBUTE, Accelerated, Method, remove, verified
+from parapolicy.adapters.live import ATTRIBUTE, Accelerated, Method, remove, sample_checked
 from parapolicy.adapters.live_loop import ChunkInLoop, View
 
 NETWORK = "noise_pred_net"
@@ -40,10 +40,8 @@ def get_action_trajectory(self: Any, obs_dict: dict[str, Tensor], goal_dict: Any
         loop.finish()
         return actions
 
-    if not accelerated.verify:
-        return ours()
-    accelerated.verify = False
-    actions, agrees = verified(ours, lambda: original(self, obs_dict, goal_dict), None, torch.device(self.device))
-    if not agrees:
-        remove(*methods(self))
-    return actions
+    def theirs() -> Tensor:
+        actions: Tensor = original(self, obs_dict, goal_dict)
+        return actions
+
+    return sample_checked(accelerated, ours, theirs, lambda: remove(*methods(self)), None, torch.device(self.device))

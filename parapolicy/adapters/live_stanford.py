@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from parapolicy.adapters.live import ATTRIBUTE, Accelerated, Method, arguments_of, remove, verified
+from parapolicy.adapters.live import ATTRIBUTE, Accelerated, Method, arguments_of, remove, sample_checked
 from parapolicy.adapters.live_loop import ChunkInLoop, Inpainted, View
 
 
@@ -37,11 +37,6 @@ def conditional_sample(self: Any, condition_data: Tensor, condition_mask: Tensor
         loop.finish()
         return chunk
 
-    if not accelerated.verify:
-        return ours()
-    accelerated.verify = False
     given = arguments_of(type(self).conditional_sample, self, condition_data, condition_mask, *args, **kwargs)
-    chunk, agrees = verified(ours, lambda: original(self), given.get("generator"), condition_data.device)
-    if not agrees:
-        remove(*methods(self))
-    return chunk
+    generator, device = given.get("generator"), condition_data.device
+    return sample_checked(accelerated, ours, lambda: original(self), lambda: remove(*methods(self)), generator, device)
