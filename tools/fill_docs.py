@@ -82,13 +82,12 @@ def shipped_table(folders: Folders) -> str:
     """Scores, latency and chunk error of a run of ``eval.py``."""
     rows = []
     for label, row in _results(folders[0])["samplers"].items():
-        paired, error = row.get("paired_reward_difference"), row["chunk_error"]
+        error = row["chunk_error"]
         rows.append(
             [
                 label,
-                _interval("{:.3f}", row["mean_max_reward"], row["mean_max_reward_ci95"]),
-                _interval("{:.2f}", row["success_rate"], row["success_rate_ci95"]),
-                _interval("{:+.3f}", paired["mean"], paired["ci95"]) if paired and paired["to"] != label else "",
+                *_scores(row),
+                _paired(label, row),
                 "{p50:.1f} / {p95:.1f} / {p99:.1f}".format(**row["chunk_ms"]),
                 f"{row['speedup_p50']:.2f}×" if "speedup_p50" in row else "",
                 f"{row['rounds']['mean']:.1f}",
@@ -104,14 +103,12 @@ def closed_loop_table(folders: Folders) -> str:
     """Reward, success, cost and fidelity of every sampler."""
     rows = []
     for label, row in (pair for folder in folders for pair in _results(folder)["samplers"].items()):
-        paired, distance = row.get("paired_reward_difference"), row.get("energy_distance")
-        error = row["chunk_error"]
+        distance, error = row.get("energy_distance"), row["chunk_error"]
         rows.append(
             [
                 label,
-                _interval("{:.3f}", row["mean_max_reward"], row["mean_max_reward_ci95"]),
-                _interval("{:.2f}", row["success_rate"], row["success_rate_ci95"]),
-                _interval("{:+.3f}", paired["mean"], paired["ci95"]) if paired and paired["to"] != label else "",
+                *_scores(row),
+                _paired(label, row),
                 "{mean:.1f} ({p95:.0f})".format(**row["rounds"]),
                 f"{row['evaluations']['mean']:.0f}",
                 "{median:.0e} / {p95:.0e} / {max:.0e}".format(**error) if error["max"] else "",
@@ -190,15 +187,14 @@ def simulated_latency_table(folders: Folders) -> str:
     samplers = _results(folders[0])["samplers"]
     rows = []
     for label, row in samplers.items():
-        control, paired = row.get("control"), row.get("paired_reward_difference")
+        control = row.get("control")
         timed = control is not None and control["latency"] != "none"
         rows.append(
             [
                 label,
                 "{p50:.1f} / {p99:.1f}".format(**control["chunk_ms"]) if timed else "",
-                _interval("{:.3f}", row["mean_max_reward"], row["mean_max_reward_ci95"]),
-                _interval("{:.2f}", row["success_rate"], row["success_rate_ci95"]),
-                _interval("{:+.3f}", paired["mean"], paired["ci95"]) if paired and paired["to"] != label else "",
+                *_scores(row),
+                _paired(label, row),
             ]
         )
     headings = ["", "chunk ms p50 / p99", "mean max reward", "success", "difference to the first row, by seed"]
@@ -213,8 +209,7 @@ def seams_table(folders: Folders) -> str:
         rows.append(
             [
                 label,
-                _interval("{:.3f}", row["mean_max_reward"], row["mean_max_reward_ci95"]),
-                _interval("{:.2f}", row["success_rate"], row["success_rate_ci95"]),
+                *_scores(row),
                 *(
                     _interval(form, motion[name]["mean"], motion[name]["ci95"]) if name in motion else ""
                     for name, form in (("relative_jump", "{:.2f}"), ("jerk", "{:.3g}"))
@@ -222,6 +217,18 @@ def seams_table(folders: Folders) -> str:
             ]
         )
     return table(["seam and latency", "mean max reward", "success", "jump at seams / step", "jerk"], rows)
+
+
+def _scores(row: Mapping[str, Any]) -> list[str]:
+    """Reward and success of a sampler, with intervals."""
+    reward = _interval("{:.3f}", row["mean_max_reward"], row["mean_max_reward_ci95"])
+    return [reward, _interval("{:.2f}", row["success_rate"], row["success_rate_ci95"])]
+
+
+def _paired(label: str, row: Mapping[str, Any]) -> str:
+    """The difference of reward by seed; empty for the sampler that others are compared with."""
+    paired = row.get("paired_reward_difference")
+    return _interval("{:+.3f}", paired["mean"], paired["ci95"]) if paired and paired["to"] != label else ""
 
 
 def _results(folder: Path) -> dict[str, Any]:

@@ -4,17 +4,15 @@
 
 Rounds weights to int8 with a scale per output channel, and then the inputs of every product, too, with a scale per
 row, as a kernel of vpdpbusd would take them; computes whole sequential chunks, and compares them with float32 chunks of
-the same noise. ``fused_bfloat16`` is measured beside them.
+the same noise. ``tools.measure_rounding`` does so with bfloat16.
 """
 
 import argparse
-from collections.abc import Callable
-from typing import Any
 
 import numpy as np
-import torch
 from rich.console import Console
 from rich.table import Table
+from scipy.spatial.distance import pdist
 from torch import Tensor, nn
 
 from parapolicy import Policy, load_policy
@@ -53,32 +51,22 @@ def main() -> None:
     def load(engine: str) -> Policy:
         return load_policy(parsed.checkpoint, sampler="sequential", engine=engine)
 
-    candidates: dict[str, Callable[[], Policy]] = {
-        "fused_bfloat16": lambda: load("fused_bfloat16"),
-        "int8 weights": lambda: quantise(load("eager"), inputs=False),
-        "int8 weights and inputs": lambda: quantise(load("eager"), inputs=True),
-    }
     observations = made_up_observations(load("fused"), parsed.observations)
 
     def draw(policy: Policy) -> list[np.ndarray]:
         return [draw_chunks(policy, o, parsed.draws, mix_seeds(i, 1)) for i, o in enumerate(observations)]
 
     reference = draw(load("fused"))
-    spread = float(np.mean([paired_spread(chunks) for chunks in reference]))
-    table = Table("computed in", "error p50", "p95", "energy distance, part of the spread")
-    for name, make in candidates.items():
-        chunks: Any = draw(make())
+    spread = float(np.mean([pdist(chunks).mean() for chunks in reference]))
+    table = Table("int8", "error p50", "p95", "energy distance, part of the spread")
+    for name, inputs in {"weights": False, "weights and inputs": True}.items():
+        chunks = draw(quantise(load("eager"), inputs))
         errors = np.concatenate([abs(a - b).max(1) for a, b in zip(chunks, reference, strict=True)])
         distances = [paired_energy_distance(a, b) / spread for a, b in zip(chunks, reference, strict=True)]
         low, high = mean_interval(distances)
         mean = f"{np.mean(distances):.1e} [{low:.1e}, {high:.1e}]"
         table.add_row(name, f"{np.median(errors):.1e}", f"{np.quantile(errors, 0.95):.1e}", mean)
     Console(width=100).print(table)
-
-
-def paired_spread(chunks: np.ndarray) -> float:
-    """Mean distance between two chunks."""
-    return float(torch.pdist(torch.from_numpy(chunks)).mean())
 
 
 if __name__ == "__main__":

@@ -24,8 +24,8 @@ class Session:
 
     A message is a map of the policy's observation keys. Each is for its last ``obs_steps`` control steps, stacked
     (To, ...), oldest first, or for the present one (...). An image may be the bytes of a JPEG or PNG file, or a list of
-    them for stacked ones. One step alone joins the steps of the messages before only
-    where ``executed`` is 1; otherwise it stands for the whole history, because the steps between are not known.
+    them for stacked ones. One step alone joins the steps of the messages before only where ``executed`` is 1; otherwise
+    it stands for the whole history, because the steps between are not known.
 
     Three more keys may stand in it. ``executed``: control steps since the last answered message; ``n_action_steps``
     where it is not given. Warm starts use it, too. ``reset``: whether a new episode begins with this observation; where
