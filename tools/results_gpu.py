@@ -1,6 +1,6 @@
 """Every measurement of a GPU, in at most nine minutes and without a network.
 
-    python -m tools.results_gpu [--output outputs/gpu] [--minutes 8.5] [--dry]
+    python -m tools.results_gpu [--output outputs/gpu] [--minutes 7] [--dry]
     python -m tools.results_gpu --packages
 
 Writes ``gpu.json``, whole after every part; `make results ARGS=--fill` makes the block of docs/performance.md from it.
@@ -73,7 +73,7 @@ def packages() -> list[str]:
 
 def samplers(base: Policy) -> dict[str, Policy]:
     """What is timed, cold, and warm where a sampler gains by it."""
-    ways = {
+    return {
         "sequential": base.with_sampler("sequential"),
         "DDIM-10": base.with_schedule("ddim", 10).with_sampler("sequential"),
         "DDIM-16": base.with_schedule("ddim", 16).with_sampler("sequential"),
@@ -83,9 +83,6 @@ def samplers(base: Policy) -> dict[str, Policy]:
         "collocation (19 nodes)": base.with_sampler("collocation", nodes=19),
         "collocation (24 nodes)": base.with_sampler("collocation", nodes=24),
         "collocation, 19 nodes, warm": base.with_sampler("collocation", nodes=19),
-    }
-    return {
-        name: dataclasses.replace(way, warm_start=True) if name.endswith("warm") else way for name, way in ways.items()
     }
 
 

@@ -125,8 +125,9 @@ def bench_chunks(
             evaluations = statistics.fmean(float(chunk.stats.evaluations) for chunk in kept)
             row |= {"rounds": rounds, "evaluations": evaluations}
             row["floor"] = 1e3 * roofline.floor(rounds, evaluations, flops, weights, machine)
-            if label.startswith(("secant (", "collocation", "auto", "semi", "paradigms")):
-                exact = made["sequential, " + label.rpartition(", ")[2]][1:]
+            way, _, name = label.rpartition(", ")
+            if way.startswith(("secant (", "collocation", "auto", "semi", "paradigms")) and not way.endswith("warm"):
+                exact = made[f"sequential, {name}"][1:]
                 pairs = zip(kept, exact, strict=True)
                 errors = [normalized_error(policy, a.trajectory, b.trajectory) for a, b in pairs]
                 row["error_p95"] = float(np.quantile(errors, 0.95))
