@@ -10,7 +10,6 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
-from torch._inductor.runtime.cache_dir_utils import cache_dir
 
 VARIANTS = 64  # compiled at most of one function
 
@@ -55,6 +54,8 @@ class Compiling:
 
 def _find_cache() -> None:
     """Have torch keep what it compiles in a temporary folder where its own cannot be written to."""
+    from torch._inductor.runtime.cache_dir_utils import cache_dir  # a second, which only what compiles has to spend
+
     try:
         with tempfile.TemporaryFile(dir=cache_dir()):
             pass

@@ -4,6 +4,7 @@ import json
 import sys
 import time
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -155,3 +156,28 @@ def test_a_soak_of_a_controller_counts_what_was_missed(
     missed = [int(row[7]) for row in rows]
     assert missed[-1] == sum(missed[:-1]) >= 5
     assert "'steps': 21" in printed
+
+
+def test_a_soak_takes_a_chunk_per_control_step(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    parapolicy.save_policy(small_policy(), tmp_path / "policy")
+    rounds: list[tuple[str, int]] = []
+    predict = parapolicy.Policy.predict
+
+    def note(policy: parapolicy.Policy, *arguments: Any, **options: Any) -> parapolicy.Chunk:
+        chunk = predict(policy, *arguments, **options)
+        rounds.append((type(policy.sampler).__name__, len(chunk.actions)))
+        return chunk
+
+    monkeypatch.setattr(parapolicy.Policy, "predict", note)
+    options = ["--engine", "eager", "--device", "cpu", "--control-hz", "10", "--seconds", "1", "--executed", "1"]
+    options += ["--sampler", "{name: paradigms, window: 3}", "--output", str(tmp_path / "soak.json")]
+    monkeypatch.setattr(sys, "argv", ["soak", str(tmp_path / "policy"), *options])
+    soak.main()
+    assert rounds == [("ParaDiGMS", 1)] * (5 + 11)  # warming up, and at rest
+    assert "'steps': 11" in capsys.readouterr().out
+    assert len(json.loads((tmp_path / "soak.json").read_text())["rows"]) == 11
+    monkeypatch.setattr(sys, "argv", ["soak", str(tmp_path / "policy"), *options, "--executed", "9"])
+    with pytest.raises(SystemExit, match="n_action_steps"):
+        soak.main()

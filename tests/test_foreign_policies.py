@@ -86,6 +86,7 @@ def test_exact_samplers_give_the_sequential_chunk(kind: str) -> None:
         assert_same_chunks(sequential.with_sampler(name, tolerance=0), sequential)
 
 
+@pytest.mark.distributed
 def test_what_is_compiled_gives_the_same_chunks() -> None:
     """One image policy: its encoder, and the rewritten UNet."""
     compiled = parapolicy.load_policy(checkpoint("lerobot"), "sequential", "cpu", engine="compiled")

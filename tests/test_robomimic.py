@@ -97,11 +97,11 @@ ABSOLUTE_SPEC = small_spec(observation=LIFT, action_dim=10, control_hz=20)
 
 @pytest.mark.usefixtures("robosuite")
 def test_demonstrations_replayed_open_loop_succeed(demonstrations: Path) -> None:
-    """Twenty of them, in an environment of the file's own arguments: 90 % or more; and the observations are theirs."""
+    """Ten of them, in an environment of the file's own arguments: 90 % or more; and the observations are theirs."""
     env = make_env("lift", LIFT_SPEC, dataset=str(demonstrations))
     successes = 0
     with h5py.File(demonstrations, "r") as root:
-        for number in range(20):
+        for number in range(10):
             demo = root[f"data/demo_{number}"]
             observation, info = env.reset(options={"state": demo["states"][0]})
             assert not info["is_success"]
@@ -113,7 +113,7 @@ def test_demonstrations_replayed_open_loop_succeed(demonstrations: Path) -> None
                     observation, reward, terminated, _, info = env.step(action)
                     assert reward == float(terminated) == float(info["is_success"])
             successes += terminated
-    assert successes >= 18
+    assert successes >= 9
 
 
 @pytest.mark.usefixtures("robosuite")

@@ -1,6 +1,7 @@
 """Sweeps: jobs that fail alone, and runs that go on."""
 
 import json
+import shutil
 import signal
 import subprocess
 import sys
@@ -19,6 +20,7 @@ from parapolicy.evaluate.run.rollout import EpisodeRecord
 from parapolicy.evaluate.run.run_folder import MAX_NAME, RunFolder, job_folder
 from tests.conftest import PATIENCE, ROOT
 from tests.holding import holding_env
+from tools import measure_runs
 
 DDIM = "[{name: sequential, solver: ddim, steps: 4, label: ddim}]"
 SWEPT = ("[{name: sequential, solver: ddim, steps: 10}]", DDIM, "[fast]")
@@ -149,8 +151,10 @@ def test_an_interrupted_run_ends_with_the_same_table(tmp_path: Path) -> None:
         for r in results
     ]
     assert tables[0] == tables[1]
-    other = start(*settings[:-1], "videos=1", f"hydra.run.dir={tmp_path / 'cut'}", env=hold)
-    assert "holds a run with another videos" in finish(other)
+    about = json.loads((tmp_path / "cut" / "run.json").read_text())
+    about["config"]["videos"] = 1
+    with pytest.raises(ValueError, match="holds a run with another videos"):
+        RunFolder(tmp_path / "cut", about)
 
 
 def sweep_config(*words: str) -> DictConfig:
@@ -200,20 +204,24 @@ def test_an_episode_comes_back_as_it_was(tmp_path: Path) -> None:
         RunFolder(tmp_path, {"config": {"a": 2}})
 
 
-def test_a_job_keeps_its_folder_in_a_longer_sweep(tmp_path: Path) -> None:
-    ddim = "samplers=[{name: sequential, solver: ddim, steps: 4}]"
-    settings = ("-m", "episodes=1", "env.options.max_episode_steps=8", "latency_chunks=0", "videos=0", ddim)
-    sweep = start(*settings, "seed=1,2", f"hydra.sweep.dir={tmp_path}")
-    output = finish(sweep)
-    assert sweep.returncode == 0, output
-    before = {path: path.stat().st_mtime_ns for path in tmp_path.rglob("results.json")}
+def test_a_job_keeps_its_folder_in_a_longer_sweep(sweep: Path, tmp_path: Path) -> None:
+    shutil.copytree(sweep, tmp_path, ignore=shutil.ignore_patterns(jobs_of(sweep)[2].name), dirs_exist_ok=True)
+    before = {path: path.stat().st_mtime_ns for path in tmp_path.glob("*/results.json")}
     assert len(before) == 2
-    sweep = start(*settings, "seed=0,1,2", f"hydra.sweep.dir={tmp_path}")
-    output = finish(sweep)
-    assert (sweep.returncode, output.count("is finished")) == (0, 2), output
-    after = {path: path.stat().st_mtime_ns for path in tmp_path.rglob("results.json")}
+    new = "[{name: sequential, solver: ddim, steps: 5, label: new}]"
+    longer = start(
+        "-m",
+        "+experiment=pareto_pusht",
+        *SETTINGS,
+        f"samplers={new},{','.join(SWEPT[:2])}",
+        f"hydra.sweep.dir={tmp_path}",
+        "hydra.callbacks.report.latency_chunks=0",
+    )
+    output = finish(longer)
+    assert (longer.returncode, output.count("is finished")) == (0, 2), output
+    after = {path: path.stat().st_mtime_ns for path in tmp_path.glob("*/results.json")}
     assert before.items() <= after.items()
-    assert sorted(json.loads(path.read_text())["seeds"][0] for path in after) == [0, 1, 2]
+    assert [list(json.loads(path.read_text())["samplers"]) for path in after.keys() - before.keys()] == [["new"]]
 
 
 def test_names_of_job_folders_are_file_names() -> None:
@@ -271,24 +279,21 @@ def test_damage_of_a_run_folder_is_named_with_the_way_out(tmp_path: Path) -> Non
         RunFolder(tmp_path, {"config": {}})
 
 
-def test_the_samplers_of_runs_are_compared_in_distribution(tmp_path: Path) -> None:
-    names = {"sequential": "sequential", "short": "{name: sequential, solver: ddim, steps: 4, label: short}"}
-    for label, entry in names.items():
-        shared = ("episodes=1", "env.options.max_episode_steps=16", "latency_chunks=0", "videos=0", "engine=eager")
-        finish(start(f"samplers=[{entry}]", *shared, f"hydra.run.dir={tmp_path / label}"))
-    command = [sys.executable, "-m", "tools.measure_runs", str(tmp_path), "--output", str(tmp_path / "measured")]
+def test_the_samplers_of_runs_are_compared_in_distribution(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    samplers = "samplers=[sequential],[{name: sequential, solver: ddim, steps: 4, label: short}]"
+    shared = ("episodes=1", "env.options.max_episode_steps=16", "latency_chunks=0", "videos=0", "engine=eager")
+    finish(start("-m", samplers, *shared, f"hydra.sweep.dir={tmp_path}"))
+    options = ["--output", str(tmp_path / "measured"), "--observations", "2", "--draws", "4", "--latency-chunks", "1"]
+    monkeypatch.setattr(sys, "argv", ["measure_runs", str(tmp_path), *options])
     for _ in range(2):  # nothing is measured twice
-        done = subprocess.run(
-            [*command, "--observations", "2", "--draws", "4", "--latency-chunks", "1"],
-            capture_output=True,
-            text=True,
-            cwd=ROOT,
-            timeout=PATIENCE,
-        )
-        assert done.returncode == 0, done.stderr
+        capsys.readouterr()
+        measure_runs.main()
         rows = {row["sampler"]: row for row in read_records(tmp_path / "measured" / "fidelity.json", COMPARED)}
         assert (
             abs(rows["sequential"]["paired_energy_distance"]["mean"]) < 1e-6 < rows["short"]["energy_distance"]["max"]
         )
-        assert {row["sampler"] for row in read_records(tmp_path / "measured" / "latency.json")} == set(names)
-    assert "fidelity" not in done.stderr
+        timed = {row["sampler"] for row in read_records(tmp_path / "measured" / "latency.json")}
+        assert timed == {"sequential", "short"}
+    assert "fidelity" not in capsys.readouterr().err

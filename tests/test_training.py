@@ -145,7 +145,7 @@ def test_another_runs_state_is_not_taken_over(buffer: Path, tmp_path: Path, monk
 )
 def test_training_learns(buffer: Path, tmp_path: Path, prediction: str, precision: str) -> None:
     spec = small_spec(scheduler={**small_spec().scheduler, "prediction_type": prediction})
-    config = dataclasses.replace(CONFIG, steps=150, batch_size=32, precision=precision, learning_rate=3e-3)
+    config = dataclasses.replace(CONFIG, steps=120, batch_size=32, precision=precision, learning_rate=3e-3)
     data = read_zarr(buffer, SOURCES)
     short = train(spec, data, dataclasses.replace(config, steps=1), tmp_path / "short", torch.device("cpu"))
     result = train(spec, data, config, tmp_path / "long", torch.device("cpu"))

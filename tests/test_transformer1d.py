@@ -231,7 +231,7 @@ def test_samplers_agree(observed_dim: int, changes: dict[str, Any]) -> None:
 @needs_compiler
 @pytest.mark.parametrize(("engine", "tolerance"), [("compiled", 1e-2), ("compiled_bfloat16", 20)])
 def test_engines_agree(engine: str, tolerance: float, recwarn: pytest.WarningsRecorder) -> None:
-    policy = transformer_policy().with_sampler("secant", window=6, tolerance=0.0)
+    policy = transformer_policy().with_sampler("sequential")
     compiled = dataclasses.replace(policy, engine=make_engine(engine, policy.device))
     for schedule, batch in (("ddpm", None), ("ddim", 3)):
         observation = some_observation(policy.spec, batch)

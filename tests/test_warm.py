@@ -96,6 +96,15 @@ def test_chunks_that_do_not_overlap_share_no_state(executed: int) -> None:
     policy.predict(observation, warm=state, executed=7)
 
 
+def test_a_second_chunk_of_one_moment_is_the_first_again() -> None:
+    """After no step, all noise is the first chunk's, whatever the seed."""
+    policy = small_policy("secant")
+    first = policy.predict(some_observation(policy.spec), seed=1)
+    again = policy.predict(some_observation(policy.spec), seed=2, warm=first.warm_state, executed=0)
+    assert torch.equal(again.warm_state.noise, first.warm_state.noise)
+    np.testing.assert_allclose(again.trajectory, first.trajectory, atol=0.2)  # of 100, at secant's tolerance
+
+
 def _denoiser(policy: Policy, observation: dict) -> Denoiser:
     inputs, _ = normalize_observation(policy.spec, policy.normalizer, observation)
     evaluate = policy.engine.bind(policy.network, policy.schedule.timesteps, inputs)

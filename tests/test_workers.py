@@ -106,8 +106,8 @@ def test_an_environment_that_fails_costs_only_its_own_episode(tmp_path: Path, pr
 
 
 def test_an_environment_that_hangs_costs_only_its_own_episode(tmp_path: Path) -> None:
-    found = run(partial(Crashing, tmp_path, {}), [15, 1], num_envs=2, processes=True, timeout=20)
-    assert found[15].error == "the environment gave no answer within 20 s, after 0 control steps"
+    found = run(partial(Crashing, tmp_path, {}), [15, 1], num_envs=2, processes=True, timeout=10)
+    assert found[15].error == "the environment gave no answer within 10 s, after 0 control steps"
     assert (found[1].error, len(found[1].rewards)) == (None, STEPS)
 
 

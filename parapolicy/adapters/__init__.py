@@ -3,13 +3,11 @@
 import types
 from typing import Any, TypeVar
 
-from parapolicy.adapters import live_lerobot, live_robomimic, live_stanford
 from parapolicy.adapters.live import ATTRIBUTE, Accelerated, Method, remove
 
 __all__ = ["accelerate", "restore"]
 
 P = TypeVar("P")
-LIBRARIES = (live_lerobot, live_stanford, live_robomimic)
 
 
 def accelerate(policy: P, sampler: str = "auto", engine: str = "auto", verify: bool = False, **parameters: Any) -> P:
@@ -57,7 +55,10 @@ def restore(policy: P) -> P:
 
 def _methods(policy: Any) -> list[Method]:
     """The methods to replace; the first one's owner remembers how it is sampled."""
-    for library in LIBRARIES:
+    # Here, since torch.compiler, which they use, takes a second to import.
+    from parapolicy.adapters import live_lerobot, live_robomimic, live_stanford
+
+    for library in (live_lerobot, live_stanford, live_robomimic):
         if methods := library.methods(policy):
             return methods
     raise TypeError(

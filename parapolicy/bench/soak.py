@@ -1,15 +1,17 @@
 """Many chunks in a row: does latency drift, does memory grow?
 
-    python -m parapolicy.bench.soak [CHECKPOINT] [--chunks 20000] [--engine auto] [--sampler NAME] [--output FILE]
-    python -m parapolicy.bench.soak [CHECKPOINT] --control-hz 10 --seconds 1800 [--engine auto] [--sampler NAME]
+    python -m parapolicy.bench.soak [CHECKPOINT] [--chunks 20000] [--engine auto] [--sampler SAMPLER] [--output FILE]
+    python -m parapolicy.bench.soak [CHECKPOINT] --control-hz 10 --seconds 1800 [--executed 1] [...]
 
 Prints latency percentiles and resident memory for every tenth of the run, and for all of it. With a control rate, it is
-an asynchronous controller by the real clock that is timed, with a new observation at each control step, and images of
-noise: ``act`` of each tick, what was missed, and for how long the process was ready to run while the machine gave its
-cores to others.
+a controller by the real clock that is timed, with a new observation at each control step, and images of noise: ``act``
+of each tick, what was missed, and for how long the process was ready to run while the machine gave its cores to others.
+The controller is asynchronous, but with ``--executed 1``: ``act`` then waits for the chunk of its own observation. A
+sampler is a name or, as in eval.py, '{name: collocation, nodes: 15, window: 1}'.
 """
 
 import argparse
+import dataclasses
 import gc
 import json
 from collections.abc import Iterable, Mapping
@@ -18,6 +20,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import yaml
 from tqdm import tqdm
 
 from parapolicy.control import Controller, Pacer
@@ -80,7 +83,9 @@ def soak_chunks(policy: Policy, observations: list[dict[str, np.ndarray]], chunk
     return table.rows
 
 
-def soak_controller(policy: Policy, observations: list[dict[str, np.ndarray]], ticks: int, control_hz: float) -> None:
+def soak_controller(
+    policy: Policy, observations: list[dict[str, np.ndarray]], ticks: int, control_hz: float
+) -> list[dict[str, Any]]:
     """A controller's ticks by the real clock."""
     seconds, late, waits, missed = np.zeros(ticks), np.zeros(ticks), np.zeros(ticks), np.zeros(ticks, int)
     table, rng = Table("ticks", "missed", "own", "waited for a core, s"), np.random.default_rng(0)
@@ -91,7 +96,7 @@ def soak_controller(policy: Policy, observations: list[dict[str, np.ndarray]], t
         own = missed[part][late[part] > explained[part]]
         return str(missed[part].sum()), str(own.sum()), f"{waits[part].sum():.1f}"
 
-    with Controller(policy, control_hz, asynchronous=True) as controller:
+    with Controller(policy, control_hz, asynchronous=policy.spec.n_action_steps > 1) as controller:
         controller.act(observed(observations[0], rng))  # the first chunk is waited for, with the robot at rest
         pacer, waited = Pacer(control_hz), waited_s()
         for begin, end in tenths(ticks):
@@ -112,6 +117,7 @@ def soak_controller(policy: Policy, observations: list[dict[str, np.ndarray]], t
     print("own: missed by more than the process has waited for a core since two ticks before")
     print({name: latency[name] for name in ("steps", "misses", "failures", "late", "stale", "continued", "held")})
     print("chunk ms", {name: round(value, 1) for name, value in latency["times"]["chunk"].items()})
+    return table.rows
 
 
 def observed(history: Mapping[str, np.ndarray], rng: np.random.Generator) -> dict[str, np.ndarray]:
@@ -129,10 +135,11 @@ def main() -> None:
     parser.add_argument("--chunks", type=int, default=20_000)
     parser.add_argument("--control-hz", type=float, help="time a controller at this rate, for --seconds")
     parser.add_argument("--seconds", type=float, default=1800)
-    parser.add_argument("--sampler")
+    parser.add_argument("--executed", type=int, help="control steps of each chunk; left out: the policy's own number")
+    parser.add_argument("--sampler", help="its name, or its settings")
     parser.add_argument("--engine", default="auto")
     parser.add_argument("--device", default="auto")
-    parser.add_argument("--output", type=Path, help="a file for the rows of chunks, as JSON")
+    parser.add_argument("--output", type=Path, help="a file for the rows, as JSON")
     arguments = parser.parse_args()
     if arguments.chunks < 10:
         parser.error(f"--chunks is {arguments.chunks}, expected at least 10")
@@ -140,8 +147,14 @@ def main() -> None:
     if not ticks >= 10:
         parser.error(f"--seconds {arguments.seconds:g} are {ticks} ticks, expected at least 10")
     try:
-        policy = load_policy(arguments.checkpoint, arguments.sampler, arguments.device, arguments.engine)
-    except (ValueError, OSError) as error:
+        sampler = yaml.safe_load(arguments.sampler or "null")
+        settings = sampler if isinstance(sampler, dict) else {"name": sampler}
+        name = settings.pop("name", None)
+        policy = load_policy(arguments.checkpoint, name, arguments.device, arguments.engine, **settings)
+        if arguments.executed is not None:
+            spec = dataclasses.replace(policy.spec, n_action_steps=arguments.executed)
+            policy = dataclasses.replace(policy, spec=spec)
+    except (ValueError, OSError, yaml.YAMLError) as error:
         raise SystemExit(f"error: {error}") from error
     observations = made_up_observations(policy, 100)
     for seed in range(5):
@@ -149,10 +162,10 @@ def main() -> None:
     gc.freeze()  # as a control loop would
     if arguments.control_hz is None:
         rows = soak_chunks(policy, observations, arguments.chunks)
-        if arguments.output:
-            arguments.output.write_text(json.dumps({"percentiles": PERCENTILES, "rows": rows}, indent=2) + "\n")
     else:
-        soak_controller(policy, observations, ticks, arguments.control_hz)
+        rows = soak_controller(policy, observations, ticks, arguments.control_hz)
+    if arguments.output:
+        arguments.output.write_text(json.dumps({"percentiles": PERCENTILES, "rows": rows}, indent=2) + "\n")
 
 
 if __name__ == "__main__":

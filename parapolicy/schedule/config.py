@@ -11,8 +11,6 @@ from collections.abc import Mapping
 from functools import cache
 from typing import Any, get_args
 
-import diffusers
-
 MAX_TRAIN_TIMESTEPS = 10_000  # ten times the most in use; a larger number is a damaged config
 LARGEST = 1e30  # of any number, so that float32 holds it
 NOTES = {"_class_name", "_diffusers_version", "_use_default_values", "_name_or_path"}  # what diffusers writes besides
@@ -136,5 +134,7 @@ def _parameters(scheduler: type) -> dict[str, inspect.Parameter]:
 @cache
 def _converted(scheduler: type) -> dict[str, inspect.Parameter]:
     """The settings of the schedulers that this one's config may come from: diffusers keeps them when it converts."""
+    import diffusers  # there already: the scheduler is of it
+
     classes = [getattr(diffusers, name, None) for name in getattr(scheduler, "_compatibles", ())]
     return {name: p for found in classes if found is not None for name, p in _parameters(found).items()}

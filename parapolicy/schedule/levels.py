@@ -10,15 +10,15 @@ from typing import Any
 
 import numpy as np
 import torch
-from diffusers import DDIMScheduler, DDPMScheduler, DPMSolverMultistepScheduler, FlowMatchEulerDiscreteScheduler
 from torch import Tensor
 
+# Solvers, and the names of their schedulers in diffusers.
 SOLVERS = {
-    "ddpm": DDPMScheduler,
-    "ddim": DDIMScheduler,
-    "dpmsolver++": DPMSolverMultistepScheduler,
-    "sde-dpmsolver++": DPMSolverMultistepScheduler,
-    "flow": FlowMatchEulerDiscreteScheduler,
+    "ddpm": "DDPMScheduler",
+    "ddim": "DDIMScheduler",
+    "dpmsolver++": "DPMSolverMultistepScheduler",
+    "sde-dpmsolver++": "DPMSolverMultistepScheduler",
+    "flow": "FlowMatchEulerDiscreteScheduler",
 }
 DPM_SOLVERS = ("dpmsolver++", "sde-dpmsolver++")
 SPACINGS = ("even", "diffusers", "diffusers-0.11")
@@ -47,7 +47,14 @@ def find_solver(config: Mapping[str, Any]) -> str | None:
     name = str(config.get("_class_name")).replace("Parallel", "")
     if name == "DPMSolverMultistepScheduler" and config.get("algorithm_type") == "sde-dpmsolver++":
         return "sde-dpmsolver++"
-    return next((solver for solver, scheduler in SOLVERS.items() if scheduler.__name__ == name), None)
+    return next((solver for solver, scheduler in SOLVERS.items() if scheduler == name), None)
+
+
+def scheduler_class(solver: str) -> Any:
+    """The class of diffusers that a solver is."""
+    import diffusers  # takes longer than the rest of the package: a process that makes no schedule does without
+
+    return getattr(diffusers, SOLVERS[solver])
 
 
 def make_scheduler(config: Mapping[str, Any], solver: str, order: int | None = None) -> Any:
@@ -68,7 +75,7 @@ def make_scheduler(config: Mapping[str, Any], solver: str, order: int | None = N
         if order is not None:
             settings["solver_order"] = order
     try:
-        return SOLVERS[solver].from_config(settings)
+        return scheduler_class(solver).from_config(settings)
     except NotImplementedError as error:
         raise ValueError(f"{error}; take another solver") from error
 

@@ -21,7 +21,16 @@ from torch import Tensor
 from parapolicy.schedule import tables
 from parapolicy.schedule.calibration import Calibration
 from parapolicy.schedule.config import MAX_TRAIN_TIMESTEPS, check_config
-from parapolicy.schedule.levels import DPM_SOLVERS, SOLVERS, SPACINGS, Levels, find_solver, make_levels, make_scheduler
+from parapolicy.schedule.levels import (
+    DPM_SOLVERS,
+    SOLVERS,
+    SPACINGS,
+    Levels,
+    find_solver,
+    make_levels,
+    make_scheduler,
+    scheduler_class,
+)
 
 PREDICTIONS = ("epsilon", "sample", "v_prediction")
 FLOW_PREDICTIONS = ("flow_prediction", "sample")
@@ -198,7 +207,7 @@ def make_schedule(
     _check_arguments(config, named, solver, eta, order)
     if spacing not in SPACINGS:
         raise ValueError(f"spacing is {spacing!r}, expected one of {SPACINGS}")
-    check_config(config, SOLVERS[named or solver])
+    check_config(config, scheduler_class(named or solver))
     scheduler = make_scheduler(config, solver, order)
     settings, count = scheduler.config, config["num_train_timesteps"]
     steps = count if steps is None else steps

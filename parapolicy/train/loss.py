@@ -5,7 +5,6 @@ from typing import Any
 
 import numpy as np
 import torch
-from diffusers import DDPMScheduler
 from torch import Tensor
 from torch.nn import functional
 
@@ -13,6 +12,7 @@ from parapolicy.compiling import Compiling
 from parapolicy.networks import Network
 from parapolicy.noise import mix_seeds
 from parapolicy.normalizer import Normalizer
+from parapolicy.schedule import make_scheduler
 from parapolicy.spec import PolicySpec
 
 HELD_OUT = 2**32  # step numbers of held-out batches, beyond any of training
@@ -53,7 +53,7 @@ class Loss:
         self.spec, self.network, self.device = spec, network, device
         self.targets, self.target_weight = targets, target_weight
         self.seed, self.batch_size, self.bfloat16 = seed, batch_size, bfloat16
-        self.scheduler = DDPMScheduler.from_config(dict(spec.scheduler))
+        self.scheduler = make_scheduler(spec.scheduler, "ddpm")
         self.predict = Compiling(network.predict) if compile else network.predict
         self.margins = network.image_margins
         self.normalizer = normalizer.to(device)
