@@ -16,10 +16,19 @@ from parapolicy.denoiser import Denoiser
 from parapolicy.engine import Engine, Fused
 from parapolicy.episode import Episode, group_requests, predict_together
 from parapolicy.hold import HeldNumbers, Hold, hold_weights
+from parapolicy.noise import draw_noise
 from parapolicy.policy import Policy
 from parapolicy.samplers import Sequential, make_sampler
 from parapolicy.schedule import Schedule, make_schedule
-from tests.helpers import DDPM_CONFIG, flat_noise, linear_denoiser, run_sampler, small_policy, some_observation
+from tests.helpers import (
+    DDPM_CONFIG,
+    flat_noise,
+    linear_denoiser,
+    network_inputs,
+    run_sampler,
+    small_policy,
+    some_observation,
+)
 
 SHAPE = (4, 2)
 EXACT = ["paradigms", "semi_implicit", "anderson", "secant", "parareal"]  # sequential, at tolerance 0
@@ -130,6 +139,18 @@ class PerRound(Fused):
 
     def run(self, *arguments: Any, **options: Any) -> Any:
         return Engine.run(self, *arguments, **options)
+
+
+def test_a_policy_s_network_first_sees_the_held_actions_at_the_highest_level_of_noise() -> None:
+    policy = small_policy()
+    value, schedule = 0.5, policy.schedule
+    hold = Hold(np.full((8, 2), 100.0), [0, 1, 0, 0, 0, 0, 0, 0])  # 100 units are 0.5 normalised
+    noise = draw_noise(schedule, 1, seed=3)
+    with network_inputs() as calls:
+        policy.predict(some_observation(policy.spec), noise, hold=hold)
+    expected = noise[0].clone()
+    expected[:, 1] = schedule.alpha[0] * value + schedule.sigma[0] * noise[0, :, 1]
+    torch.testing.assert_close(calls[0][0], expected)
 
 
 @pytest.mark.skipif(shutil.which("g++") is None, reason="no g++ here")
