@@ -4,10 +4,10 @@
     python -m parapolicy.bench.soak [CHECKPOINT] --control-hz 10 --seconds 1800 [--executed 1] [...]
 
 Prints latency percentiles and resident memory for every tenth of the run, and for all of it. With a control rate, it is
-a controller by the real clock that is timed, with a new observation at each control step, and images of noise: ``act``
-of each tick, what was missed, and for how long the process was ready to run while the machine gave its cores to others.
-The controller is asynchronous, but with ``--executed 1``: ``act`` then waits for the chunk of its own observation. A
-sampler is a name or, as in eval.py, '{name: collocation, nodes: 15, window: 1}'.
+an asynchronous controller by the real clock that is timed, with a new observation at each control step, and images of
+noise: ``act`` of each tick, what was missed, and for how long the process was ready to run while the machine gave its
+cores to others. With ``--executed 1`` each control step begins a chunk. A sampler is a name or, as in eval.py,
+'{name: collocation, nodes: 15, window: 1}'.
 """
 
 import argparse
@@ -96,7 +96,7 @@ def soak_controller(
         own = missed[part][late[part] > explained[part]]
         return str(missed[part].sum()), str(own.sum()), f"{waits[part].sum():.1f}"
 
-    with Controller(policy, control_hz, asynchronous=policy.spec.n_action_steps > 1) as controller:
+    with Controller(policy, control_hz, asynchronous=True) as controller:
         controller.act(observed(observations[0], rng))  # the first chunk is waited for, with the robot at rest
         pacer, waited = Pacer(control_hz), waited_s()
         for begin, end in tenths(ticks):
