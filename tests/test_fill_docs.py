@@ -100,6 +100,11 @@ def test_tables_of_the_benchmarks(tmp_path: Path) -> None:
     assert "| 3 | 0.97 |" in table
     soak = {"percentiles": [50, 99], "rows": [{"chunks": "all", "ms": [5.0, 6.0], "resident_mib": 446.0}]}
     assert "| all | 5.00 | 6.00 | 446 |" in fill_speed.soak_table([write(tmp_path, "soak.json", soak)])
+    chunk = {"count": 900, "p50": 4.1, "p99": 6.0}
+    soak["rows"][0] |= {"missed": 3, "own": 0, "waited_s": 1.5, "chunk_ms": chunk}
+    found = fill_speed.soak_table([write(tmp_path, "soak.json", soak)])
+    assert "| all | 5.00 | 6.00 | 3 | 0 | 1.5 | 446 |" in found
+    assert found.endswith("900 chunks: p50 4.1 ms, p99 6.0.")
     frames = [{"encoder": "e", "two": 4.0, "one": 2.0}]
     assert "| e | 4.0 ms | 2.0 ms | 2.0× |" in fill_speed.frames_table([write(tmp_path, "frames.json", frames)])
     lerobot = [

@@ -119,13 +119,23 @@ def _robots(rows: Any) -> str:
 
 
 def soak_table(folders: Folders) -> str:
-    """Percentiles and memory along many chunks."""
+    """Percentiles and memory along many chunks, or a controller's ticks."""
     found = _read(folders[0], "soak.json")
-    percentiles = found["percentiles"]
+    percentiles = [f"p{p:g} ms" for p in found["percentiles"]]
     lines = [
-        [row["chunks"], *(f"{value:.2f}" for value in row["ms"]), f"{row['resident_mib']:.0f}"] for row in found["rows"]
+        [
+            row["chunks"],
+            *(f"{value:.2f}" for value in row["ms"]),
+            *(f"{row[key]:.4g}" for key in ("missed", "own", "waited_s") if key in row),
+            f"{row['resident_mib']:.0f}",
+        ]
+        for row in found["rows"]
     ]
-    return table(["chunks", *(f"p{p:g} ms" for p in percentiles), "resident MiB"], lines)
+    chunk = found["rows"][-1].get("chunk_ms")
+    if chunk is None:
+        return table(["chunks", *percentiles, "resident MiB"], lines)
+    made = f"{chunk['count']:,} chunks: p50 {chunk['p50']:.1f} ms, p99 {chunk['p99']:.1f}."
+    return table(["ticks", *percentiles, "missed", "own", "waited, s", "resident MiB"], lines) + f"\n\n{made}"
 
 
 def frames_table(folders: Folders) -> str:

@@ -14,6 +14,7 @@ import argparse
 import dataclasses
 import gc
 import json
+import os
 from collections.abc import Iterable, Mapping
 from itertools import pairwise
 from pathlib import Path
@@ -52,10 +53,11 @@ class Table:
         self._table = RichTable(unit, *(f"p{p:g} ms" for p in PERCENTILES), *columns, "resident MiB")
         self.rows: list[dict[str, Any]] = []
 
-    def row(self, label: str, seconds: np.ndarray, *numbers: str) -> None:
+    def row(self, label: str, seconds: np.ndarray, **numbers: float) -> None:
         values, memory = np.percentile(1e3 * seconds, PERCENTILES).tolist(), resident_mib()
-        self._table.add_row(label, *(f"{value:.2f}" for value in values), *numbers, f"{memory:.0f}")
-        self.rows.append({"chunks": label, "ms": values, "resident_mib": memory})
+        shown = (f"{value:.2f}" for value in values), (f"{value:.4g}" for value in numbers.values())
+        self._table.add_row(label, *shown[0], *shown[1], f"{memory:.0f}")
+        self.rows.append({"chunks": label, "ms": values, **numbers, "resident_mib": memory})
 
     def print(self) -> None:
         from rich.console import Console
@@ -84,19 +86,21 @@ def soak_chunks(policy: Policy, observations: list[dict[str, np.ndarray]], chunk
 
 
 def soak_controller(
-    policy: Policy, observations: list[dict[str, np.ndarray]], ticks: int, control_hz: float
+    policy: Policy, observations: list[dict[str, np.ndarray]], ticks: int, control_hz: float, priority: int = 0
 ) -> list[dict[str, Any]]:
     """A controller's ticks by the real clock."""
     seconds, late, waits, missed = np.zeros(ticks), np.zeros(ticks), np.zeros(ticks), np.zeros(ticks, int)
     table, rng = Table("ticks", "missed", "own", "waited for a core, s"), np.random.default_rng(0)
 
-    def numbers(part: slice) -> tuple[str, ...]:
+    def numbers(part: slice) -> dict[str, float]:
         # A tick is missed by what the last one took, which may have begun late: two ticks' waiting explains it.
         explained = waits + np.concatenate(([0.0], waits[:-1]))
         own = missed[part][late[part] > explained[part]]
-        return str(missed[part].sum()), str(own.sum()), f"{waits[part].sum():.1f}"
+        return {"missed": int(missed[part].sum()), "own": int(own.sum()), "waited_s": float(waits[part].sum())}
 
     with Controller(policy, control_hz, asynchronous=True) as controller:
+        if priority:  # not the thread's that computes chunks, which is there already
+            os.sched_setscheduler(0, os.SCHED_FIFO, os.sched_param(priority))
         controller.act(observed(observations[0], rng))  # the first chunk is waited for, with the robot at rest
         pacer, waited = Pacer(control_hz), waited_s()
         for begin, end in tenths(ticks):
@@ -110,13 +114,14 @@ def soak_controller(
                 controller.act(observation)
                 seconds[i] = pacer.clock() - start
             part = slice(begin, end)
-            table.row(f"{begin} to {end}", seconds[part], *numbers(part))
-        table.row("all", seconds, *numbers(slice(None)))
+            table.row(f"{begin} to {end}", seconds[part], **numbers(part))
+        table.row("all", seconds, **numbers(slice(None)))
         table.print()
         latency = controller.latency
     print("own: missed by more than the process has waited for a core since two ticks before")
     print({name: latency[name] for name in ("steps", "misses", "failures", "late", "stale", "continued", "held")})
     print("chunk ms", {name: round(value, 1) for name, value in latency["times"]["chunk"].items()})
+    table.rows[-1]["chunk_ms"] = latency["times"]["chunk"]
     return table.rows
 
 
@@ -136,6 +141,7 @@ def main() -> None:
     parser.add_argument("--control-hz", type=float, help="time a controller at this rate, for --seconds")
     parser.add_argument("--seconds", type=float, default=1800)
     parser.add_argument("--executed", type=int, help="control steps of each chunk; left out: the policy's own number")
+    parser.add_argument("--priority", type=int, default=0, help="SCHED_FIFO priority of the loop, 1 to 99 (Linux)")
     parser.add_argument("--sampler", help="its name, or its settings")
     parser.add_argument("--engine", default="auto")
     parser.add_argument("--device", default="auto")
@@ -163,7 +169,7 @@ def main() -> None:
     if arguments.control_hz is None:
         rows = soak_chunks(policy, observations, arguments.chunks)
     else:
-        rows = soak_controller(policy, observations, ticks, arguments.control_hz)
+        rows = soak_controller(policy, observations, ticks, arguments.control_hz, arguments.priority)
     if arguments.output:
         arguments.output.write_text(json.dumps({"percentiles": PERCENTILES, "rows": rows}, indent=2) + "\n")
 
