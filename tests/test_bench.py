@@ -90,11 +90,12 @@ def test_more_steps_are_the_same_noise_levels_more_finely_divided(shipped: parap
 def test_the_command_writes_its_results(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
+    parapolicy.save_policy(small_policy(), tmp_path / "policy")  # of 20 steps
     few = {"BATCHES": (1, 4), "ROBOTS": (1, 2), "ROBOT_SAMPLERS": ("collocation", "sequential")}
     for name, value in (few | {"WINDOWS": (20,), "STEPS": (5,), "HORIZONS": (8,)}).items():
         monkeypatch.setattr(benchmarks, name, value)
     options = ["--engines", "eager", "--chunks", "1", "--device", "cpu", "--scaling", "--output", str(tmp_path)]
-    monkeypatch.setattr(sys, "argv", ["bench", str(SHIPPED), *options])
+    monkeypatch.setattr(sys, "argv", ["bench", str(tmp_path / "policy"), *options])
     command.main()
     results = json.loads((tmp_path / "bench.json").read_text())
     assert [row["batch"] for row in results["network"]] == [1, 4]
@@ -103,10 +104,10 @@ def test_the_command_writes_its_results(
     assert {"upstream, DDPM-100", "upstream, DDIM-10", "sequential, eager", "secant (window 40), eager"} <= set(chunks)
     assert all(0 < row["p50"] <= row["max"] for row in chunks.values())
     assert 0 < chunks["secant (window 40), eager"]["error_p95"] < 0.1
-    assert chunks["sequential, eager"]["rounds"] == 100
+    assert chunks["sequential, eager"]["rounds"] == 20
     assert (tmp_path / "bench.png").stat().st_size > 1000
     assert [row["robots"] for row in results["robots"]] == [1, 1, 2, 2]
-    assert {row["sampler"]: row["rounds"] for row in results["robots"]}["sequential"] == 100
+    assert {row["sampler"]: row["rounds"] for row in results["robots"]}["sequential"] == 20
     assert [row["T"] for row in results["scaling"]["steps"]] == [5]
     assert [row["devices"] for row in results["scaling"]["devices"]] == [1, 2]
     assert results["peak_memory"]["process"] > 50

@@ -1,6 +1,7 @@
 """Collocation: exact where every step is a node, near the sequential chunk with few, and calibrated by the policy."""
 
 import dataclasses
+import itertools
 import warnings
 from typing import Any
 
@@ -228,12 +229,11 @@ def batch_of(policy: parapolicy.Policy, count: int) -> dict[str, np.ndarray]:
     return stack_observations(made_up_observations(policy, count))
 
 
-@pytest.mark.parametrize("window", [3, 12])
-def test_two_processes_share_its_rounds(window: int, calibrated: parapolicy.Policy) -> None:
-    alone = calibrated.with_sampler("collocation", nodes=15, window=window)
+def test_two_processes_share_its_rounds(calibrated: parapolicy.Policy) -> None:
     with start_workers(SHIPPED, 2) as joined:
-        ours = dataclasses.replace(alone, engine=joined.engine)
-        for batch in (1, 3):
+        for window, batch in itertools.product((3, 12), (1, 3)):
+            alone = calibrated.with_sampler("collocation", nodes=15, window=window)
+            ours = dataclasses.replace(alone, engine=joined.engine)
             chunk, expected = (policy.predict(batch_of(alone, batch), seed=4) for policy in (ours, alone))
             np.testing.assert_array_equal(chunk.stats.evaluations, expected.stats.evaluations)
             np.testing.assert_allclose(chunk.trajectory, expected.trajectory, rtol=0, atol=0.1)  # of 499

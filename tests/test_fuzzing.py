@@ -8,7 +8,7 @@ import pytest
 from tests.fuzzing import Case, Finding, find_cases, run_case, try_case
 from tests.fuzzing.__main__ import main
 
-SLICE = 8  # tries per case
+SLICE = 5  # tries per case
 
 
 @pytest.mark.parametrize("name", find_cases())

@@ -69,11 +69,11 @@ from parapolicy.planner import made_up_observations
 torch.set_num_threads(int(sys.argv[2]))
 policy = parapolicy.load_policy(sys.argv[1], device="cpu", engine="eager").with_schedule("ddpm", 5)
 policy = dataclasses.replace(policy, reproducible=True)
-observations = made_up_observations(policy, 17)
+observations = made_up_observations(policy, 13)
 for sampler in ("sequential", "secant"):
     policy = policy.with_sampler(sampler)
     alone = [policy.predict(o, seed=i).trajectory for i, o in enumerate(observations)]
-    for count in (2, 5, 12, 17):
+    for count in (2, 5, 13):
         together = {key: np.stack([o[key] for o in observations[:count]]) for key in observations[0]}
         batch = policy.predict(together, seed=range(count)).trajectory
         print(sampler, count, np.array_equal(batch, alone[:count]))
@@ -86,7 +86,7 @@ def test_reproducible_batches_agree_to_the_bit(threads: str) -> None:
     environment = {**os.environ, "OMP_NUM_THREADS": threads, "PYTHONPATH": str(ROOT)}
     command = [sys.executable, "-c", REPRODUCIBLE, str(SHIPPED), threads]
     done = subprocess.run(command, env=environment, capture_output=True, text=True, check=True)
-    expected = [f"{sampler} {count} True" for sampler in ("sequential", "secant") for count in (2, 5, 12, 17)]
+    expected = [f"{sampler} {count} True" for sampler in ("sequential", "secant") for count in (2, 5, 13)]
     assert done.stdout.splitlines() == expected
 
 

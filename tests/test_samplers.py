@@ -331,15 +331,15 @@ def test_the_published_fault_in_ddim_is_mended() -> None:
     assert (published - x[0]).abs().max() > 1e-3
 
 
-@pytest.mark.parametrize(("solver", "steps"), [("ddpm", None), ("ddim", 50), ("ddim", 10), ("dpmsolver++", 20)])
+@pytest.mark.parametrize(("solver", "steps"), [("ddpm", None), ("ddim", 25), ("dpmsolver++", 20)])
 @pytest.mark.parametrize("name", PARALLEL)
 def test_shipped_policy_is_exact_at_tolerance_zero(
     shipped: parapolicy.Policy, name: str, solver: str, steps: int | None
 ) -> None:
     policy = shipped.with_schedule(solver, steps)
-    condition = torch.rand(2, policy.spec.condition_dim) * 2 - 1
+    condition = torch.rand(1, policy.spec.condition_dim) * 2 - 1
     denoiser = bind(policy, condition)
-    noise = flat_noise(policy.schedule, 2, seed=0)
+    noise = flat_noise(policy.schedule, 1, seed=0)
     with torch.inference_mode():
         expected = run_sampler(Sequential(), denoiser, policy.schedule, noise)
         sample = run_sampler(make_sampler(name, window=20, tolerance=0.0), denoiser, policy.schedule, noise)
