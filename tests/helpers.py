@@ -40,6 +40,7 @@ DDPM_CONFIG: dict[str, Any] = {
     "clip_sample": True,
     "prediction_type": "epsilon",
 }
+FLOW_CONFIG: dict[str, Any] = {"_class_name": "FlowMatchEulerDiscreteScheduler", "num_train_timesteps": 100}
 
 
 def small_spec(**changes: Any) -> PolicySpec:
