@@ -147,7 +147,8 @@ def test_a_policy_s_network_first_sees_the_held_actions_at_the_highest_level_of_
     hold = Hold(np.full((8, 2), 100.0), [0, 1, 0, 0, 0, 0, 0, 0])  # 100 units are 0.5 normalised
     noise = draw_noise(schedule, 1, seed=3)
     with network_inputs() as calls:
-        policy.predict(some_observation(policy.spec), noise, hold=hold)
+        chunk = policy.predict(some_observation(policy.spec), noise, hold=hold)
+    assert torch.equal(chunk.warm_state.noise, noise)  # the next chunk goes on with noise alone
     expected = noise[0].clone()
     expected[:, 1] = schedule.alpha[0] * value + schedule.sigma[0] * noise[0, :, 1]
     torch.testing.assert_close(calls[0][0], expected)

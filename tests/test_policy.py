@@ -27,7 +27,9 @@ def test_one_observation() -> None:
     np.testing.assert_array_equal(chunk.actions, chunk.trajectory[1:5])
     assert chunk.stats.rounds == chunk.stats.evaluations == 20
     assert chunk.stats.residual == 0
-    assert chunk.stats.seconds > 0
+    assert set(chunk.stats.stages) == {"encode", "sample", "post"}
+    assert min(chunk.stats.stages.values()) > 0
+    assert sum(chunk.stats.stages.values()) == pytest.approx(chunk.stats.seconds)
 
 
 @pytest.mark.parametrize("sampler", parapolicy.list_samplers())
