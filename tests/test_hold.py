@@ -197,6 +197,8 @@ def test_a_hold_of_another_policy_is_refused() -> None:
     policy = small_policy()
     with pytest.raises(ValueError, match=re.escape("held actions have shape (6, 2), expected (8, 2)")):
         policy.predict(some_observation(policy.spec), hold=Hold(np.zeros((6, 2)), np.ones(6)))
+    with pytest.raises(ValueError, match=re.escape("held actions have shape (1, 8, 2), expected (8, 2) or 3 of them")):
+        policy.predict(some_observation(policy.spec, batch=3), hold=Hold(np.zeros((1, 8, 2)), np.ones((1, 8))))
 
 
 def test_weights_of_real_time_chunking() -> None:
