@@ -14,7 +14,7 @@ setup: $(VENV)/.done
 $(VENV)/.done: pyproject.toml constraints.txt
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10) and "Python 3.10 or newer is needed: make PYTHON=python3.11 $(MAKECMDGOALS)")'
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
-	$(BIN)/python -m pip install --disable-pip-version-check -c constraints.txt -e '.[eval,serve,watch,onnx,openvino,tasks,distributed,dev]'
+	$(BIN)/python -m pip install --disable-pip-version-check -c constraints.txt -e '.[eval,serve,watch,mcap,onnx,openvino,tasks,distributed,dev]'
 	$(BIN)/python -m pip install --disable-pip-version-check -c constraints.txt --no-deps robosuite
 	@touch $@
 

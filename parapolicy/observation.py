@@ -51,18 +51,31 @@ class ObservationHistory:
             self._steps.append(step)
         self._steps.append(step)
 
+    @property
+    def newest(self) -> dict[str, np.ndarray]:
+        """The last step pushed, {key: (...)}: float32, or uint8 of images that came so.
+
+        Raises:
+            ObservationError: nothing was pushed yet.
+        """
+        self._require_steps()
+        return self._steps[-1]
+
     def stacked(self) -> dict[str, np.ndarray]:
         """The history as ``predict`` takes it, {key: (To, ...)}.
 
         Raises:
             ObservationError: nothing was pushed yet.
         """
-        if not self._steps:
-            raise ObservationError("the observation history is empty; push an observation first")
+        self._require_steps()
         steps = list(self._steps)
         return {
             key: np.stack([step[key] for step in steps[-self.spec.obs_steps(key) :]]) for key in self.spec.observation
         }
+
+    def _require_steps(self) -> None:
+        if not self._steps:
+            raise ObservationError("the observation history is empty; push an observation first")
 
 
 def stack_observations(observations: Sequence[Mapping[str, Any]]) -> dict[str, np.ndarray]:

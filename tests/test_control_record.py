@@ -87,6 +87,7 @@ def test_a_row_of_the_log_holds_times_and_costs(policy: Timed) -> None:
         "committed": 0,
         "computed_seconds": stats.seconds,
         "rounds": stats.rounds,
+        "evaluations": stats.evaluations,
         "complete": True,
         "residual": stats.residual,
         "stale": 0,

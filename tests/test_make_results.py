@@ -7,9 +7,11 @@ from pathlib import Path
 
 import pytest
 
+from parapolicy.engine import ENGINES
 from tests.conftest import ROOT
 from tools import fill_docs, make_results
 from tools.make_results import RECORD, command_of, fill, missing, read_table, run_step
+from tools.time_calls import STATIC
 
 STEPS, BLOCKS = read_table()
 STEP = {
@@ -29,6 +31,16 @@ def test_the_table_hangs_together() -> None:
         assert step["quick"] is False or isinstance(step["quick"], str)
         for figure in step.get("figures", {}).values():
             assert (ROOT / "docs" / figure).is_file()
+
+
+def test_the_timed_engines_are_those_that_can_be_had() -> None:
+    """``openvino`` is the engine of that name, as ``load_policy`` takes it."""
+    named: set[str] = set()
+    for step in STEPS.values():
+        if "tools.time_calls" in step["run"]:
+            named |= set(step["run"].split("--engines ")[1].split(" --")[0].split())
+    assert named - {*ENGINES} == {STATIC}
+    assert {"openvino", "fused"} <= named
 
 
 def test_a_step_runs_once_for_its_code_and_settings(tmp_path: Path) -> None:

@@ -4,8 +4,9 @@
 
 NETWORK is ``pusht``, the shipped policy's, ``published``, the same with four times the channels, or one of random
 weights: ``transformer``, as published for Push-T's states (8 layers of 256), or ``image``, the UNet of the published
-image policies (263 M). Engine ``openvino`` is the network converted for each number of rows, in bfloat16; ``pip
-install openvino``. Prints medians in ms.
+image policies (263 M). Beside the engines of :func:`parapolicy.engine.make_engine`, ``openvino_static`` is the network
+converted for each number of rows, in bfloat16: what OpenVINO does at best (``pip install 'parapolicy[openvino]'``).
+Prints medians in ms.
 """
 
 import argparse
@@ -31,6 +32,7 @@ from parapolicy.networks.unet1d import ConditionalUnet1D
 
 ROWS, HORIZON, ELEMENTS = (1, 3, 8, 16, 40), 16, 2
 CPU = torch.device("cpu")
+STATIC = "openvino_static"
 NETWORKS: dict[str, Callable[[], Any]] = {
     "pusht": lambda: load_policy("checkpoints/pusht_lowdim", device="cpu", engine="eager").network,
     "published": lambda: widen(load_policy("checkpoints/pusht_lowdim", device="cpu", engine="eager"), 4).network,
@@ -85,13 +87,13 @@ def main() -> None:
     bound = {
         name: make_engine(name, CPU).bind(network, timesteps, observation)
         for name in arguments.engines
-        if name != "openvino"
+        if name != STATIC
     }
     calls: dict[tuple[str, int], Callable[[], Any]] = {}
     for rows in ROWS:
         given = torch.randn(rows, HORIZON, 2), torch.randint(0, 100, (rows,)), torch.arange(rows) % ELEMENTS
         for name in arguments.engines:
-            if name == "openvino":
+            if name == STATIC:
                 calls[name, rows] = convert(network, tables, given, arguments.threads)
             else:
                 calls[name, rows] = functools.partial(bound[name], *given)

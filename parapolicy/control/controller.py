@@ -352,6 +352,7 @@ class Controller:
             "chunk_seconds": chunk.seconds,
             "computed_seconds": chunk.stats.seconds,
             "rounds": int(chunk.stats.rounds),
+            "evaluations": int(chunk.stats.evaluations),
             "complete": bool(chunk.stats.complete),
             "residual": float(chunk.stats.residual),
             "stale": self.record.stale,

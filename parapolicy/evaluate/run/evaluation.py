@@ -31,7 +31,7 @@ from parapolicy.evaluate.run.rollout import EpisodeRecord, rollout
 from parapolicy.evaluate.run.run_folder import RunFolder
 from parapolicy.evaluate.run.simulated_latency import SimulatedLatency, run_with_latency
 from parapolicy.evaluate.run.variants import Variant, build_variants, find_baseline
-from parapolicy.evaluate.run.watch import View
+from parapolicy.evaluate.run.watchers import Watcher, open_watcher
 from parapolicy.loading import load_policy
 from parapolicy.policy import Policy
 from parapolicy.spec import PolicySpec
@@ -85,11 +85,12 @@ def evaluate(config: DictConfig, folder: Path, make_env: MakeEnv) -> dict[str, A
         **machine,
         "samplers": {},
     }
-    view = View(config.watch) if config.watch else None
     recorded: Recorded = []  # of the first sampler
-    for label, variant in variants.items():
-        episodes, results["samplers"][label] = run_episodes(label, variant, config, kept, make_env, not recorded, view)
-        recorded = recorded or [e.observations for e in sorted(episodes, key=lambda episode: episode.seed)]
+    with open_watcher(config.watch) as view:
+        for label, variant in variants.items():
+            episodes, row = run_episodes(label, variant, config, kept, make_env, not recorded, view)
+            results["samplers"][label] = row
+            recorded = recorded or [e.observations for e in sorted(episodes, key=lambda episode: episode.seed)]
     if not any(recorded) and (config.latency_chunks or config.fidelity.measure or config.errors.chunks):
         first, row = next(iter(results["samplers"].items()))
         raise ValueError(
@@ -117,7 +118,7 @@ def run_episodes(
     kept: RunFolder,
     make_env: MakeEnv,
     keep_observations: bool,
-    view: View | None = None,
+    view: Watcher | None = None,
 ) -> tuple[list[EpisodeRecord], dict[str, Any]]:
     """Run one sampler's episodes that the folder does not have yet; all its episodes, and their summary.
 

@@ -11,7 +11,7 @@ import numpy as np
 from parapolicy.control import Controller, ControlRecord, SimulatedClock
 from parapolicy.errors import ObservationError
 from parapolicy.evaluate.run.rollout import EpisodeRecord
-from parapolicy.evaluate.run.watch import View
+from parapolicy.evaluate.run.watchers import Watcher
 from parapolicy.evaluate.run.workers import EnvFailed, Transition, attempt, close, execute, reset
 from parapolicy.files import unseal
 from parapolicy.noise import mix_seeds
@@ -135,7 +135,7 @@ def run_with_latency(
     record: Container[int] = (),
     log: Callable[[Mapping[str, Any]], Any] = lambda row: None,
     progress: Callable[[int], Any] = lambda steps: None,
-    view: View | None = None,
+    view: Watcher | None = None,
     seam: str = "none",
 ) -> Iterator[tuple[EpisodeRecord, ControlRecord]]:
     """Run one episode per seed, one after the other, by a :class:`parapolicy.Controller` on simulated time.
@@ -152,7 +152,7 @@ def run_with_latency(
         record: seeds whose episodes are filmed.
         log: called with the controller's record of each action, and the episode's seed under ``episode``.
         progress: called with the number of control steps since the last call.
-        view: shows each control step.
+        view: is told of each control step.
         seam: how chunks are joined; see :class:`parapolicy.control.seam.Seam`.
     """
     seed, chunk = 0, 0  # of the running episode
@@ -193,6 +193,8 @@ def run_with_latency(
                 controller.reset((noise_seed, seed))  # rollout() draws the same noise for this episode
                 clocked.observations = episode.observations
                 _run_episode(controller, env, first, episode, progress, show)
+                if view is not None and episode.rewards:
+                    view.end(controller, episode.rewards[-1])
             except (EnvFailed, ObservationError) as failure:
                 episode.fail(str(failure))
                 close(env)
@@ -207,15 +209,13 @@ def run_with_latency(
 
 
 def _watcher(
-    view: View | None, label: str, seed: int, env: gymnasium.Env, controller: Controller, newest: Mapping[str, Any]
+    view: Watcher | None, label: str, seed: int, env: gymnasium.Env, controller: Controller, newest: Mapping[str, Any]
 ) -> Callable[[EpisodeRecord], Any]:
-    """A function that shows the newest control step; without a view, it does nothing."""
+    """A function that tells the view of the newest control step; without a view, it does nothing."""
     if view is None:
         return lambda episode: None
-    scene: Any = env.unwrapped
-    if not hasattr(scene, "to_frame"):
-        raise ValueError(f"{type(scene).__name__} has no to_frame(actions), which watching needs")
     view.begin(label, seed)
+    scene = env.unwrapped
     return lambda episode: view.step(scene, controller, newest, episode.rewards[-1] if episode.rewards else None)
 
 

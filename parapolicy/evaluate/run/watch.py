@@ -31,7 +31,7 @@ class View:
 
     def __init__(self, target: str) -> None:
         if target not in ("web", "spawn") and not target.endswith(".rrd"):
-            raise ValueError(f"watch is {target!r}, expected web, spawn or a file name that ends in .rrd")
+            raise ValueError(f"watch is {target!r}, expected web, spawn or a file name that ends in .rrd or .mcap")
         try:
             import rerun as rr
             import rerun.blueprint as rrb
@@ -76,6 +76,8 @@ class View:
             row: the controller's log of the action.
             reward: of the previous step; None at an episode's first.
         """
+        if not hasattr(env, "to_frame"):
+            raise ValueError(f"{type(env).__name__} has no to_frame(actions), which watching in rerun needs")
         rr = self._rr
         self._time += 1 / controller.control_hz
         rr.set_time("time", duration=self._time)
@@ -91,3 +93,12 @@ class View:
             rr.log("rounds/chunk", rr.Scalars(row["rounds"]))
         if reward is not None:
             rr.log("reward/step", rr.Scalars(reward))
+
+    def end(self, controller: Controller, reward: float) -> None:
+        """Show the reward of an episode's last step."""
+        self._time += 1 / controller.control_hz
+        self._rr.set_time("time", duration=self._time)
+        self._rr.log("reward/step", self._rr.Scalars(reward))
+
+    def close(self) -> None:
+        """Nothing: what rerun shows stays there, and its file is whole, when the process ends."""

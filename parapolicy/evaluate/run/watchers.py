@@ -1,0 +1,49 @@
+"""What shows or logs the control steps of a run, by the setting ``watch``."""
+
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from typing import Any, Protocol
+
+from parapolicy.control import Controller
+from parapolicy.evaluate.run.watch import View
+from parapolicy.evaluate.run.watch_mcap import McapWatcher
+
+
+class Watcher(Protocol):
+    """Told of every control step of a run."""
+
+    def begin(self, label: str, seed: int) -> None:
+        """An episode of a sampler begins."""
+
+    def step(self, env: Any, controller: Controller, row: Mapping[str, Any], reward: float | None) -> None:
+        """One control step.
+
+        Args:
+            env: before the step.
+            controller: after it chose the action.
+            row: the controller's log of the action.
+            reward: of the previous step; None at an episode's first.
+        """
+
+    def end(self, controller: Controller, reward: float) -> None:
+        """An episode has ended, with the reward of its last step."""
+
+    def close(self) -> None:
+        """The run's episodes have ended."""
+
+
+@contextmanager
+def open_watcher(target: str | None) -> Iterator[Watcher | None]:
+    """The watcher of ``web``, ``spawn``, FILE.rrd (rerun) or FILE.mcap; None for no target.
+
+    Raises:
+        ValueError: another target, or its library is not installed.
+    """
+    if not target:
+        yield None
+        return
+    watcher: Watcher = McapWatcher(target) if target.endswith(".mcap") else View(target)
+    try:
+        yield watcher
+    finally:
+        watcher.close()
