@@ -5,10 +5,13 @@ import shutil
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 
+import parapolicy
 from tests.conftest import ROOT
 from tools import fill_docs, fill_speed
+from tools.observation_history import play
 
 PAGE = "# Title\n\nProse.\n\n<!-- closed loop -->\nold\n<!-- end -->\n\nMore.\n\n<!-- errors -->\n<!-- end -->\n"
 
@@ -111,6 +114,36 @@ def test_tables_of_the_benchmarks(tmp_path: Path) -> None:
         {"way": w, "ms": ms, "evaluations": 9.0, "median": 0.0, "p95": 1e-3} for w, ms in (("a", 9.0), ("b", 3.0))
     ]
     assert "| b | 3.0 | 3.0 | 9 |" in fill_speed.lerobot_table([write(tmp_path, "lerobot.json", lerobot)])
+
+
+def test_tables_of_programs_that_are_run(tmp_path: Path) -> None:
+    rows = [{"way": "stacked", "reward": 0.97, "success": 0.45}, {"way": "single", "reward": 0.95, "success": 0.25}]
+    history = write(tmp_path / "history", "history.json", {"episodes": 20, "rows": rows})
+    assert "| the present step | 0.950 | 0.25 |" in fill_speed.history_table([history])
+    differences = {"sequential": {"unet": 1e-6, "transformer": 2e-6}, "secant": {"unet": 3e-5, "transformer": 1e-5}}
+    live = write(tmp_path / "live_stanford", "live.json", differences)
+    assert fill_speed.live_table([live]).endswith("| stanford | 2 | at most 2.0e-06 | at most 3.0e-05 |")
+    (tmp_path / "printed.txt").write_text("10 ticks\n\n")
+    assert fill_speed.printed([tmp_path]) == "```\n10 ticks\n```"
+
+
+class Witness:
+    """A policy, with what it was given to see."""
+
+    def __init__(self, policy: parapolicy.Policy) -> None:
+        self.policy, self.spec, self.seen = policy, policy.spec, list[np.ndarray]()
+
+    def predict(self, observation: Any, **options: Any) -> parapolicy.Chunk:
+        self.seen.append(observation["agent_pos"])
+        return self.policy.predict(observation, **options)
+
+
+def test_a_single_observation_stands_for_the_steps_before_it(shipped: parapolicy.Policy) -> None:
+    quick: Any = shipped.with_schedule("ddim", 2).with_sampler("sequential")
+    for single in (False, True):
+        play(witness := Witness(quick), 100_000, single, steps=20)
+        still = [np.array_equal(before, now) for before, now in witness.seen]
+        assert still == ([True] * 3 if single else [True, False, False])
 
 
 def test_the_calibrations_are_read_from_their_files(tmp_path: Path) -> None:

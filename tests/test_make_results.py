@@ -75,11 +75,16 @@ def test_a_step_without_its_output_has_failed(tmp_path: Path) -> None:
     assert outcome.startswith("failed with status 0: what went wrong")
 
 
-def test_what_is_missing_is_named(tmp_path: Path) -> None:
+def test_what_is_missing_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     assert missing({"needs": "json"}) is None
     assert missing({"needs": "no_such_module"}) == "no_such_module"
     assert missing({"needs": "bin/python"}, tmp_path) == "bin/python"
     assert missing(STEP) is None
+    monkeypatch.delenv("CHECKOUT", raising=False)
+    assert missing({"needs": "json $CHECKOUT"}) == "$CHECKOUT"
+    monkeypatch.setenv("CHECKOUT", "folder")
+    assert missing({"needs": "json $CHECKOUT"}) is None
+    assert missing({"needs": "$CHECKOUT no_such_module"}) == "no_such_module"
 
 
 def test_blocks_are_filled_where_their_steps_are_done(tmp_path: Path) -> None:

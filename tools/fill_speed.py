@@ -207,5 +207,28 @@ def lerobot_table(folders: Folders) -> str:
     return table(["", "ms", "ratio", "evaluations", "difference, median", "p95"], lines)
 
 
+def history_table(folders: Folders) -> str:
+    """What a policy scores with its last observations, and with the present one alone."""
+    found = _read(folders[0], "history.json")
+    names = {"stacked": "the last steps, stacked", "single": "the present step"}
+    rows = [[names[row["way"]], f"{row['reward']:.3f}", f"{row['success']:.2f}"] for row in found["rows"]]
+    return table(["sent", "mean max reward", f"success, of {found['episodes']}"], rows)
+
+
+def live_table(folders: Folders) -> str:
+    """Largest differences of accelerated live policies from their own loops."""
+    rows = []
+    for folder in folders:
+        found = _read(folder, "live.json")
+        worst = (f"at most {max(found[sampler].values()):.1e}" for sampler in ("sequential", "secant"))
+        rows.append([folder.name.removeprefix("live_"), str(len(found["sequential"])), *worst])
+    return table(["", "policies", "`sequential`, eager", "`secant`, tolerance 1e-4"], rows)
+
+
+def printed(folders: Folders) -> str:
+    """What a program printed."""
+    return f"```\n{(folders[0] / 'printed.txt').read_text().strip()}\n```"
+
+
 def _read(folder: Path, name: str) -> Any:
     return json.loads((folder / name).read_text())

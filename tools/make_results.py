@@ -30,10 +30,16 @@ from tools import fill_docs, fill_speed
 
 ROOT = Path(__file__).resolve().parent.parent
 TABLE = Path(__file__).with_suffix(".yaml")
-TOOLS = ("time_calls", "time_frames", "lerobot_table", "measure_rounding")  # that measure
-CODE = ("parapolicy", "envs", "conf", "checkpoints", "eval.py", *(f"tools/{name}.py" for name in TOOLS), ":!*.md")
+TOOLS = ("time_calls", "time_frames", "lerobot_table", "measure_rounding", "observation_history")  # that measure
+LIVE = ("tests/stanford_live.py", "tests/robomimic_live.py")
+CODE = (
+    *("parapolicy", "envs", "conf", "checkpoints", "examples", "eval.py"),
+    *(f"tools/{name}.py" for name in TOOLS),
+    *LIVE,
+    ":!*.md",
+)
 RECORD = "step.json"  # of a step that is done, in its folder
-PLACES = re.compile(r" (?:--output |hydra\.(?:run|sweep)\.dir=)\$OUT\S*")  # in commands, of no interest in a caption
+PLACES = re.compile(r" (?:> |--output |hydra\.(?:run|sweep)\.dir=)\$OUT\S*")  # in commands, of no interest in a caption
 
 Step = Mapping[str, Any]
 
@@ -70,11 +76,15 @@ def command_of(step: Step, quick: bool) -> str:
 
 
 def missing(step: Step, root: Path = ROOT) -> str | None:
-    """The module or file that the step needs and that is not there."""
-    need = step.get("needs")
-    if need is None or ("/" in need and (root / need).exists()):
-        return None
-    return None if "/" not in need and importlib.util.find_spec(need) else str(need)
+    """The first module, file or variable (``$NAME``) that the step needs and that is not there."""
+    for need in str(step.get("needs", "")).split():
+        if need.startswith("$"):
+            found = bool(os.environ.get(need[1:]))
+        else:
+            found = (root / need).exists() if "/" in need else importlib.util.find_spec(need) is not None
+        if not found:
+            return need
+    return None
 
 
 def run_step(name: str, step: Step, results: Path, quick: bool, digest: str, root: Path = ROOT) -> str:

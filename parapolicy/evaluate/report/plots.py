@@ -1,6 +1,8 @@
 """Plots as PNG files: of one run, and the Pareto plot of the report."""
 
+import textwrap
 from collections.abc import Mapping
+from itertools import cycle
 from pathlib import Path
 from typing import Any
 
@@ -20,10 +22,10 @@ from parapolicy.evaluate.report.summary import pareto
 
 def plot_latency_reward(results: Mapping[str, Any], path: Path) -> None:
     """Mean maximum reward with its interval against chunk latency, p50 to p95; from one ``results.json``."""
-    figure, axes = plt.subplots(figsize=(6.4, 4.0), layout="constrained")
-    for name, row in results["samplers"].items():
-        if "chunk_ms" not in row:  # latency was not measured
-            continue
+    figure, axes = plt.subplots(figsize=(8.4, 4.0), layout="constrained")
+    timed = {name: row for name, row in results["samplers"].items() if "chunk_ms" in row}
+    fastest_first = sorted(timed.items(), key=lambda entry: entry[1]["chunk_ms"]["p50"])
+    for (name, row), marker in zip(fastest_first, cycle("osD^vPX*<>p"), strict=False):
         latency, reward = row["chunk_ms"], row["mean_max_reward"]
         low, high = row["mean_max_reward_ci95"]
         axes.errorbar(
@@ -31,17 +33,19 @@ def plot_latency_reward(results: Mapping[str, Any], path: Path) -> None:
             reward,
             xerr=[[0.0], [latency["p95"] - latency["p50"]]],
             yerr=[[max(0.0, reward - low)], [max(0.0, high - reward)]],
-            fmt="o",
+            fmt=marker,
             capsize=3,
+            label=textwrap.fill(f"{name}: {latency['p50']:.3g} ms", 30),
         )
-        axes.annotate(name, (latency["p50"], reward), xytext=(6, 6), textcoords="offset points")
     axes.set(
         xlabel="chunk latency, ms (p50, whisker to p95; batch 1)",
         ylabel="mean maximum reward (95 % interval)",
         title=f"{results['env']}: {results['episodes']} episodes",
     )
     _log_axis(axes)
-    axes.margins(x=0.2)
+    axes.margins(x=0.1)
+    if timed:  # names beside the points would lie on each other
+        figure.legend(loc="outside right center", frameon=False)
     _save(figure, path)
 
 

@@ -1,27 +1,34 @@
 """The tables of one run on the terminal."""
 
-import os
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from rich import box
 from rich.console import Console
 from rich.table import Table
 
 from parapolicy.evaluate.report.gather import episode_table, gather_fidelities, gather_latencies, gather_runs
 from parapolicy.evaluate.report.summary import MARGINS, recommend, summarize
 
+WIDTH = 80  # columns that every table fits into
+
 
 def print_tables(results: Mapping[str, Any], console: Console | None = None) -> None:
-    """Print the tables of one ``results.json``, with a line per sampler: what it scores, and what it costs."""
-    # Into a pipe, rich would wrap at 80 columns whatever stands there.
-    console = console or Console(width=None if os.isatty(1) else 100)
-    console.print(_score_table(results))
-    console.print(_cost_table(results))
+    """Print the tables of one ``results.json``, with a line per sampler: what it scores, and what it costs.
+
+    Args:
+        console: at least 80 columns wide, where long names are wrapped and numbers are whole.
+    """
+    console = console or Console()
+    console = console if console.width >= WIDTH else Console(file=console.file, width=WIDTH)
+    tables = [_score_table(results), _cost_table(results)]
     if moved := {name: row for name, row in results["samplers"].items() if {"motion", "control"} <= row.keys()}:
-        console.print(_motion_table(moved))
+        tables.append(_motion_table(moved))
     if measured := next(iter(results["samplers"].values())).get("energy_distance"):
-        console.print(_fidelity_table(results, measured["resampling_mean"]))
+        tables.append(_fidelity_table(results, measured["resampling_mean"]))
+    for table in tables:
+        console.print(table, "")
 
 
 def advise(folder: Path) -> str:
@@ -32,11 +39,16 @@ def advise(folder: Path) -> str:
 
 
 def _table(headings: str, **settings: Any) -> Table:
-    """Long names are folded, and numbers are never cut."""
-    table = Table(**settings)
+    """Names, in the first column, are wrapped; numbers never."""
+    table = Table(box=box.SIMPLE_HEAD, show_edge=False, padding=(0, 1, 0, 0), **settings)
     for i, heading in enumerate(headings.split("|")):
-        table.add_column(heading, justify="right" if i else "left", no_wrap=i > 0, overflow="fold")
+        table.add_column(heading, justify="right" if i else "left", no_wrap=i > 0, overflow="fold", vertical="top")
     return table
+
+
+def _short(value: float, digits: int = 1) -> str:
+    """With so many decimals below 100, and none from there on."""
+    return f"{value:.{digits}f}" if abs(value) < 100 else f"{value:.0f}"
 
 
 def _score_table(results: Mapping[str, Any]) -> Table:
@@ -59,7 +71,7 @@ def _score_table(results: Mapping[str, Any]) -> Table:
 
 
 def _cost_table(results: Mapping[str, Any]) -> Table:
-    headings = "sampler|ms p50|p95|p99|speed-up|rounds (p95)|evals (p95)|error p95"
+    headings = "sampler|ms\np50|\np95|\np99|speed-\nup|rounds\n(p95)|evals\n(p95)|error\np95"
     caption = "chunk latency at batch 1"
     measured = [row.get("chunk_ms", {}) for row in results["samplers"].values()]
     encode = [chunk["encode_p50"] for chunk in measured if "encode_p50" in chunk]
@@ -70,9 +82,9 @@ def _cost_table(results: Mapping[str, Any]) -> Table:
         latency, error = row.get("chunk_ms"), row.get("chunk_error")
         table.add_row(
             name,
-            *(f"{latency[percentile]:.1f}" if latency else "—" for percentile in ("p50", "p95", "p99")),
-            f"{row['speedup_p50']:.2f}×" if "speedup_p50" in row else "—",
-            *("{mean:.1f} ({p95:.0f})".format(**row[cost]) for cost in ("rounds", "evaluations")),
+            *(_short(latency[percentile]) if latency else "—" for percentile in ("p50", "p95", "p99")),
+            f"{_short(row['speedup_p50'], 2)}×" if "speedup_p50" in row else "—",
+            *(f"{_short(row[cost]['mean'])} ({row[cost]['p95']:.0f})" for cost in ("rounds", "evaluations")),
             f"{error['p95']:.1e}" if error else "—",
         )
     return table
@@ -80,16 +92,16 @@ def _cost_table(results: Mapping[str, Any]) -> Table:
 
 def _motion_table(rows: Mapping[str, Any]) -> Table:
     caption = "[ ]: 95 % intervals; in the actions' units, per control step; step: inside chunks"
-    table = _table("sampler|seam|jump at seams|step|jump / step|jerk", caption=caption)
+    table = _table("sampler\nseam|jump\nat seams|step|jump /\nstep|jerk", caption=caption)
     for name, row in rows.items():
         values = (row["motion"].get(kind) for kind in ("jump", "step", "relative_jump", "jerk"))
-        cells = ("{:.3g} [{:.3g}, {:.3g}]".format(v["mean"], *v["ci95"]) if v else "—" for v in values)
-        table.add_row(name, row["control"].get("seam", "none"), *cells)
+        cells = ("{:.3g}\n[{:.3g}, {:.3g}]".format(v["mean"], *v["ci95"]) if v else "—" for v in values)
+        table.add_row(f"{name}\n{row['control'].get('seam', 'none')}", *cells)
     return table
 
 
 def _fidelity_table(results: Mapping[str, Any], resampling: float) -> Table:
-    headings = f"sampler|energy distance (resampling {resampling:.4f})|same noise"
+    headings = f"sampler|energy distance\n(resampling {resampling:.4f})|same noise"
     table = _table(headings, caption="[ ]: 95 % intervals; of chunks, normalised, from the sequential sampler's")
     for name, row in results["samplers"].items():
         names = ("energy_distance", "paired_energy_distance")

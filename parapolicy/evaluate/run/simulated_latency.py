@@ -18,7 +18,9 @@ from parapolicy.noise import mix_seeds
 from parapolicy.policy import Chunk, Policy
 from parapolicy.spec import PolicySpec
 
-Trace = Mapping[tuple[int, int], float]  # (episode's seed, chunk) -> seconds
+# (episode's seed, chunk) -> seconds. Chunks that were not recorded in an episode: (None, line in the file).
+Trace = Mapping[tuple[int | None, int], float]
+TRACE_LINE = '{"seconds": …}, and besides "sampler", or "seed" and "chunk"'
 
 
 @dataclasses.dataclass(frozen=True)
@@ -28,19 +30,20 @@ class SimulatedLatency:
     Attributes:
         kind: ``measured``, ``fixed`` or ``trace``.
         seconds: of every chunk, for ``fixed``.
-        trace: sampler's label -> recorded latencies, for ``trace``.
+        trace: sampler's label, or None for every other sampler -> recorded latencies, for ``trace``.
     """
 
     kind: str
     seconds: float = 0.0
-    trace: Mapping[str, Trace] = dataclasses.field(default_factory=dict)
+    trace: Mapping[str | None, Trace] = dataclasses.field(default_factory=dict)
 
     @classmethod
     def parse(cls, text: str) -> "SimulatedLatency":
         """From ``none``, ``measured``, ``fixed:80ms`` (or ``fixed:0.08s``), or ``trace:FILE``.
 
         A trace has one JSON object per line, ``{"sampler": …, "seed": …, "chunk": …, "seconds": …}``, as a run with
-        simulated latency writes it to ``chunks.jsonl``.
+        simulated latency writes it to ``chunks.jsonl``. ``{"seconds": …}`` is enough: times without a sampler are for
+        all that have none of their own, those without seed and chunk are drawn in any order.
 
         Raises:
             ValueError: any other text, or a file that is not a trace.
@@ -57,18 +60,22 @@ class SimulatedLatency:
         raise ValueError(f"latency is {text!r}, expected none, measured, fixed:80ms or trace:FILE")
 
     def chunk_seconds(self, label: str, seed: int, chunk: int, measured: float) -> float:
-        """Seconds of one chunk. If a trace lacks the chunk, the seed picks another one of the same sampler.
+        """Seconds of one chunk. If a trace lacks the chunk, the seed draws one of the same sampler's times.
 
         Raises:
-            ValueError: the trace has no chunk of this sampler.
+            ValueError: the trace has no time for this sampler.
         """
         if self.kind == "measured":
             return measured
         if self.kind == "fixed":
             return self.seconds
-        if label not in self.trace:
-            raise ValueError(f"the latency trace has no sampler {label!r}, only {sorted(self.trace)}")
-        times = self.trace[label]
+        times = self.trace.get(label) or self.trace.get(None)
+        if times is None:
+            named = sorted(name for name in self.trace if name is not None)
+            raise ValueError(
+                f"the latency trace has no sampler {label!r}, only {named}; give the entry one of these labels, or "
+                "leave out the trace's sampler"
+            )
         if (seed, chunk) in times:
             return times[seed, chunk]
         return list(times.values())[mix_seeds(seed, chunk) % len(times)]
@@ -86,21 +93,25 @@ def _parse_seconds(text: str) -> float:
     raise ValueError(f"latency is 'fixed:{text}', expected a time such as fixed:80ms or fixed:0.08s")
 
 
-def _read_trace(path: Path) -> dict[str, dict[tuple[int, int], float]]:
-    trace: dict[str, dict[tuple[int, int], float]] = {}
+def _read_trace(path: Path) -> dict[str | None, dict[tuple[int | None, int], float]]:
+    trace: dict[str | None, dict[tuple[int | None, int], float]] = {}
     if not path.is_file():
         raise ValueError(f"there is no latency trace {str(path)!r}")
     for number, line in enumerate(path.read_text().splitlines(), 1):
         try:
             row = unseal(line, "the line", "run the run that it is from again")
+            if unknown := sorted(row.keys() - {"sampler", "seed", "chunk", "seconds"}):
+                raise ValueError(f"unknown {', '.join(unknown)}")
             seconds = float(row["seconds"])
             if not 0 <= seconds < float("inf"):
-                raise ValueError("seconds must not be negative")
-            trace.setdefault(str(row["sampler"]), {})[int(row["seed"]), int(row["chunk"])] = seconds
+                raise ValueError(f"seconds is {seconds}, which must be a number and must not be negative")
+            recorded = "seed" in row or "chunk" in row
+            key = (int(row["seed"]), int(row["chunk"])) if recorded else (None, number)
+            sampler = str(row["sampler"]) if "sampler" in row else None
         except (ValueError, KeyError, TypeError) as error:
-            raise ValueError(
-                f'{path}, line {number}: expected {{"sampler": …, "seed": …, "chunk": …, "seconds": …}}: {error}'
-            ) from None
+            missing = "no " if isinstance(error, KeyError) else ""
+            raise ValueError(f"{path}, line {number}: expected {TRACE_LINE}: {missing}{error}") from None
+        trace.setdefault(sampler, {})[key] = seconds  # a run that was interrupted may have an episode's chunks twice
     if not trace:
         raise ValueError(f"the latency trace {str(path)!r} is empty")
     return trace
