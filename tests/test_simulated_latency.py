@@ -116,6 +116,29 @@ def test_too_slow_for_the_old_chunk_is_counted(quick: parapolicy.Policy) -> None
     assert record.continued > 0
 
 
+def test_a_chunk_that_the_end_of_an_episode_cuts_off_is_charged_again_as_it_was(
+    quick: parapolicy.Policy, tmp_path: Path
+) -> None:
+    def outcome(lines: list[dict[str, Any]]) -> tuple[list[Any], list[EpisodeRecord]]:
+        trace, rows = tmp_path / "chunks.jsonl", []
+        trace.write_text("\n".join(map(json.dumps, lines)))
+        episodes = list(run(quick, f"trace:{trace}", asynchronous=True, log=rows.append))
+        return [row["action"] for row in rows], [episode for episode, _ in episodes]
+
+    def lines(times: dict[int, list[float]]) -> list[dict[str, Any]]:
+        return [
+            {"sampler": "ddim", "seed": seed, "chunk": chunk, "seconds": seconds}
+            for seed, each in times.items()
+            for chunk, seconds in enumerate(each)
+        ]
+
+    actions, episodes = outcome(lines({100_003: [0.05, 0.05, 60.0], 100_004: [0.05, 60.0]}))
+    times = {episode.seed: episode.charged for episode in episodes}
+    assert times == {100_003: [0.05, 0.05, 60.0], 100_004: [0.05, 60.0]}
+    assert [len(episode.rounds) for episode in episodes] == [2, 1]
+    assert outcome(lines(times))[0] == actions
+
+
 @pytest.mark.parametrize("asynchronous", [False, True])
 def test_simulated_latency_repeats_exactly(quick: parapolicy.Policy, asynchronous: bool, tmp_path: Path) -> None:
     def outcome(text: str) -> tuple[list[dict[str, Any]], list[tuple[int, int, float]]]:
@@ -123,7 +146,7 @@ def test_simulated_latency_repeats_exactly(quick: parapolicy.Policy, asynchronou
         episodes = list(run(quick, text, asynchronous=asynchronous, log=rows.append))
         for row in rows:
             del row["computed_seconds"]  # a wall time
-        return rows, [(e.seed, c.number, c.seconds) for e, record in episodes for c in record.chunks]
+        return rows, [(e.seed, chunk, seconds) for e, _ in episodes for chunk, seconds in enumerate(e.charged)]
 
     fixed = outcome("fixed:130ms")
     assert fixed == outcome("fixed:130ms")

@@ -167,7 +167,7 @@ def run_episodes(
             row = episode_row(episode.seed - config.seed, episode)
             if control is not None:
                 row["control"] = control_row(control)
-                for number, seconds in enumerate(row["control"]["chunk_seconds"]):
+                for number, seconds in enumerate(episode.charged):
                     timed = {"seed": episode.seed, "chunk": number, "seconds": seconds}
                     kept.append("chunks.jsonl", {"sampler": label, **timed})
             kept.save_episode(label, episode, row, keep_observations)

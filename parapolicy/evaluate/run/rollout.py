@@ -26,6 +26,7 @@ class EpisodeRecord:
         rewards: one per control step.
         success: whether the environment reported success.
         rounds, evaluations: one per chunk.
+        charged: simulated latency, seconds, one per chunk that was begun, also of one that the episode's end cut off.
         observations: {key: (To, …)}, the history that each chunk was computed from.
         frames: (H, W, 3) uint8, before the first and after every control step; empty unless filmed.
         seams: distance from the last action of a chunk to the first of the next, one per chunk except the first.
@@ -39,6 +40,7 @@ class EpisodeRecord:
     success: bool = False
     rounds: list[int] = field(default_factory=list)
     evaluations: list[int] = field(default_factory=list)
+    charged: list[float] = field(default_factory=list)
     observations: list[dict[str, np.ndarray]] = field(default_factory=list)
     frames: list[np.ndarray] = field(default_factory=list)
     seams: list[float] = field(default_factory=list)

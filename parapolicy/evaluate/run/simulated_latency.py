@@ -166,12 +166,11 @@ def run_with_latency(
         view: is told of each control step.
         seam: how chunks are joined; see :class:`parapolicy.control.seam.Seam`.
     """
-    seed, chunk = 0, 0  # of the running episode
+    episode = EpisodeRecord(0)  # the running one
 
     def chunk_seconds(measured: float) -> float:
-        nonlocal chunk
-        chunk += 1
-        return latency.chunk_seconds(label, seed, chunk - 1, measured)
+        episode.charged.append(latency.chunk_seconds(label, episode.seed, len(episode.charged), measured))
+        return episode.charged[-1]
 
     clock = SimulatedClock(chunk_seconds, live=latency.kind == "measured")
     env = make_env(clock)
@@ -180,7 +179,7 @@ def run_with_latency(
     def log_action(action: Mapping[str, Any]) -> None:
         newest.update(action)
         executed.append((np.array(action["action"]), action["chunk"]))
-        log({"episode": seed, **action})
+        log({"episode": episode.seed, **action})
 
     clocked = _ClockedPolicy(policy, clock)
     controller = Controller(
@@ -195,7 +194,6 @@ def run_with_latency(
     executed: list[tuple[np.ndarray, int]] = []  # actions, and the chunk that each is from
     try:
         for seed in seeds:
-            chunk = 0
             executed.clear()
             episode = EpisodeRecord(seed)
             show = _watcher(view, label, seed, env, controller, newest)
