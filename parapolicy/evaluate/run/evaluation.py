@@ -85,7 +85,8 @@ def evaluate(config: DictConfig, folder: Path, make_env: MakeEnv) -> dict[str, A
         **machine,
         "samplers": {},
     }
-    view = View(config.watch) if config.watch else None
+    cameras = [key for key, feature in policy.spec.observation.items() if feature.kind == "image"]
+    view = View(config.watch, cameras) if config.watch else None
     recorded: Recorded = []  # of the first sampler
     for label, variant in variants.items():
         episodes, results["samplers"][label] = run_episodes(label, variant, config, kept, make_env, not recorded, view)

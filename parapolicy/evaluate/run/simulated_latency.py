@@ -216,7 +216,12 @@ def _watcher(
     if not hasattr(scene, "to_frame"):
         raise ValueError(f"{type(scene).__name__} has no to_frame(actions), which watching needs")
     view.begin(label, seed)
-    return lambda episode: view.step(scene, controller, newest, episode.rewards[-1] if episode.rewards else None)
+
+    def show(episode: EpisodeRecord) -> None:
+        reward = episode.rewards[-1] if episode.rewards else None
+        view.step(scene, controller, newest, reward, episode.observations[newest["chunk"]])
+
+    return show
 
 
 def _run_episode(
