@@ -15,6 +15,7 @@ from parapolicy.evaluate.run.watch import View
 from parapolicy.evaluate.run.workers import EnvFailed, Transition, attempt, close, execute, reset
 from parapolicy.files import unseal
 from parapolicy.noise import mix_seeds
+from parapolicy.observation import copy_observation
 from parapolicy.policy import Chunk, Policy
 from parapolicy.spec import PolicySpec
 
@@ -119,7 +120,7 @@ class _ClockedPolicy:
         return self.policy.spec
 
     def predict(self, observation: Mapping[str, Any], **options: Any) -> Chunk:
-        self.observations.append(dict(observation))
+        self.observations.append(copy_observation(observation))
         chunk: Chunk = self.clock.compute(self.policy.predict, observation, **options)
         return chunk
 
