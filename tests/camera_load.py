@@ -1,6 +1,6 @@
 """Robots with cameras at a policy server, as processes on this machine's loopback: errors, throughput and latency.
 
-    python -m tests.camera_load [clients=4] [seconds=60] [control_hz=10] [engine=eager]
+    python -m tests.camera_load [clients=4] [seconds=60] [control_hz=10] [engine=eager] [output=FILE.json]
 
 Each client sends the present step of two cameras of 240 × 320 at every tick, first as arrays and then as JPEG files, to
 a policy with a ResNet for each camera and made-up weights. Exits with 1 where something is not as promised: no error,
@@ -8,11 +8,13 @@ every answer a finite chunk of the same episode, and memory that grows by less t
 """
 
 import io
+import json
 import sys
 import tempfile
 import threading
 import time
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -126,17 +128,22 @@ def load(port: int, process: Any, form: str, clients: int, seconds: float, contr
     }
 
 
-def main(clients: str = "4", seconds: str = "60", control_hz: str = "10", engine: str = "eager") -> None:
-    broken = []
+def main(
+    clients: str = "4", seconds: str = "60", control_hz: str = "10", engine: str = "eager", output: str = ""
+) -> None:
+    broken, results = [], {}
     with tempfile.TemporaryDirectory() as folder:
         save_policy(two_cameras(), folder)
         for form in ("arrays", "jpeg"):
             with command(folder, "sampler=sequential", f"engine={engine}") as (process, port):
                 result = load(port, process, form, int(clients), float(seconds), float(control_hz))
             print(f"{form}:", result, flush=True)
+            results[form] = result
             first, last = result["memory, first quarter and end, MiB"]
             if result["errors"] or not result["answers"] or last > 1.1 * first:
                 broken.append(form)
+    if output:
+        Path(output).write_text(json.dumps(results, indent=2) + "\n")
     if broken:
         raise SystemExit(f"not as promised: {broken}")
 

@@ -31,9 +31,10 @@ from tools import fill_docs, fill_speed
 ROOT = Path(__file__).resolve().parent.parent
 TABLE = Path(__file__).with_suffix(".yaml")
 TOOLS = ("time_calls", "time_frames", "lerobot_table", "measure_rounding")  # that measure
-CODE = ("parapolicy", "envs", "conf", "checkpoints", "eval.py", *(f"tools/{name}.py" for name in TOOLS), ":!*.md")
+MEASURING = (*(f"tools/{name}.py" for name in TOOLS), "tests/camera_load.py")
+CODE = ("parapolicy", "envs", "conf", "checkpoints", "eval.py", *MEASURING, ":!*.md")
 RECORD = "step.json"  # of a step that is done, in its folder
-PLACES = re.compile(r" (?:--output |hydra\.(?:run|sweep)\.dir=)\$OUT\S*")  # in commands, of no interest in a caption
+PLACES = re.compile(r" (?:--output |output=|hydra\.(?:run|sweep)\.dir=)\$OUT\S*")  # of no interest in a caption
 
 Step = Mapping[str, Any]
 
