@@ -139,17 +139,18 @@ def frames_table(folders: Folders) -> str:
 
 def cameras_table(folders: Folders) -> str:
     """Clients with cameras at one server, by the form of their images."""
-    keys = ("kB per message", "per second", "p50 ms", "p99 ms", "max ms", "ticks missed")
+    keys = ("kB per message", "per second", "p50 ms", "p99 ms", "max ms")
     lines = [
         [
             form,
+            "{answers} of {ticks}".format(**found),
             *(str(found[key]) for key in keys),
             "{} to {}".format(*found["memory, first quarter and end, MiB"]),
             str(len(found["errors"])),
         ]
         for form, found in _read(folders[0], "cameras.json").items()
     ]
-    headings = ["images", "kB per message", "answers per second", *keys[2:], "server's MiB", "errors"]
+    headings = ["images", "answered, of ticks", *keys[:1], "answers per second", *keys[2:], "server's MiB", "errors"]
     return table(headings, lines)
 
 
