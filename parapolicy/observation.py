@@ -1,6 +1,6 @@
 """From what the robot sees to what the network takes: checking, history, normalising."""
 
-from collections import deque
+import copy
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -12,20 +12,28 @@ from parapolicy.errors import ObservationError
 from parapolicy.normalizer import Normalizer
 from parapolicy.spec import Feature, PolicySpec
 
+ROOM = 8  # steps that a block of memory takes behind its first history
+
 
 class ObservationHistory:
     """The last observations of one episode, of each key as many steps as the policy sees of it.
 
-    Before the first step it repeats the first.
+    Before the first step it repeats the first. A step is copied when it is pushed; histories that are handed out are
+    views of these copies. ``copy.copy`` gives one that goes on by itself.
     """
 
     def __init__(self, spec: PolicySpec) -> None:
         self.spec = spec
-        self._steps: deque[dict[str, np.ndarray]] = deque(maxlen=spec.n_obs_steps)
+        self.reset()
+
+    def __copy__(self) -> "ObservationHistory":
+        other = ObservationHistory(self.spec)
+        other._recent = {key: copy.copy(recent) for key, recent in self._recent.items()}
+        return other
 
     def reset(self) -> None:
         """Forget everything: a new episode begins."""
-        self._steps.clear()
+        self._recent: dict[str, _Recent] = {}
 
     def push(self, observation: Mapping[str, Any]) -> None:
         """Add one control step's observation, {key: (...)}; see :meth:`parapolicy.Policy.predict` for its values.
@@ -41,15 +49,17 @@ class ObservationHistory:
             expected = _step_shape(feature, value)
             if value.shape != expected:
                 raise ObservationError(f"observation {key!r} has shape {value.shape}, expected {expected} for one step")
-            if self._steps and self._steps[-1][key].dtype != value.dtype:
+            if self._recent and self._recent[key].dtype != value.dtype:
                 raise ObservationError(
-                    f"observation {key!r} is {value.dtype}, expected {self._steps[-1][key].dtype} as in the step before"
+                    f"observation {key!r} is {value.dtype}, expected {self._recent[key].dtype} as in the step before"
                 )
             _check_values(key, feature, value)
-            step[key] = value.copy()
-        while len(self._steps) < self.spec.n_obs_steps - 1:
-            self._steps.append(step)
-        self._steps.append(step)
+            step[key] = value
+        if self._recent:
+            for key, value in step.items():
+                self._recent[key].push(value)
+        else:
+            self._recent = {key: _Recent(self.spec.obs_steps(key), value) for key, value in step.items()}
 
     @property
     def newest(self) -> dict[str, np.ndarray]:
@@ -58,29 +68,84 @@ class ObservationHistory:
         Raises:
             ObservationError: nothing was pushed yet.
         """
-        self._require_steps()
-        return self._steps[-1]
+        return {key: value[-1] for key, value in self.stacked().items()}
 
     def stacked(self) -> dict[str, np.ndarray]:
         """The history as ``predict`` takes it, {key: (To, ...)}.
 
+        These are views, which later steps do not change. Copy them before you write to them, or to keep many of them.
+
         Raises:
             ObservationError: nothing was pushed yet.
         """
-        self._require_steps()
-        steps = list(self._steps)
-        return {
-            key: np.stack([step[key] for step in steps[-self.spec.obs_steps(key) :]]) for key in self.spec.observation
-        }
-
-    def _require_steps(self) -> None:
-        if not self._steps:
+        if not self._recent:
             raise ObservationError("the observation history is empty; push an observation first")
+        return {key: recent.view() for key, recent in self._recent.items()}
+
+
+class _Block:
+    """Memory for successive values of one key; each place is written once.
+
+    Attributes:
+        values: (places, ...).
+        begin: the first place that holds a value.
+        end: the place behind the last one.
+    """
+
+    def __init__(self, places: int, value: np.ndarray, begin: int) -> None:
+        self.values = np.empty((places, *value.shape), value.dtype)
+        self.begin = self.end = begin
+
+    def add(self, values: np.ndarray) -> None:
+        """Copy values (n, ...) behind the others."""
+        self.values[self.end : self.end + len(values)] = values
+        self.end += len(values)
+
+
+class _Recent:
+    """The newest ``steps`` values of one key, next to each other in memory, so that they are handed out without a copy.
+
+    Where a block is full, or a copy of this object has gone on in it, the newest ``steps - 1`` are copied into another.
+    """
+
+    def __init__(self, steps: int, first: np.ndarray) -> None:
+        self._steps, self._places = steps, steps + (ROOM if steps > 1 else 0)
+        self._block = _Block(self._places, first, steps - 1)
+        self._block.add(first[None])
+        self._end = steps  # in the block, of this object's values
+
+    @property
+    def dtype(self) -> np.dtype:
+        return self._block.values.dtype
+
+    def push(self, value: np.ndarray) -> None:
+        """Add the newest value (...)."""
+        if self._end < self._block.end or self._end == self._places:
+            kept = self.view()[1:]
+            self._block = _Block(self._places, value, 0)
+            self._block.add(kept)
+        self._block.add(value[None])
+        self._end = self._block.end
+
+    def view(self) -> np.ndarray:
+        """The values (steps, ...), oldest first; the first one stands in for those before it."""
+        block = self._block
+        if self._end - self._steps < block.begin:
+            block.values[: block.begin] = block.values[block.begin]
+            block.begin = 0
+        return block.values[self._end - self._steps : self._end]
 
 
 def stack_observations(observations: Sequence[Mapping[str, Any]]) -> dict[str, np.ndarray]:
-    """Observations {key: (…)} of the same keys and shapes as one batch, {key: (B, …)}."""
+    """Observations {key: (…)} of the same keys and shapes as one batch, {key: (B, …)}; a view where there is one."""
+    if len(observations) == 1:
+        return {key: np.asarray(value)[None] for key, value in observations[0].items()}
     return {key: np.stack([observation[key] for observation in observations]) for key in observations[0]}
+
+
+def copy_observation(observation: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
+    """A copy to keep: it does not hold the memory of the history that the observation is a view of."""
+    return {key: value.copy() for key, value in observation.items()}
 
 
 def normalize_observation(

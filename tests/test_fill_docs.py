@@ -110,6 +110,10 @@ def test_tables_of_the_benchmarks(tmp_path: Path) -> None:
     assert found.endswith("900 chunks: p50 4.1 ms, p99 6.0.")
     frames = [{"encoder": "e", "two": 4.0, "one": 2.0}]
     assert "| e | 4.0 ms | 2.0 ms | 2.0× |" in fill_speed.frames_table([write(tmp_path, "frames.json", frames)])
+    load = {"kB per message": 461, "per second": 40.0, "p50 ms": 30, "p99 ms": 60, "max ms": 90}
+    load |= {"answers": 9, "ticks": 10, "memory, first quarter and end, MiB": [400, 401], "errors": []}
+    cameras = fill_speed.cameras_table([write(tmp_path, "cameras.json", {"arrays": load})])
+    assert "| arrays | 9 of 10 | 461 | 40.0 | 30 | 60 | 90 | 400 to 401 | 0 |" in cameras
     lerobot = [
         {"way": w, "ms": ms, "evaluations": 9.0, "median": 0.0, "p95": 1e-3} for w, ms in (("a", 9.0), ("b", 3.0))
     ]

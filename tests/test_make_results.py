@@ -139,7 +139,8 @@ def test_the_digest_is_of_the_code_that_measures(tmp_path: Path) -> None:
 
 
 def test_a_caption_names_command_machine_and_commit(tmp_path: Path) -> None:
-    assert run_step("a", {**STEP, "run": f"{STEP['run']} # x --output $OUT"}, tmp_path, False, "code") == "done"
+    command = f"{STEP['run']} # x --output $OUT output=$OUT/a.json"
+    assert run_step("a", {**STEP, "run": command}, tmp_path, False, "code") == "done"
     caption = make_results.caption([tmp_path / "a"])
     assert "torch" in caption
     assert "commit" in caption

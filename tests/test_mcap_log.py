@@ -176,6 +176,9 @@ def test_what_cannot_be_logged_is_named(tmp_path: Path, monkeypatch: pytest.Monk
     with McapLog(tmp_path / "run.mcap") as log, pytest.raises(ValueError, match=r"of /scene has 2 channels"):
         log.image("/scene", np.zeros((4, 4, 2), np.uint8))
     monkeypatch.setitem(sys.modules, "mcap.writer", None)
-    with pytest.raises(ValueError, match=r"pip install 'parapolicy\[mcap\]'"), open_watcher(str(tmp_path / "b.mcap")):
+    with (
+        pytest.raises(ValueError, match=r"pip install 'parapolicy\[mcap\]'"),
+        open_watcher(str(tmp_path / "b.mcap"), []),
+    ):
         pass
     assert not (tmp_path / "b.mcap").exists()

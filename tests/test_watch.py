@@ -12,7 +12,8 @@ from envs.inference_delay import InferenceDelay
 from parapolicy.control import SimulatedClock
 from parapolicy.evaluate.run.simulated_latency import SimulatedLatency, run_with_latency
 from parapolicy.evaluate.run.watch import View
-from tests.helpers import small_policy, small_spec
+from parapolicy.spec import Feature
+from tests.helpers import DDPM_CONFIG, small_policy, small_spec
 
 rerun = pytest.importorskip("rerun", reason="rerun-sdk is not installed")
 
@@ -32,6 +33,60 @@ def test_a_run_is_kept_with_scene_chunk_and_costs(shipped: parapolicy.Policy, tm
     assert len(data) > 10_000
     for entity in (b"/scene/chunk", b"/scene/executed", b"/latency/chunk", b"/rounds/chunk", b"/reward/step"):
         assert entity in data
+    assert b"/cameras" not in data  # the policy observes no images
+
+
+def recorded_pictures(path: Path, camera: str) -> list[np.ndarray]:
+    """The images (H, W, 3) that a recording has of a camera, in the order of their times."""
+    from rerun.chunk import RrdReader
+
+    pictures = []
+    for chunk in RrdReader(path).stream().filter(content=rerun.new_entity_path(["cameras", camera])):
+        for row in chunk.to_record_batch().to_pylist():
+            (shape,), (pixels,) = row["Image:format"], row["Image:buffer"]
+            assert shape["color_model"] == rerun.ColorModel.RGB.value
+            picture = np.array(pixels, np.uint8).reshape(shape["height"], shape["width"], 3)
+            pictures.append((row["time"], picture))
+    return [picture for _, picture in sorted(pictures, key=lambda pair: pair[0])]
+
+
+def test_the_frames_of_each_chunk_are_shown(tmp_path: Path) -> None:
+    """Of the chunk that is executed, not of the next one, which is computed meanwhile."""
+    camera = {"width": 16, "levels": 1, "keypoints": 4, "features": 4}
+    policy = small_policy(
+        observation={"image": Feature((96, 96, 3), "image"), "agent_pos": (2,)},
+        network={"name": "unet1d", "down_dims": [16], "n_groups": 4, "encoder": {"cameras": {"image": camera}}},
+        scheduler={**DDPM_CONFIG, "num_train_timesteps": 3},
+    )
+
+    def build(clock: SimulatedClock) -> gymnasium.Env:
+        env = make_env("pusht", policy.spec, max_episode_steps=10)
+        return InferenceDelay(env, clock, policy.spec.control_hz)
+
+    path, rows = tmp_path / "run.rrd", []
+    view, latency = View(str(path), ["image"]), SimulatedLatency.parse("fixed:150ms")
+    runs = run_with_latency(policy, "ddpm", build, [3], latency, asynchronous=True, log=rows.append, view=view)
+    ((episode, _),) = runs
+    rerun.disconnect()
+    executed = list(dict.fromkeys(row["chunk"] for row in rows))
+    assert 2 < len(executed) < len(episode.observations)
+    expected = [np.hstack(list(episode.observations[chunk]["image"])) for chunk in executed]
+    np.testing.assert_array_equal(recorded_pictures(path, "image"), expected)
+
+
+def test_frames_of_floats_and_cameras_of_any_name_are_shown(tmp_path: Path) -> None:
+    env = make_env("pusht", small_spec(observation={"state": (5,)}), render_size=96)
+    env.reset(seed=3)
+    controller = parapolicy.Controller(small_policy())
+    features = controller.policy.spec.observation
+    controller.act({key: np.zeros(feature.shape, np.float32) for key, feature in features.items()})
+    path, key = tmp_path / "run.rrd", "wrist/left camera"
+    frames = np.random.default_rng(0).integers(0, 256, (2, 4, 6, 3), np.uint8)
+    view = View(str(path), [key])
+    row = {"chunk": 0, "action": [1.0, 2.0], "computed_seconds": 0.1, "rounds": 7}
+    view.step(env.unwrapped, controller, row, None, {key: np.moveaxis(frames, -1, 1).astype(np.float32) / 255})
+    rerun.disconnect()
+    np.testing.assert_array_equal(recorded_pictures(path, key), [np.hstack(list(frames))])
 
 
 def test_every_chunk_is_shown_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -47,7 +102,7 @@ def test_every_chunk_is_shown_once(tmp_path: Path, monkeypatch: pytest.MonkeyPat
         view.begin("secant", 0)
         for chunk, index in ((0, 0), (0, 1), (1, 2), (1, 3), (2, 2)):
             row = {"chunk": chunk, "index": index, "action": [1.0, 2.0], "computed_seconds": 0.1, "rounds": 7}
-            view.step(env.unwrapped, controller, row, 0.5)
+            view.step(env.unwrapped, controller, row, 0.5, {})
     assert shown.count("latency/chunk") == shown.count("rounds/chunk") == 6
 
 

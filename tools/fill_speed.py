@@ -147,6 +147,23 @@ def frames_table(folders: Folders) -> str:
     return table(["encoder", "two frames", "one new frame", ""], lines)
 
 
+def cameras_table(folders: Folders) -> str:
+    """Clients with cameras at one server, by the form of their images."""
+    keys = ("kB per message", "per second", "p50 ms", "p99 ms", "max ms")
+    lines = [
+        [
+            form,
+            "{answers} of {ticks}".format(**found),
+            *(str(found[key]) for key in keys),
+            "{} to {}".format(*found["memory, first quarter and end, MiB"]),
+            str(len(found["errors"])),
+        ]
+        for form, found in _read(folders[0], "cameras.json").items()
+    ]
+    headings = ["images", "answered, of ticks", *keys[:1], "answers per second", *keys[2:], "server's MiB", "errors"]
+    return table(headings, lines)
+
+
 def rounding_table(folders: Folders) -> str:
     """What rounding to bfloat16 changes in the chunks of the shipped policies."""
     lines = [

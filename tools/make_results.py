@@ -31,7 +31,7 @@ from tools import fill_docs, fill_speed
 ROOT = Path(__file__).resolve().parent.parent
 TABLE = Path(__file__).with_suffix(".yaml")
 TOOLS = ("time_calls", "time_frames", "lerobot_table", "measure_rounding", "observation_history")  # that measure
-LIVE = ("tests/stanford_live.py", "tests/robomimic_live.py")
+LIVE = ("tests/stanford_live.py", "tests/robomimic_live.py", "tests/camera_load.py")
 CODE = (
     *("parapolicy", "envs", "conf", "checkpoints", "examples", "eval.py"),
     *(f"tools/{name}.py" for name in TOOLS),
@@ -39,7 +39,7 @@ CODE = (
     ":!*.md",
 )
 RECORD = "step.json"  # of a step that is done, in its folder
-PLACES = re.compile(r" (?:> |--output |hydra\.(?:run|sweep)\.dir=)\$OUT\S*")  # in commands, of no interest in a caption
+PLACES = re.compile(r" (?:> |--output |output=|hydra\.(?:run|sweep)\.dir=)\$OUT\S*")  # of no interest in a caption
 
 Step = Mapping[str, Any]
 

@@ -75,9 +75,8 @@ class Session:
         episode = Episode(self.spec, (seed,), self.warm_start)
         if not begins:
             episode = copy.copy(self.episode)
-            episode.history = ObservationHistory(self.spec)
-            if len(steps) == executed == 1:
-                episode.history = copy.deepcopy(self.episode.history, {id(self.spec): self.spec})
+            joins = len(steps) == executed == 1
+            episode.history = copy.copy(self.episode.history) if joins else ObservationHistory(self.spec)
         for step in steps:
             episode.push(step)
         request = episode.request(executed)
@@ -97,7 +96,7 @@ class Session:
         }
 
     def _steps(self, observation: dict[str, Any]) -> list[dict[str, Any]]:
-        """The control steps of a message; all are checked before the first is used."""
+        """The control steps of a message, still to be checked."""
         counts = {key: self.spec.obs_steps(key) for key in self.spec.observation}
         stacked = {
             key
@@ -119,9 +118,6 @@ class Session:
                 {k: v[max(0, counts[k] + i)] if k in stacked else v for k, v in observation.items()}
                 for i in range(-max(counts[key] for key in stacked), 0)
             ]
-        check = ObservationHistory(self.spec)
-        for step in steps:
-            check.push(step)
         return steps
 
 

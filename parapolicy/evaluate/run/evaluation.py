@@ -85,8 +85,9 @@ def evaluate(config: DictConfig, folder: Path, make_env: MakeEnv) -> dict[str, A
         **machine,
         "samplers": {},
     }
+    cameras = [key for key, feature in policy.spec.observation.items() if feature.kind == "image"]
     recorded: Recorded = []  # of the first sampler
-    with open_watcher(config.watch) as view:
+    with open_watcher(config.watch, cameras) as view:
         for label, variant in variants.items():
             episodes, row = run_episodes(label, variant, config, kept, make_env, not recorded, view)
             results["samplers"][label] = row

@@ -14,6 +14,7 @@ from parapolicy.episode import Episode, Request, group_requests, predict_togethe
 from parapolicy.errors import ObservationError
 from parapolicy.evaluate.run.motion import chunk_motion, jerks, seam_jumps
 from parapolicy.evaluate.run.workers import EnvFailed, EnvHandle, LocalEnv, ProcessEnv, WorkerDied, execute, reset
+from parapolicy.observation import copy_observation
 from parapolicy.policy import Chunk, Policy
 
 
@@ -86,7 +87,7 @@ class _Slot:
     def submit(self, request: Request, chunk: Chunk) -> None:
         """Request the execution of a chunk's actions."""
         self.episode.accept(request, chunk)
-        self.record.observations.append(request.observation)
+        self.record.observations.append(copy_observation(request.observation))
         self.record.rounds.append(int(chunk.stats.rounds))
         self.record.evaluations.append(int(chunk.stats.evaluations))
         self.submitted = chunk.actions

@@ -15,6 +15,7 @@ from parapolicy.evaluate.run.watchers import Watcher
 from parapolicy.evaluate.run.workers import EnvFailed, Transition, attempt, close, execute, reset
 from parapolicy.files import unseal
 from parapolicy.noise import mix_seeds
+from parapolicy.observation import copy_observation
 from parapolicy.policy import Chunk, Policy
 from parapolicy.spec import PolicySpec
 
@@ -130,7 +131,7 @@ class _ClockedPolicy:
         return self.policy.spec
 
     def predict(self, observation: Mapping[str, Any], **options: Any) -> Chunk:
-        self.observations.append(dict(observation))
+        self.observations.append(copy_observation(observation))
         chunk: Chunk = self.clock.compute(self.policy.predict, observation, **options)
         return chunk
 
@@ -225,7 +226,12 @@ def _watcher(
         return lambda episode: None
     view.begin(label, seed)
     scene = env.unwrapped
-    return lambda episode: view.step(scene, controller, newest, episode.rewards[-1] if episode.rewards else None)
+
+    def show(episode: EpisodeRecord) -> None:
+        reward = episode.rewards[-1] if episode.rewards else None
+        view.step(scene, controller, newest, reward, episode.observations[newest["chunk"]])
+
+    return show
 
 
 def _run_episode(

@@ -1,6 +1,6 @@
-"""A live view of a run in rerun: the scene, the executed path, the current chunk, latency and rounds."""
+"""A live view of a run in rerun: scene, executed path, current chunk and its camera frames, latency and rounds."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any, Protocol
 
 import numpy as np
@@ -24,12 +24,13 @@ class View:
     Args:
         target: ``web`` serves a page for the browser during the run, ``spawn`` opens rerun's own window, and a name
             that ends in .rrd writes a file, which ``rerun FILE`` shows.
+        cameras: observation keys of the policy that are images, each of which has a panel beside the scene.
 
     Raises:
         ValueError: another target, or rerun is not installed.
     """
 
-    def __init__(self, target: str) -> None:
+    def __init__(self, target: str, cameras: Sequence[str] = ()) -> None:
         if target not in ("web", "spawn") and not target.endswith(".rrd"):
             raise ValueError(f"watch is {target!r}, expected web, spawn or a file name that ends in .rrd or .mcap")
         try:
@@ -43,10 +44,13 @@ class View:
             rrb.TimeSeriesView(origin="rounds", name="rounds per chunk"),
             rrb.TimeSeriesView(origin="reward", name="reward"),
         )
-        layout = rrb.Blueprint(
-            rrb.Horizontal(rrb.Spatial2DView(origin="scene", name="scene"), panels, column_shares=[3, 2]),
-            collapse_panels=True,
-        )
+        self._cameras = {key: rr.new_entity_path(["cameras", key]) for key in cameras}
+        scene = rrb.Spatial2DView(origin="scene", name="scene")
+        columns = rrb.Horizontal(scene, panels, column_shares=[3, 2])
+        if cameras:
+            frames = [rrb.Spatial2DView(origin=path, name=f"{key}, oldest left") for key, path in self._cameras.items()]
+            columns = rrb.Horizontal(scene, rrb.Vertical(*frames), panels, column_shares=[3, 2, 2])
+        layout = rrb.Blueprint(columns, collapse_panels=True)
         rr.init("parapolicy", default_blueprint=layout)
         if target == "web":
             server = rr.serve_grpc(default_blueprint=layout)
@@ -67,14 +71,23 @@ class View:
         self._rr.set_time("time", duration=self._time)
         self._rr.log("scene/title", self._rr.TextLog(f"{label}, seed {seed}"))
 
-    def step(self, env: WatchableEnv, controller: Controller, row: Mapping[str, Any], reward: float | None) -> None:
-        """Show one control step: the scene before it, the rest of the chunk, and the cost of the action.
+    def step(
+        self,
+        env: WatchableEnv,
+        controller: Controller,
+        row: Mapping[str, Any],
+        reward: float | None,
+        seen: Mapping[str, Any],
+    ) -> None:
+        """Show one control step: the scene before it, the rest of the chunk and what it was computed from, and the cost
+        of the action.
 
         Args:
             env: before the step.
             controller: after it chose the action.
             row: the controller's log of the action.
             reward: of the previous step; None at an episode's first.
+            seen: {key: (To, …)}, what the action's chunk was computed from.
         """
         if not hasattr(env, "to_frame"):
             raise ValueError(f"{type(env).__name__} has no to_frame(actions), which watching in rerun needs")
@@ -91,6 +104,8 @@ class View:
             self._chunk = row["chunk"]
             rr.log("latency/chunk", rr.Scalars(1e3 * row["computed_seconds"]))
             rr.log("rounds/chunk", rr.Scalars(row["rounds"]))
+            for key, path in self._cameras.items():
+                rr.log(path, rr.Image(_side_by_side(np.asarray(seen[key]))))
         if reward is not None:
             rr.log("reward/step", rr.Scalars(reward))
 
@@ -102,3 +117,10 @@ class View:
 
     def close(self) -> None:
         """Nothing: what rerun shows stays there, and its file is whole, when the process ends."""
+
+
+def _side_by_side(frames: np.ndarray) -> np.ndarray:
+    """Frames (To, H, W, C) uint8, or (To, C, H, W) from 0 to 1, as one picture (H, To W, C) uint8, the oldest left."""
+    if frames.dtype != np.uint8:
+        frames = np.rint(255 * np.moveaxis(frames, 1, -1)).astype(np.uint8)
+    return np.concatenate(list(frames), axis=1)

@@ -26,7 +26,9 @@ class McapWatcher:
         """Begin an episode, after the previous one on the time line."""
         self._log.begin(label, seed)
 
-    def step(self, env: Any, controller: Controller, row: Mapping[str, Any], reward: float | None) -> None:
+    def step(
+        self, env: Any, controller: Controller, row: Mapping[str, Any], reward: float | None, seen: Mapping[str, Any]
+    ) -> None:
         """Log one control step; see :class:`parapolicy.evaluate.run.watchers.Watcher`."""
         if reward is not None:
             self._log.reward(reward)

@@ -1,6 +1,6 @@
 """What shows or logs the control steps of a run, by the setting ``watch``."""
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any, Protocol
 
@@ -15,7 +15,9 @@ class Watcher(Protocol):
     def begin(self, label: str, seed: int) -> None:
         """An episode of a sampler begins."""
 
-    def step(self, env: Any, controller: Controller, row: Mapping[str, Any], reward: float | None) -> None:
+    def step(
+        self, env: Any, controller: Controller, row: Mapping[str, Any], reward: float | None, seen: Mapping[str, Any]
+    ) -> None:
         """One control step.
 
         Args:
@@ -23,6 +25,7 @@ class Watcher(Protocol):
             controller: after it chose the action.
             row: the controller's log of the action.
             reward: of the previous step; None at an episode's first.
+            seen: {key: (To, …)}, what the action's chunk was computed from.
         """
 
     def end(self, controller: Controller, reward: float) -> None:
@@ -33,8 +36,12 @@ class Watcher(Protocol):
 
 
 @contextmanager
-def open_watcher(target: str | None) -> Iterator[Watcher | None]:
+def open_watcher(target: str | None, cameras: Sequence[str]) -> Iterator[Watcher | None]:
     """The watcher of ``web``, ``spawn``, FILE.rrd (rerun) or FILE.mcap; None for no target.
+
+    Args:
+        target: the setting.
+        cameras: observation keys of the policy that are images.
 
     Raises:
         ValueError: another target, or its library is not installed.
@@ -42,7 +49,7 @@ def open_watcher(target: str | None) -> Iterator[Watcher | None]:
     if not target:
         yield None
         return
-    watcher: Watcher = McapWatcher(target) if target.endswith(".mcap") else View(target)
+    watcher: Watcher = McapWatcher(target) if target.endswith(".mcap") else View(target, cameras)
     try:
         yield watcher
     finally:
