@@ -141,14 +141,21 @@ class PerRound(Fused):
         return Engine.run(self, *arguments, **options)
 
 
-def test_a_policy_s_network_first_sees_the_held_actions_at_the_highest_level_of_noise() -> None:
-    policy = small_policy()
-    value, schedule = 0.5, policy.schedule
-    hold = Hold(np.full((8, 2), 100.0), [0, 1, 0, 0, 0, 0, 0, 0])  # 100 units are 0.5 normalised
+@pytest.mark.parametrize(
+    ("clips", "action", "value"),  # 100 units are 0.5 normalised
+    [(True, 100.0, 0.5), (True, 300.0, 1.0), (True, -100.0, -1.0), (False, 300.0, 2.5)],
+)
+def test_a_policy_s_network_first_sees_the_held_actions_at_the_highest_level_of_noise(
+    clips: bool, action: float, value: float
+) -> None:
+    policy = small_policy(scheduler={**DDPM_CONFIG, "num_train_timesteps": 20, "clip_sample": clips})
+    schedule = policy.schedule
+    hold = Hold(np.full((8, 2), action), [0, 1, 0, 0, 0, 0, 0, 0])
     noise = draw_noise(schedule, 1, seed=3)
     with network_inputs() as calls:
         chunk = policy.predict(some_observation(policy.spec), noise, hold=hold)
     assert torch.equal(chunk.warm_state.noise, noise)  # the next chunk goes on with noise alone
+    assert chunk.trajectory[1].tolist() == [action, action]
     expected = noise[0].clone()
     expected[:, 1] = schedule.alpha[0] * value + schedule.sigma[0] * noise[0, :, 1]
     torch.testing.assert_close(calls[0][0], expected)
