@@ -54,6 +54,15 @@ def test_same_seed_same_chunk_and_given_noise() -> None:
     np.testing.assert_array_equal(policy.predict(observation, noise=noise).trajectory, first)
 
 
+def test_the_actions_of_an_inpainting_policy_are_its_sample_s_first_numbers() -> None:
+    network = {"name": "unet1d", "down_dims": [16, 32], "n_groups": 4, "condition": "inpaint"}
+    policy = small_policy(observation={"state": (3,)}, observed_dim=3, network=network).with_schedule("ddim", 4)
+    chunk = policy.predict(some_observation(policy.spec))
+    last = chunk.warm_state.estimates[0, -1]  # (8, 5), with which DDIM ends
+    expected = policy.normalizer.unnormalize("action", last[:, :2])
+    np.testing.assert_allclose(chunk.trajectory, expected.numpy(), atol=1e-4)
+
+
 def test_tensors_and_float64_are_taken() -> None:
     policy = small_policy()
     observation = some_observation(policy.spec)
