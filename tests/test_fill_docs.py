@@ -179,3 +179,17 @@ def test_the_headline_joins_times_and_scores(tmp_path: Path) -> None:
     assert "| collocation (19 nodes) | 4.0 | 125× | 0.600 | +0.000 [+0.000, +0.000] | 0.500 |" in text
     assert "6 and 4 episodes" in text
     assert fill_docs.equivalence_tables([runs]).splitlines()[2].startswith("| Push-T | collocation-19 | 6 |")
+
+
+def test_two_engines_scores_are_paired_by_seed(tmp_path: Path) -> None:
+    def scores(name: str, successes: dict[int, float]) -> Path:
+        episodes = [{"seed": seed, "max_reward": 0.9, "success": success} for seed, success in successes.items()]
+        return write(tmp_path / name, "results.json", {"samplers": {"sequential": {"per_episode": episodes}}})
+
+    folders = [
+        scores("a", dict.fromkeys(range(20), 1.0)),
+        scores("b", {seed: float(seed > 4) for seed in range(20)}),
+    ]
+    row = fill_docs.rounding_scores_table(folders).splitlines()[-1]
+    assert row.startswith("| 20 | +0.000 [+0.000, +0.000] | 0 | -0.250 [-0.500, ")
+    assert row.endswith("| 1 |")

@@ -9,8 +9,10 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 from safetensors import safe_open
 
+from parapolicy.evaluate.measure.statistics import equivalence_p, mean_interval
 from parapolicy.evaluate.report.gather import episode_table, gather_fidelities, gather_latencies, gather_runs
 from parapolicy.evaluate.report.markdown import costs_table, equivalence_table
 from parapolicy.evaluate.report.summary import Margins, recommend, summarize
@@ -157,6 +159,21 @@ def equivalence_tables(folders: Folders) -> str:
         lines = lines or [f"| task {head}", f"| --- {rule}"]
         lines += [f"| {TASKS.get(str(env), env)} {row}" for row in rows]
     return "\n".join(lines)
+
+
+def rounding_scores_table(folders: Folders) -> str:
+    """The scores of one engine's run, paired by seed with those of another's, of one sampler each."""
+    scores: list[dict[int, dict[str, float]]] = []
+    for folder in folders:
+        (row,) = _results(folder)["samplers"].values()
+        scores.append({episode["seed"]: episode for episode in row["per_episode"]})
+    numbers = []
+    for name, margin in (("max_reward", 0.02), ("success", 0.07)):
+        differences = [float(scores[1][seed][name]) - float(scores[0][seed][name]) for seed in scores[0]]
+        mean = float(np.mean(differences))
+        numbers.append(_interval("{:+.3f}", mean, mean_interval(differences)))
+        numbers.append(f"{equivalence_p(differences, margin):.1g}")
+    return table(["pairs", "reward", "p", "success", "p"], [[str(len(scores[0])), *numbers]])
 
 
 def calibrations_table(folders: Folders) -> str:
