@@ -71,6 +71,8 @@ def test_tensors_and_float64_are_taken() -> None:
     as_tensors = {key: torch.from_numpy(value) for key, value in observation.items()}
     np.testing.assert_array_equal(policy.predict(as_float64).trajectory, expected)
     np.testing.assert_array_equal(policy.predict(as_tensors).trajectory, expected)
+    noise = parapolicy.draw_noise(policy.schedule, 1, seed=0).double()
+    np.testing.assert_array_equal(policy.predict(observation, noise).trajectory, expected)
 
 
 REPRODUCIBLE = """
