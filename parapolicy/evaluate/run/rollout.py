@@ -27,12 +27,12 @@ class EpisodeRecord:
         rewards: one per control step.
         success: whether the environment reported success.
         rounds, evaluations: one per chunk.
-        charged: simulated latency, seconds, one per chunk that was begun, also of one that the episode's end cut off.
         observations: {key: (To, …)}, the history that each chunk was computed from.
         frames: (H, W, 3) uint8, before the first and after every control step; empty unless filmed.
         seams: distance from the last action of a chunk to the first of the next, one per chunk except the first.
         motion: mean distance between successive actions inside a chunk, one per chunk with two actions or more.
         jerk: norms of the third differences of the executed actions.
+        charged: simulated latency, seconds, one per chunk that was begun, also of one that the episode's end cut off.
         error: why the episode was aborted; None if it was not.
     """
 
@@ -41,12 +41,12 @@ class EpisodeRecord:
     success: bool = False
     rounds: list[int] = field(default_factory=list)
     evaluations: list[int] = field(default_factory=list)
-    charged: list[float] = field(default_factory=list)
     observations: list[dict[str, np.ndarray]] = field(default_factory=list)
     frames: list[np.ndarray] = field(default_factory=list)
     seams: list[float] = field(default_factory=list)
     motion: list[float] = field(default_factory=list)
     jerk: list[float] = field(default_factory=list)
+    charged: list[float] = field(default_factory=list)
     error: str | None = None
 
     def fail(self, error: str) -> None:
