@@ -5,6 +5,7 @@ import os
 import platform
 import subprocess
 import sys
+import threading
 import time
 from typing import Any
 
@@ -13,6 +14,7 @@ import pytest
 import torch
 
 import parapolicy
+from parapolicy.engine import Eager
 from parapolicy.normalizer import Affine, Normalizer
 from tests.conftest import ROOT, SHIPPED
 from tests.helpers import small_policy, small_spec, some_observation
@@ -61,6 +63,33 @@ def test_the_actions_of_an_inpainting_policy_are_its_sample_s_first_numbers() ->
     last = chunk.warm_state.estimates[0, -1]  # (8, 5), with which DDIM ends
     expected = policy.normalizer.unnormalize("action", last[:, :2])
     np.testing.assert_allclose(chunk.trajectory, expected.numpy(), atol=1e-4)
+
+
+class Exclusive(Eager):
+    """An engine whose chunks share memory: each may begin when the one before has ended."""
+
+    def __init__(self) -> None:
+        self.lock, self.seen = threading.Lock(), []
+
+    def exclusive(self) -> threading.Lock:
+        return self.lock
+
+    def bind(self, *arguments: Any, **options: Any) -> Any:
+        self.seen.append(("bind", self.lock.locked()))
+        return super().bind(*arguments, **options)
+
+    def run(self, *arguments: Any, **options: Any) -> Any:
+        sample = super().run(*arguments, **options)
+        self.seen.append(("ran", self.lock.locked()))
+        return sample
+
+
+def test_an_engine_is_held_from_a_chunk_s_begin_to_its_last_round() -> None:
+    engine = Exclusive()
+    policy = dataclasses.replace(small_policy(), engine=engine)
+    policy.predict(some_observation(policy.spec))
+    assert engine.seen == [("bind", True), ("ran", True)]
+    assert not engine.lock.locked()
 
 
 def test_tensors_and_float64_are_taken() -> None:
