@@ -156,6 +156,8 @@ def test_a_policy_s_network_first_sees_the_held_actions_at_the_highest_level_of_
         chunk = policy.predict(some_observation(policy.spec), noise, hold=hold)
     assert torch.equal(chunk.warm_state.noise, noise)  # the next chunk goes on with noise alone
     assert chunk.trajectory[1].tolist() == [action, action]
+    soft = policy.predict(some_observation(policy.spec), noise, hold=Hold(hold.actions, 0.9 * hold.weights))
+    assert (soft.trajectory[1] != action).all()  # drawn towards it, and not it
     expected = noise[0].clone()
     expected[:, 1] = schedule.alpha[0] * value + schedule.sigma[0] * noise[0, :, 1]
     torch.testing.assert_close(calls[0][0], expected)
