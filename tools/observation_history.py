@@ -12,10 +12,9 @@ import statistics
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-
 import parapolicy
 from envs import make_env
+from parapolicy.noise import mix_seeds
 
 CHECKPOINT = Path(__file__).resolve().parent.parent / "checkpoints/pusht_lowdim"
 WAYS = ("stacked", "single")
@@ -32,9 +31,9 @@ def play(policy: parapolicy.Policy, seed: int, single: bool, steps: int) -> tupl
         if single:
             history = parapolicy.ObservationHistory(policy.spec)
             history.push(observation)  # pads with it
-        noise = int(np.random.SeedSequence([seed, chunk]).generate_state(1)[0])
+        seeded = mix_seeds(seed, chunk)
         chunk += 1
-        for action in policy.predict(history.stacked(), seed=noise).actions:
+        for action in policy.predict(history.stacked(), seed=seeded).actions:
             observation, reward, terminated, truncated, info = env.step(action)
             history.push(observation)
             best, success = max(best, float(reward)), success or bool(info["is_success"])
