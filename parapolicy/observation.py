@@ -148,6 +148,11 @@ def copy_observation(observation: Mapping[str, np.ndarray]) -> dict[str, np.ndar
     return {key: value.copy() for key, value in observation.items()}
 
 
+def to_pixels(frames: np.ndarray) -> np.ndarray:
+    """Frames as a policy takes them, (…, H, W, C) uint8 or (…, C, H, W) from 0 to 1, as pixels (…, H, W, C) uint8."""
+    return frames if frames.dtype == np.uint8 else np.rint(255 * np.moveaxis(frames, -3, -1)).astype(np.uint8)
+
+
 def normalize_observation(
     spec: PolicySpec, normalizer: Normalizer, observation: Mapping[str, Any]
 ) -> tuple[dict[str, Tensor], bool]:

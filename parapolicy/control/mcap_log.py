@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 
 from parapolicy.control.controller import Controller
+from parapolicy.observation import to_pixels
 
 _NUMBER, _INTEGER, _TEXT = {"type": "number"}, {"type": "integer"}, {"type": "string"}
 
@@ -122,8 +123,7 @@ class McapLog:
         for key, value in controller.episode.history.newest.items():
             topic = f"/observation/{key}"
             if controller.policy.spec.observation[key].kind == "image":
-                frame = value if value.dtype == np.uint8 else np.rint(255 * np.moveaxis(value, 0, -1)).astype(np.uint8)
-                self._write_image(topic, frame, begin)
+                self._write_image(topic, to_pixels(value), begin)
             else:
                 numbers = {"values": value.ravel().tolist()}
                 self._write(topic, "parapolicy.State", numbers, begin, {"shape": json.dumps(value.shape)})

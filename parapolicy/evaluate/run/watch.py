@@ -6,6 +6,7 @@ from typing import Any, Protocol
 import numpy as np
 
 from parapolicy.control import Controller
+from parapolicy.observation import to_pixels
 
 
 class WatchableEnv(Protocol):
@@ -80,14 +81,10 @@ class View:
         seen: Mapping[str, Any],
     ) -> None:
         """Show one control step: the scene before it, the rest of the chunk and what it was computed from, and the cost
-        of the action.
+        of the action; see :class:`parapolicy.evaluate.run.watchers.Watcher`.
 
-        Args:
-            env: before the step.
-            controller: after it chose the action.
-            row: the controller's log of the action.
-            reward: of the previous step; None at an episode's first.
-            seen: {key: (To, …)}, what the action's chunk was computed from.
+        Raises:
+            ValueError: the environment does not say where actions are in its picture.
         """
         if not hasattr(env, "to_frame"):
             raise ValueError(f"{type(env).__name__} has no to_frame(actions), which watching in rerun needs")
@@ -120,7 +117,5 @@ class View:
 
 
 def _side_by_side(frames: np.ndarray) -> np.ndarray:
-    """Frames (To, H, W, C) uint8, or (To, C, H, W) from 0 to 1, as one picture (H, To W, C) uint8, the oldest left."""
-    if frames.dtype != np.uint8:
-        frames = np.rint(255 * np.moveaxis(frames, 1, -1)).astype(np.uint8)
-    return np.concatenate(list(frames), axis=1)
+    """A policy's frames (To, …) as one picture (H, To W, C) uint8, the oldest left."""
+    return np.concatenate(list(to_pixels(frames)), axis=1)
