@@ -183,3 +183,7 @@ def test_a_soak_may_begin_a_chunk_at_each_control_step(
     monkeypatch.setattr(sys, "argv", ["soak", str(tmp_path / "policy"), *options, "--executed", "9"])
     with pytest.raises(SystemExit, match="n_action_steps"):
         soak.main()
+    monkeypatch.setattr(sys, "argv", ["soak", str(tmp_path / "policy"), *options, "--priority", "100"])
+    with pytest.raises(SystemExit):
+        soak.main()
+    assert "--priority is 100, expected 1 to 99" in capsys.readouterr().err

@@ -55,8 +55,8 @@ class Table:
 
     def row(self, label: str, seconds: np.ndarray, **numbers: float) -> None:
         values, memory = np.percentile(1e3 * seconds, PERCENTILES).tolist(), resident_mib()
-        shown = (f"{value:.2f}" for value in values), (f"{value:.4g}" for value in numbers.values())
-        self._table.add_row(label, *shown[0], *shown[1], f"{memory:.0f}")
+        shown = [f"{value:.2f}" for value in values] + [f"{value:.4g}" for value in numbers.values()]
+        self._table.add_row(label, *shown, f"{memory:.0f}")
         self.rows.append({"chunks": label, "ms": values, **numbers, "resident_mib": memory})
 
     def print(self) -> None:
@@ -100,7 +100,12 @@ def soak_controller(
 
     with Controller(policy, control_hz, asynchronous=True) as controller:
         if priority:  # not the thread's that computes chunks, which is there already
-            os.sched_setscheduler(0, os.SCHED_FIFO, os.sched_param(priority))
+            try:
+                os.sched_setscheduler(0, os.SCHED_FIFO, os.sched_param(priority))
+            except PermissionError as error:
+                raise SystemExit(
+                    f"error: --priority {priority} takes root, or rtprio in limits.conf: {error}"
+                ) from None
         controller.act(observed(observations[0], rng))  # the first chunk is waited for, with the robot at rest
         pacer, waited = Pacer(control_hz), waited_s()
         for begin, end in tenths(ticks):
@@ -150,6 +155,8 @@ def main() -> None:
     if arguments.chunks < 10:
         parser.error(f"--chunks is {arguments.chunks}, expected at least 10")
     ticks = round(arguments.seconds * (arguments.control_hz or 1))
+    if not 0 <= arguments.priority <= 99:
+        parser.error(f"--priority is {arguments.priority}, expected 1 to 99, or 0 for an ordinary one")
     if not ticks >= 10:
         parser.error(f"--seconds {arguments.seconds:g} are {ticks} ticks, expected at least 10")
     try:
