@@ -87,7 +87,7 @@ def make_plan(
     observations: Sequence[Mapping[str, Any]] | None = None,
     tolerance: float = TOLERANCE,
     cache: Path | None = None,
-    fidelity: str = "seed",
+    fidelity: str | None = None,
     bound: float = BOUND,
     batch: int = 1,
 ) -> Plan:
@@ -99,8 +99,9 @@ def make_plan(
         tolerance: of the secant sampler.
         cache: folder of remembered plans, by device, weights, schedule, engine, threads and version of torch; None:
             ``$PARAPOLICY_CACHE`` or else ``~/.cache/parapolicy``. A damaged entry is measured anew.
-        fidelity: ``seed``: chunks of the noise that is given, to the tolerance. ``distribution``: also draws of the
-            same policy that may differ from the sequential chunk of that noise, by ``collocation``.
+        fidelity: ``distribution``: draws of the same policy, which may differ from the sequential chunk of their noise;
+            ``collocation`` is a candidate. ``seed``: the sequential chunk of the noise, to the tolerance. None:
+            ``distribution`` where the calibration has measured that it is kept within the bound, else ``seed``.
         bound: for ``distribution``, the largest energy distance from the policy, as a part of the mean distance between
             two of its chunks; see :func:`find_nodes`.
         batch: observations per call, for example robots that are served together.
@@ -108,11 +109,15 @@ def make_plan(
     Raises:
         ValueError: another fidelity, or a bound or batch that cannot be.
     """
-    if fidelity not in FIDELITIES:
+    if fidelity is not None and fidelity not in FIDELITIES:
         raise ValueError(f"fidelity is {fidelity!r}, expected one of {FIDELITIES}")
     if not 0 < bound < math.inf:
         raise ValueError(f"bound is {bound!r}, expected a number above 0, such as {BOUND}")
     check_count("batch", batch)
+    if fidelity is None:
+        calibration = policy.schedule.calibration
+        kept = calibration is not None and calibration.fewest_nodes(bound) is not None
+        fidelity = "distribution" if kept else "seed"
     settings = tolerance, fidelity, float(bound), batch
 
     def measure() -> Plan:
@@ -179,7 +184,7 @@ def _write(path: Path, plan: Plan) -> None:
         partial.write_text(json.dumps(dataclasses.asdict(plan)))
 
 
-def explain(policy: Policy, tolerance: float = TOLERANCE, fidelity: str = "seed", bound: float = BOUND) -> None:
+def explain(policy: Policy, tolerance: float = TOLERANCE, fidelity: str | None = None, bound: float = BOUND) -> None:
     """Print which sampler ``load_policy(sampler="auto")`` takes here, and the measurements behind the choice."""
     print(make_plan(policy, tolerance=tolerance, fidelity=fidelity, bound=bound))
 

@@ -63,9 +63,11 @@ def test_load_policy_plans(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caps
     monkeypatch.setenv("PARAPOLICY_CACHE", str(tmp_path))
     policy = parapolicy.load_policy(SHIPPED, sampler="auto", device="cpu", engine="fused", tolerance=0.02)
     assert len(list(tmp_path.glob("plan-*.json"))) == 1
-    assert policy.sampler == Sequential() or policy.sampler.tolerance == 0.02
+    assert isinstance(policy.sampler, Sequential | Collocation) or policy.sampler.tolerance == 0.02
     parapolicy.explain(policy, tolerance=0.02)
-    assert "is the fastest of what was measured here" in capsys.readouterr().out
+    printed = capsys.readouterr().out
+    assert "is the fastest of what was measured here" in printed
+    assert "collocation" in printed  # whose distribution this policy's calibration has measured
     with pytest.raises(ValueError, match=r"no parameters \['window'\]"):
         parapolicy.load_policy(SHIPPED, sampler="auto", window=3, engine="eager")
 
@@ -154,6 +156,9 @@ def test_the_fewest_nodes_within_the_bound_are_taken(tmp_path: Path) -> None:
     assert {name for name in plan.milliseconds if name.startswith("col")} == {
         f"collocation 8/{window}" for window in (1, 3, 6, 8)
     }
+    assert parapolicy.make_plan(policy, cache=tmp_path) == plan  # since it was measured, that is what is kept
+    assert parapolicy.make_plan(policy, cache=tmp_path, bound=1e-4).fidelity == "seed"
+    assert parapolicy.make_plan(small_policy(), cache=tmp_path).fidelity == "seed"
     strict = parapolicy.make_plan(policy, cache=tmp_path, fidelity="distribution", bound=1e-4)
     assert set(strict.milliseconds) == {"sequential", "window 16", "window 20"}
     assert planner.find_nodes(small_policy()) == 20  # nothing was measured: many nodes
