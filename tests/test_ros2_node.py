@@ -106,6 +106,7 @@ class Streaming(Robot):
     def call(self, kind: Any, name: str, request: Any) -> Any:
         client = self.create_client(kind, f"/parapolicy/{name}")
         self.spin_until(client.service_is_ready, name)
+        self.spin(0.5)  # until the node knows this client, too: an answer that it sends earlier is lost
         answer = client.call_async(request)
         self.spin_until(answer.done, name)
         self.destroy_client(client)
