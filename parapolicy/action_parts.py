@@ -1,8 +1,8 @@
-"""Actions that are made of parts, of which rotations are given to the robot in another form than they are sampled in.
+"""Actions made of parts, some of them rotations that are converted before the robot gets them.
 
-Six numbers are the first two rows of a rotation matrix (Zhou et al., CVPR 2019); the network predicts them because they
-are continuous. What robots take is an axis times an angle, or three angles. Both are computed here as robomimic does
-it, which tells where a rotation has more than one form: the largest number of its quaternion is positive.
+The network predicts a rotation as six numbers, the first two rows of its matrix, because they are continuous (Zhou et
+al., CVPR 2019). Robots take an axis times an angle, or three angles. The conversion follows robomimic, which resolves
+ambiguous rotations by making the largest number of the quaternion positive.
 """
 
 from collections.abc import Mapping, Sequence
@@ -16,14 +16,14 @@ CONVERSIONS = ("axis_angle", "euler")
 
 
 def check_parts(parts: Any, action_dim: int) -> tuple[dict[str, Any], ...]:
-    """Checked parts of an action.
+    """Check the parts of an action, and return a copy of them.
 
     Args:
-        parts: {"key": its name, "size": its numbers, "convert": one of ``CONVERSIONS``, or None} for each.
-        action_dim: sum of their sizes, where there are parts.
+        parts: {"key": name, "size": count of numbers, "convert": one of ``CONVERSIONS`` or None} for each part.
+        action_dim: the sum of the sizes, if there are parts.
 
     Raises:
-        ValueError: parts of another form, or that do not add up.
+        ValueError: a malformed part, or sizes that do not add up to ``action_dim``.
     """
     if not isinstance(parts, list | tuple):
         raise ValueError(f"action_parts is {parts!r}, expected a list")
@@ -41,10 +41,10 @@ def check_parts(parts: Any, action_dim: int) -> tuple[dict[str, Any], ...]:
 
 
 def convert_actions(parts: Sequence[Mapping[str, Any]], actions: np.ndarray) -> np.ndarray:
-    """Actions as sampled (…, Da) -> as the robot takes them (…, Da'), float32; radians.
+    """Convert sampled actions (…, Da) to the robot's actions (…, Da'), float32; angles in radians.
 
     Args:
-        parts: of :func:`check_parts`; none: nothing is converted.
+        parts: from :func:`check_parts`; empty: the actions are returned unchanged.
         actions: in the environment's units.
     """
     if all(part["convert"] is None for part in parts):
@@ -62,7 +62,7 @@ def convert_actions(parts: Sequence[Mapping[str, Any]], actions: np.ndarray) -> 
 
 
 def to_matrix(six: np.ndarray) -> np.ndarray:
-    """The first two rows (…, 6), made orthonormal, the first one first -> rotation matrices (…, 3, 3)."""
+    """The first two rows (…, 6), made orthonormal starting with the first -> rotation matrices (…, 3, 3)."""
     first = _unit(six[..., :3])
     second = six[..., 3:]
     second = _unit(second - np.sum(first * second, axis=-1, keepdims=True) * first)
@@ -72,12 +72,12 @@ def to_matrix(six: np.ndarray) -> np.ndarray:
 def to_axis_angle(matrix: np.ndarray) -> np.ndarray:
     """Rotation matrices (…, 3, 3) -> axis times angle (…, 3), rad.
 
-    The angle is beyond pi, up to 2 pi, where the largest number of the quaternion is not its real part and has the
-    other sign.
+    The angle is between pi and 2 pi where the quaternion's largest number is not its real part and has the opposite
+    sign of it.
     """
     m = np.moveaxis(matrix, (-2, -1), (0, 1))
     trace = m[0, 0] + m[1, 1] + m[2, 2]
-    # Four times the products of the quaternion's numbers (w, x, y, z): every row is a multiple of the quaternion.
+    # Four times the products of the quaternion's numbers (w, x, y, z), so every row is a multiple of the quaternion.
     off = {(0, 1): m[2, 1] - m[1, 2], (0, 2): m[0, 2] - m[2, 0], (0, 3): m[1, 0] - m[0, 1]}
     off |= {(1, 2): m[1, 0] + m[0, 1], (1, 3): m[0, 2] + m[2, 0], (2, 3): m[2, 1] + m[1, 2]}
     own = [1 + trace, *(1 + 2 * m[i, i] - trace for i in range(3))]
@@ -92,7 +92,7 @@ def to_axis_angle(matrix: np.ndarray) -> np.ndarray:
 
 
 def to_euler(matrix: np.ndarray) -> np.ndarray:
-    """Rotation matrices (…, 3, 3) -> angles (…, 3) about x, the new y, and the newer z, rad."""
+    """Rotation matrices (…, 3, 3) -> intrinsic Euler angles (…, 3) about x, y and z, rad."""
     first = np.arctan2(-matrix[..., 1, 2], matrix[..., 2, 2])
     second = np.arcsin(matrix[..., 0, 2].clip(-1, 1))
     third = np.arctan2(-matrix[..., 0, 1], matrix[..., 0, 0])

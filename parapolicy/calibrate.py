@@ -1,6 +1,6 @@
 """Measuring a policy's calibration from its own sequential chunks; see :class:`parapolicy.schedule.Calibration`.
 
-It is remembered in a file: beside the weights, or in the user's cache.
+It is stored beside the weights, or in the user's cache.
 """
 
 import contextlib
@@ -27,29 +27,30 @@ from parapolicy.policy import Policy
 from parapolicy.samplers.collocation import log_snr
 from parapolicy.schedule import Calibration, Schedule
 
-CHUNKS, BATCH = 60, 30  # sequential chunks that are measured, and how many of them at a time
-COUNTS = range(8, 41)  # numbers of nodes that are prepared
-MODES_FROM, RESPONSE_FROM = 2.4, -0.7  # log-SNR from which modes, and responses, can be told from noise
-PAIRS = 3  # steps before each one that it is compared with
+CHUNKS, BATCH = 60, 30  # sequential chunks measured, and how many per batch
+COUNTS = range(8, 41)  # node counts whose nodes are chosen
+MODES_FROM, RESPONSE_FROM = 2.4, -0.7  # log-SNR from which modes, and responses, rise above the noise
+PAIRS = 3  # earlier steps that each step is compared with
 SIGNIFICANT = 2.0  # standard errors
 MOST_RESPONSE = 0.98
-LONGEST = 0.4  # block between nodes, as part of the schedule
-MOST_STEPS = 200  # of a schedule whose nodes are chosen by dynamic programming
-STATE = 0.05  # weight of a state's error, in standard deviations of its noise, beside the final sample's
+LONGEST = 0.4  # block between nodes, as a fraction of the schedule
+MOST_STEPS = 200  # schedules with more steps do not get nodes by dynamic programming
+STATE = 0.05  # weight of a state's error, in standard deviations of its noise, relative to the final sample's
 FILE = "calibration.safetensors"
 MOST_BYTES = 2**28  # of a calibration's file
 
 
 def with_calibration(policy: Policy, folder: str | os.PathLike[str] | None = None, measure: bool = True) -> Policy:
-    """The policy with its calibration: that beside its weights, or in the user's cache, or else measured now.
+    """The policy with a calibration: the one beside its weights, else the one in the user's cache, else a new one.
 
     Args:
-        folder: of the weights.
-        measure: False: only that beside the weights.
+        policy: its weights and schedule decide whether a stored calibration fits.
+        folder: of the weights; None: look in the cache only.
+        measure: False: use only a calibration beside the weights, and otherwise return the policy unchanged.
     """
     beside = None if folder is None else Path(folder) / FILE
     if not measure and (beside is None or not beside.is_file()):
-        return policy  # spared the digest, which reads all weights
+        return policy  # saves the digest, which reads all weights
     of = _key(policy)
     if beside is not None and (found := _read(beside, policy, of)) is not None:
         return attach(policy, found)
@@ -57,28 +58,28 @@ def with_calibration(policy: Policy, folder: str | os.PathLike[str] | None = Non
         return policy
     try:
         remembered = cache_folder() / f"calibration-{of[:16]}.safetensors"
-    except RuntimeError:  # a user without a home
+    except RuntimeError:  # the user has no home folder
         return attach(policy, calibrate(policy))
     if (found := _read(remembered, policy, of)) is not None:
         return attach(policy, found)
     calibration = calibrate(policy)
-    with contextlib.suppress(OSError):  # what cannot be remembered costs the time of measuring again
+    with contextlib.suppress(OSError):  # without a cache, it is measured again next time
         remembered.parent.mkdir(parents=True, exist_ok=True)
         _write(remembered, of, calibration, {})
     return attach(policy, calibration)
 
 
 def attach(policy: Policy, calibration: Calibration) -> Policy:
-    """The policy whose schedule has this calibration."""
+    """The policy with this calibration in its schedule."""
     return dataclasses.replace(policy, schedule=dataclasses.replace(policy.schedule, calibration=calibration))
 
 
 def write_calibration(path: Path, policy: Policy, calibration: Calibration, measured: Mapping[str, Any]) -> None:
-    """Write a calibration's file, whole or not at all.
+    """Write a calibration file, whole or not at all.
 
     Args:
-        policy: that it is of; weights and schedule are compared at loading.
-        measured: what was found on other chunks than those it was made from; kept for people to read.
+        policy: the calibrated policy; its weights and schedule are compared at loading.
+        measured: results on held-out chunks. ``rows`` give the distances of node counts; the rest is for people.
     """
     _write(path, _key(policy), calibration, measured)
 
@@ -91,7 +92,7 @@ def _write(path: Path, of: str, calibration: Calibration, measured: Mapping[str,
 
 
 def _read(path: Path, policy: Policy, of: str) -> Calibration | None:
-    """A file's calibration; None where it is damaged, or of other weights or another schedule."""
+    """The calibration in a file; None if it is damaged or belongs to other weights or another schedule."""
     try:
         if path.stat().st_size > MOST_BYTES:
             return None
@@ -119,14 +120,14 @@ def _read(path: Path, policy: Policy, of: str) -> Calibration | None:
 
 
 def _distances(measured: Mapping[str, Any]) -> dict[int, float]:
-    """Number of nodes -> upper end of the energy distance, over the spread; of rows that have both."""
+    """Number of nodes -> upper end of the energy distance over the spread, for rows that have both."""
     rows = [row for row in measured.get("rows", ()) if {"nodes", "spread"} <= row.keys()]
     found = {int(row["nodes"]): float(row["energy_ci95"][1]) / float(row["spread"]) for row in rows}
     return {count: distance for count, distance in found.items() if math.isfinite(distance)}
 
 
 def _key(policy: Policy) -> str:
-    """A digest of what a calibration depends on."""
+    """A digest of everything that a calibration depends on."""
     schedule = policy.schedule
     tables = [getattr(schedule, name) for name in ("timesteps", "A", "B", "C", "S", "alpha", "sigma")]
     return digest([policy.network.state_dict(), policy.normalizer.state_dict(), schedule.prediction, tables])
@@ -135,12 +136,12 @@ def _key(policy: Policy) -> str:
 def calibrate(
     policy: Policy, observations: Sequence[Mapping[str, Any]] | None = None, chunks: int = CHUNKS, seed: int = 0
 ) -> Calibration:
-    """The calibration of a policy on its schedule.
+    """Measure the calibration of a policy on its schedule.
 
     Args:
-        policy: its sampler is not looked at.
+        policy: its sampler is ignored.
         observations: {key: (To, …)} each; None: made up around the middle of the training data.
-        chunks: sequential chunks that are drawn, over the observations in turn.
+        chunks: number of sequential chunks to draw, over the observations in turn.
         seed: of their noise.
     """
     given = list(observations) if observations is not None else made_up_observations(policy, chunks)
@@ -163,7 +164,7 @@ def calibrate(
 
 
 def _path(schedule: Schedule, noise: Tensor, u: Tensor) -> Tensor:
-    """The states x_0 … x_{T-1}, (N, T, S), of noise (T + 1, N, S) and estimates u (N, T, S)."""
+    """The states x_0 … x_{T-1}, (N, T, S), from noise (T + 1, N, S) and estimates u (N, T, S)."""
     x, previous, states = noise[0], torch.zeros_like(noise[0]), []
     for j in range(len(schedule)):
         states.append(x)
@@ -177,7 +178,7 @@ def _responses(schedule: Schedule, x: Tensor, u: Tensor) -> tuple[Tensor, Tensor
 
     DDPM is Euler's scheme in y = x alpha / sigma², lambda = alpha² / sigma², along which u is a martingale: from step i
     to j, u moves by Sigma_j (y_j - y_i - (lambda_j - lambda_i) u_i), Sigma_j the posterior's covariance. (Stochastic
-    localisation; El Alaoui and Montanari, 2022.) Without noise there is nothing to regress on: all responses are 0.
+    localisation; El Alaoui and Montanari, 2022.) Without noise there is nothing to regress on, so responses are 0.
     """
     steps, size = u.shape[1:]
     none = torch.eye(size, dtype=u.dtype), torch.zeros(steps, size, dtype=u.dtype)
@@ -188,7 +189,7 @@ def _responses(schedule: Schedule, x: Tensor, u: Tensor) -> tuple[Tensor, Tensor
     y = x * (alpha / sigma**2)[:, None]
 
     def changes(j: int) -> tuple[Tensor, Tensor]:
-        """What noise and estimate did up to step j, from each of the steps just before it, (n, S) each."""
+        """Changes of state and estimate up to step j, from each of the ``PAIRS`` steps before it, (n, S) each."""
         moved, followed = [], []
         for i in range(max(0, j - PAIRS), j):
             added = snr[j] - snr[i]
@@ -217,18 +218,18 @@ def _responses(schedule: Schedule, x: Tensor, u: Tensor) -> tuple[Tensor, Tensor
 
 
 def _block_costs(schedule: Schedule, modes: Tensor, response: Tensor, x: Tensor, u: Tensor) -> tuple[Tensor, Tensor]:
-    """What interpolating between steps a and b costs on the paths, (T, T), and what holding before step n does, (T,).
+    """The cost of interpolating between steps a and b, (T, T), and of holding a constant before step n, (T,).
 
-    The cost is the mean square of the error of the final sample, by the mean response, and of the state at the end of
+    The cost is the mean squared error of the final sample, by the mean response, plus that of the state at the end of
     the block.
     """
     steps = len(schedule)
     alpha, sigma, s = schedule.alpha.double(), schedule.sigma.double(), log_snr(schedule)
     A, B = schedule.A.double(), schedule.B.double()
     kappa, kept = response / alpha[:, None], 1 - response
-    held = ((u @ modes) - kappa * (x @ modes)) / kept  # what interpolation would leave constant
+    held = ((u @ modes) - kappa * (x @ modes)) / kept  # constant under exact interpolation
     gain = A[:, None] + B[:, None] * kappa
-    influence = torch.ones_like(kappa)  # of a state on the last one's estimate
+    influence = torch.ones_like(kappa)  # of a state's error on the last step's estimate
     for j in range(steps - 2, -1, -1):
         influence[j] = gain[j] * influence[j + 1]
     influence = influence * kappa[-1]
@@ -238,7 +239,7 @@ def _block_costs(schedule: Schedule, modes: Tensor, response: Tensor, x: Tensor,
 
     cost, first = torch.full((steps, steps), torch.inf, dtype=u.dtype), torch.zeros(steps, dtype=u.dtype)
     for a in range(steps - 1):
-        # All ends of the block at a time: (ends, N, S).
+        # All ends of the block at once: (ends, N, S).
         ends = torch.arange(a + 1, min(a + int(LONGEST * steps), steps - 1) + 1)
         error = torch.zeros(len(ends), *held[:, 0].shape, dtype=u.dtype)
         for j in range(a, int(ends[-1])):

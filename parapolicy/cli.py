@@ -25,15 +25,15 @@ USAGE = """usage: parapolicy eval [env=pusht checkpoint=FOLDER samplers=[sequent
   eval     compare samplers on a policy: reward in closed loop, latency, chunk error; -m sweeps
   train    train a policy on demonstrations, score it, write its model card
   bench    network calls and chunks on this machine against its floor
-  inspect  what a policy is: what it wants to see, its actions, its schedule, what to beware of
+  inspect  describe a policy: its observations, actions, schedule and warnings
   check    run every sampler on made-up observations: rounds, evaluations, errors, latency
-  convert  write a policy as config.json and model.safetensors; its answers stay the same to the bit
+  convert  write a policy as config.json and model.safetensors; its chunks stay the same to the bit
   export   write a policy with its schedule and sampler as one file, for control stacks without Python; or its network
            and image encoder for ONNX, OpenVINO or AOTInductor
-  calibrate  measure where the sampler collocation asks the network best, and what error it then has
+  calibrate  measure at which steps the sampler collocation should ask the network, and its distance from the policy
   serve    answer openpi clients with action chunks of a policy; its settings: parapolicy.serve.settings.ServeConfig
   ros2     run a ROS 2 node between topics of observations and of actions; its settings: docs/ros2.md
-  report   put evaluation runs into one page, with tables and pictures
+  report   combine evaluation runs in one page, with tables and plots
 
 parapolicy COMMAND --help has every option. eval and train are hydra applications: key=value, and --cfg job shows all.
 Exit codes: 0 done, 1 failed, with the reason on stderr, 2 wrong usage, 130 interrupted.
@@ -44,13 +44,13 @@ code, or a .pth of robomimic. Averaged weights beside a LeRobot folder: --ema.
 
 
 def run_application(name: str, arguments: Sequence[str]) -> None:
-    """``parapolicy eval`` and ``parapolicy train``: the program as it stands beside the package, or in a wheel's."""
+    """``parapolicy eval`` and ``parapolicy train``: run the program beside the package, or the one in the wheel."""
     package = Path(__file__).parent
     folder = next((p for p in (package / "application", package.parent) if (p / f"{name}.py").is_file()), None)
     if folder is None:
         raise ValueError(f"there is no {name}.py in {package / 'application'} or {package.parent}; install the wheel")
     sys.path.insert(0, str(folder))
-    # Processes that it starts, such as a sweep's jobs on Slurm, import the same environments.
+    # Processes that it starts, such as Slurm jobs of a sweep, must import the same environments.
     os.environ["PYTHONPATH"] = os.pathsep.join(filter(None, [str(folder), os.environ.get("PYTHONPATH")]))
     sys.argv = [str(folder / f"{name}.py"), *arguments]
     runpy.run_path(sys.argv[0], run_name="__main__")
@@ -90,7 +90,7 @@ def check(arguments: Sequence[str]) -> None:
     """``parapolicy check``."""
     parser = _checkpoint_parser("check")
     parser.add_argument("--chunks", type=int, default=5, help="observations per sampler")
-    parser.add_argument("--engine", default="eager", help="compiled ones take a minute first")
+    parser.add_argument("--engine", default="eager", help="compiled engines first take a minute")
     parser.add_argument("--device", default="auto")
     parsed = parser.parse_args(arguments)
     if parsed.chunks < 1:
@@ -121,7 +121,7 @@ def convert(arguments: Sequence[str]) -> None:
     parser.add_argument("--control-hz", type=float, help="control rate of the demonstrations, if the file has none")
     parsed = parser.parse_args(arguments)
     if parsed.out.exists() and (not parsed.out.is_dir() or any(parsed.out.iterdir())):
-        raise ValueError(f"{parsed.out} is there and not an empty folder; choose another name")
+        raise ValueError(f"{parsed.out} exists and is not an empty folder; choose another name")
 
     import dataclasses
 
@@ -130,7 +130,9 @@ def convert(arguments: Sequence[str]) -> None:
     policy = load_policy(parsed.checkpoint, device="cpu", engine="eager", ema=parsed.ema)
     if parsed.control_hz is not None:
         if policy.spec.control_hz not in (None, parsed.control_hz):
-            raise ValueError(f"control_hz is {parsed.control_hz:g}, and the file says {policy.spec.control_hz:g}")
+            raise ValueError(
+                f"control_hz is {parsed.control_hz:g}, but the file says {policy.spec.control_hz:g}; leave it out"
+            )
         policy = dataclasses.replace(policy, spec=dataclasses.replace(policy.spec, control_hz=parsed.control_hz))
     save_policy(policy, parsed.out)
     print(f"wrote {parsed.out}")
@@ -142,13 +144,13 @@ def export(arguments: Sequence[str]) -> None:
     parser.add_argument("out", type=Path, metavar="OUT")
     forms = ["fused", "onnx", "openvino", "aoti"]
     parser.add_argument("--format", choices=forms, default="fused", help="fused: a plan file of parapolicy_fused.h")
-    fused = parser.add_argument_group("of the format fused")
+    fused = parser.add_argument_group("options of the format fused")
     fused.add_argument("--sampler", help="sequential (default) or collocation")
     fused.add_argument("--nodes", type=int, help="of collocation")
     fused.add_argument("--window", type=int, help="of collocation")
     fused.add_argument("--solver", help="instead of the policy's own, such as ddim")
     fused.add_argument("--steps", type=int, help="of the solver")
-    fused.add_argument("--engine", help="fused (default), or fused_bfloat16 for processors with instructions for it")
+    fused.add_argument("--engine", help="fused (default), or fused_bfloat16 for processors with bfloat16 instructions")
     parsed = parser.parse_args(arguments)
 
     from parapolicy import load_policy
@@ -159,14 +161,14 @@ def export(arguments: Sequence[str]) -> None:
         settings = ("sampler", "nodes", "window", "solver", "steps", "engine")
         unused = [name for name in settings if getattr(parsed, name) is not None]
         if unused:
-            raise ValueError(f"{unused} are settings of the format fused, expected none for {parsed.format}")
+            raise ValueError(f"{unused} are options of the format fused; leave them out for {parsed.format}")
         policy = load_policy(parsed.checkpoint, "sequential", device="cpu", engine="eager", ema=parsed.ema)
         found = export_graphs(policy, parsed.out, parsed.format)
         errors = ", ".join(f"{name} within {error:.1g}" for name, error in found.items())
         print(f"wrote {parsed.out}: {errors} of its largest output")
         return
     if parsed.out.is_dir():
-        raise ValueError(f"{parsed.out} is a folder, expected the name of a file")
+        raise ValueError(f"{parsed.out} is a folder, expected a file name")
 
     from parapolicy.export import write_plan
 
@@ -187,20 +189,20 @@ def calibrate(arguments: Sequence[str]) -> None:
         "--observations",
         type=Path,
         nargs="+",
-        help="arrays {key: (N, To, …)}, as runs of eval.py keep; half are held out",
+        help="arrays {key: (N, To, …)}, as eval.py saves them; half are held out",
     )
     parser.add_argument("--chunks", type=int, default=60, help="sequential chunks to calibrate on, and to measure")
     parser.add_argument("--draws", type=int, default=60, help="chunks per observation for the energy distance")
-    parser.add_argument("--engine", default="eager", help="that computes the chunks")
+    parser.add_argument("--engine", default="eager", help="engine that computes the chunks")
     parser.add_argument(
-        "--keep", action="store_true", help="measure the calibration that is there, on observations it has not seen"
+        "--keep", action="store_true", help="measure the existing calibration, on observations it has not seen"
     )
     parsed = parser.parse_args(arguments)
     if parsed.chunks < 2 or parsed.draws < 2:
         raise ValueError(f"chunks is {parsed.chunks} and draws is {parsed.draws}, expected at least 2 of each")
 
     if parsed.folder.is_file():
-        raise ValueError(f"{parsed.folder} is a file, expected a folder, to write into; parapolicy convert makes one")
+        raise ValueError(f"{parsed.folder} is a file, expected a policy folder; make one with parapolicy convert")
 
     from parapolicy import load_policy
     from parapolicy.calibrate import FILE, write_calibration
@@ -220,7 +222,7 @@ def calibrate(arguments: Sequence[str]) -> None:
 def _checkpoint_parser(name: str) -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(f"parapolicy {name}")
     parser.add_argument("checkpoint", metavar="CHECKPOINT")
-    parser.add_argument("--ema", action="store_true", help="the averaged weights beside a LeRobot folder")
+    parser.add_argument("--ema", action="store_true", help="use the averaged weights beside a LeRobot folder")
     return parser
 
 
@@ -238,8 +240,8 @@ def serve(arguments: Sequence[str]) -> None:
         return
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(name)s %(message)s")
     for argument in arguments:
-        if argument.endswith("="):  # OmegaConf would take it for null: no key is asked where a variable is empty
-            raise ValueError(f"the setting {argument!r} has no value, expected one, or null")
+        if argument.endswith("="):  # OmegaConf reads it as null: an empty variable would turn the API key off
+            raise ValueError(f"the setting {argument!r} has no value; give one, or null")
     try:
         given = OmegaConf.from_dotlist(list(arguments))
         config = OmegaConf.to_object(OmegaConf.merge(OmegaConf.structured(ServeConfig), given))
@@ -255,7 +257,7 @@ def ros2(arguments: Sequence[str]) -> None:
         print("usage: parapolicy ros2 SETTINGS.yaml [--ros-args …]\n\nThe settings: docs/ros2.md")
         return
     if not arguments or arguments[0].startswith("-"):
-        raise ValueError("no settings file is given, expected the name of a YAML file")
+        raise ValueError("no settings file is given; name a YAML file")
 
     from parapolicy.ros2.node import run_node
 
@@ -267,17 +269,19 @@ def report(arguments: Sequence[str]) -> None:
     parser = argparse.ArgumentParser("parapolicy report")
     parser.add_argument("folders", nargs="*", type=Path, metavar="FOLDER")
     parser.add_argument("--output", type=Path, default=Path("report"))
-    parser.add_argument("--margin", type=float, default=0.03, help="within which mean rewards count as the same")
-    parser.add_argument("--success-margin", type=float, default=0.05, help="within which success rates do")
+    parser.add_argument("--margin", type=float, default=0.03, help="mean rewards within it count as equal")
+    parser.add_argument("--success-margin", type=float, default=0.05, help="success rates within it count as equal")
     parser.add_argument(
-        "--fidelity-margin", type=float, default=0.01, help="of energy distances, in mean distances of two chunks"
+        "--fidelity-margin", type=float, default=0.01, help="of energy distances, in mean distances between chunks"
     )
     parser.add_argument(
-        "--other-distributions", action="store_true", help="also recommend what does not sample the policy's own"
+        "--other-distributions",
+        action="store_true",
+        help="also recommend samplers that do not keep the policy's distribution",
     )
     parsed = parser.parse_args(arguments)
     if not parsed.folders:
-        raise ValueError("no folder is given, expected those of runs or sweeps")
+        raise ValueError("no folder is given; name the folders of runs or sweeps")
     for name in ("margin", "success_margin", "fidelity_margin"):
         if not getattr(parsed, name) > 0:
             raise ValueError(f"{name.replace('_', '-')} is {getattr(parsed, name):g}, expected a positive number")
@@ -302,7 +306,7 @@ COMMANDS = {
     "ros2": ros2,
     "report": report,
 }
-# Of the commands that need one.
+# The package extra that a command needs.
 EXTRAS = dict.fromkeys(("eval", "train", "bench", "calibrate", "report"), "eval") | {"serve": "serve", "ros2": "ros2"}
 
 

@@ -11,18 +11,18 @@ from typing import Any
 
 import torch
 
-VARIANTS = 64  # compiled at most of one function
+VARIANTS = 64  # most compiled variants of one function
 
 
 class Compiling:
-    """A function that its first call compiles, or finds in torch's own cache on disk.
+    """A function compiled by torch.compile at its first call, or loaded from torch's cache on disk.
 
-    Where that fails, for want of a C++ compiler, it warns once and goes on as it is; where torch's cache cannot be
-    written to, it compiles into a temporary folder. Other shapes and constants compile
-    it again: a sweep has more windows and schedules than the eight variants after which torch goes on uncompiled.
+    If compiling fails, for example without a C++ compiler, it warns once and runs uncompiled. If torch's cache cannot
+    be written, it compiles into a temporary folder. New shapes and constants compile again, up to ``VARIANTS`` times: a
+    sweep has more windows and schedules than torch's own limit of eight.
 
     Args:
-        function: of tensors.
+        function: takes and returns tensors.
         options: of ``torch.compile``.
     """
 
@@ -35,7 +35,7 @@ class Compiling:
         try:
             if self.compiled is not None:
                 return self.compiled(*arguments)
-            with self._lock:  # one thread compiles, and the others find it done
+            with self._lock:  # one thread compiles, the others wait for it
                 if self.compiled is None:
                     settings = torch._dynamo.config
                     settings.recompile_limit = max(settings.recompile_limit, VARIANTS)
@@ -53,17 +53,17 @@ class Compiling:
 
 
 def _find_cache() -> None:
-    """Have torch keep what it compiles in a temporary folder where its own cannot be written to."""
-    from torch._inductor.runtime.cache_dir_utils import cache_dir  # a second, which only what compiles has to spend
+    """Let torch cache compiled code in a temporary folder if its own cannot be written."""
+    from torch._inductor.runtime.cache_dir_utils import cache_dir  # takes a second, so only where something compiles
 
     try:
         with tempfile.TemporaryFile(dir=cache_dir()):
             pass
-    except (OSError, KeyError) as error:  # KeyError: a user that the system does not know
+    except (OSError, KeyError) as error:  # KeyError: the system does not know the user
         try:
             folder = tempfile.mkdtemp(prefix="parapolicy-")
         except OSError:
-            return  # compiling fails, which is said then
+            return  # compiling will fail and warn
         atexit.register(shutil.rmtree, folder, ignore_errors=True)
         os.environ["TORCHINDUCTOR_CACHE_DIR"] = folder
-        warnings.warn(f"torch's cache cannot be written to ({error}), so each process compiles anew", stacklevel=3)
+        warnings.warn(f"torch's cache cannot be written ({error}), so each process compiles again", stacklevel=3)

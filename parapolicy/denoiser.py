@@ -1,4 +1,4 @@
-"""The one function that samplers see: state and step in, estimate of the clean sample out."""
+"""The denoiser, the one function that samplers call: state and step in, estimate of the clean sample out."""
 
 from collections.abc import Callable, Sequence
 
@@ -9,9 +9,9 @@ from torch.nn import functional
 from parapolicy.hold import HeldNumbers
 from parapolicy.schedule import Schedule
 
-# CPU and GPU libraries pick a kernel, and with it an order of summation, by batch size and number of threads. Batches
-# of a multiple of this size were all seen to take the same kernels, whose results for one row do not depend on the
-# other rows; with one thread, 4, 8, 12 and 20 rows take others.
+# CPU and GPU libraries choose a kernel, and with it an order of summation, by batch size and number of threads. All
+# multiples of this size were seen to use the same kernels, in which a row's result does not depend on the other rows.
+# With one thread, 4, 8, 12 and 20 rows use other kernels.
 REPRODUCIBLE_MULTIPLE = 16
 
 # (x (N, *sample_shape), step (N,), element (N,)) -> network output, of x's shape
@@ -22,13 +22,13 @@ class Denoiser:
     """Runs the network on any mixture of batch elements and steps. States are flat: (N, S), S numbers per sample.
 
     Args:
-        evaluate: the network, as an engine's ``bind`` gives it.
+        evaluate: the network, from an engine's ``bind``.
         schedule: says what the network predicts.
-        sample_shape: of one sample, as the network takes it.
-        reproducible: pad every network call to a multiple of ``REPRODUCIBLE_MULTIPLE``, so that a sample's result does
-            not depend on how many share its call.
+        sample_shape: shape of one sample as the network takes it.
+        reproducible: pad every network call to a multiple of ``REPRODUCIBLE_MULTIPLE`` rows, so that a sample's result
+            does not depend on the other samples of its call.
         max_batch: most samples per network call; None: no limit. Bounds the memory of the network's activations.
-        held: what is known of the samples. Samplers need not know of it: an estimate that is held is an estimate.
+        held: numbers of the clean samples that are known beforehand. Samplers do not notice them.
     """
 
     def __init__(
@@ -44,7 +44,7 @@ class Denoiser:
         self.reproducible, self.max_batch, self.held = reproducible, max_batch, held
 
     def __call__(self, x: Tensor, step: Tensor, element: Tensor) -> Tensor:
-        """u_j at N states, in one network call or as few as ``max_batch`` allows.
+        """u_j at N states, (N, S), in as few network calls as ``max_batch`` allows.
 
         Args:
             x: states, (N, S).
@@ -66,12 +66,12 @@ class Denoiser:
 
 
 def fill_rows(value: Tensor) -> Tensor:
-    """(N, …) filled up with zeros to a multiple of ``REPRODUCIBLE_MULTIPLE`` rows."""
+    """(N, …) padded with zeros to a multiple of ``REPRODUCIBLE_MULTIPLE`` rows."""
     return functional.pad(value, (0, 0) * (value.ndim - 1) + (0, -len(value) % REPRODUCIBLE_MULTIPLE))
 
 
 def check_finite(value: Tensor, name: str) -> None:
-    """Raise ``FloatingPointError`` where a computed value is not finite."""
+    """Raise ``FloatingPointError`` if a computed value is not finite."""
     if not torch.isfinite(value).all():
         raise FloatingPointError(
             f"the {name} holds a value that is not finite; check the weights, the normalizer and the observation"

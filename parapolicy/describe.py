@@ -1,4 +1,4 @@
-"""What a policy is, for people: what it wants to see, what it gives, and what the runtime does with it."""
+"""A policy described for people: its observations, its actions, its schedule and its runtime."""
 
 import math
 from typing import Any
@@ -7,11 +7,11 @@ import torch
 
 from parapolicy.policy import Policy
 
-STILL = 1e-3, 1e5  # scales outside of this belong to numbers that never move, see Normalizer.fit
+STILL = 1e-3, 1e5  # scales outside of this range belong to numbers that never move, see Normalizer.fit
 
 
 def describe(policy: Policy) -> dict[str, Any]:
-    """The facts of a policy as JSON has them."""
+    """The facts of a policy as a dictionary for JSON."""
     spec, schedule = policy.spec, policy.schedule
     network = {k: v for k, v in spec.network.items() if k not in ("name", "encoder") and v is not None}
     encoder = spec.network.get("encoder")
@@ -47,7 +47,7 @@ def describe(policy: Policy) -> dict[str, Any]:
 
 
 def present(path: str, facts: dict[str, Any]) -> str:
-    """The same as text."""
+    """The facts of :func:`describe` as text."""
     network, encoder, schedule, action = (facts[key] for key in ("network", "encoder", "schedule", "action"))
     first, last = facts["executed"]
     rate = "unknown" if facts["control_hz"] is None else f"{facts['control_hz']:g} Hz"
@@ -69,7 +69,7 @@ def present(path: str, facts: dict[str, Any]) -> str:
     horizon, length = action["shape"]
     lines += [
         f"  action       {length} numbers{_span(action)}",
-        f"  chunk        {horizon} actions, of which {first} to {last - 1} are executed; control rate {rate}",
+        f"  chunk        {horizon} actions, numbers {first} to {last - 1} are executed; control rate {rate}",
         f"  schedule     {schedule['solver']}, {schedule['steps']} of {schedule['training_steps']} steps, predicts "
         f"{schedule['predicts']}, " + ("no clipping" if schedule["clip"] is None else f"clips to {schedule['clip']:g}"),
         "  runtime      {sampler} on {device}, engine {engine}".format(**facts["runtime"]),
@@ -78,7 +78,7 @@ def present(path: str, facts: dict[str, Any]) -> str:
 
 
 def _range(policy: Policy, key: str) -> dict[str, Any]:
-    """What -1 and 1 stand for, in units; nothing where numbers are taken as they are."""
+    """The values in the environment's units that map to -1 and 1; empty for keys that are not normalised."""
     scale, offset, centre = policy.normalizer.maps[key]
     if bool((scale == 1).all()) and not offset.any() and (centre is None or not centre.any()):
         return {}
@@ -112,7 +112,7 @@ def _settings(values: dict[str, Any]) -> str:
 
 
 def _span(values: dict[str, Any]) -> str:
-    """Ranges of a few numbers; of many, the widest."""
+    """The ranges of a few numbers, or the widest range of many."""
     low, high = values.get("low", []), values.get("high", [])
     if not low:
         return ", not normalised"

@@ -1,4 +1,4 @@
-"""One digest of nested values: what two runs must have alike to be one."""
+"""One digest of nested values, to tell whether two runs have the same settings."""
 
 import hashlib
 from collections.abc import Mapping
@@ -10,7 +10,7 @@ from torch import Tensor
 
 
 def digest(value: Any) -> str:
-    """SHA-256, in hexadecimal, of mappings, lists, tensors, arrays, numbers and texts; to the bit, on any device."""
+    """SHA-256, in hexadecimal, of mappings, lists, tensors, arrays, numbers and texts; the same on every device."""
     hashed = hashlib.sha256()
     _add(hashed, value)
     return hashed.hexdigest()

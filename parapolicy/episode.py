@@ -1,4 +1,4 @@
-"""One episode of one robot: its observations, the noise of each chunk, and what one chunk leaves to the next."""
+"""One episode of one robot: its observations, its chunks' noise, and the warm state between two chunks."""
 
 import dataclasses
 from collections.abc import Mapping, Sequence
@@ -18,20 +18,20 @@ from parapolicy.warm import WarmState
 
 @dataclass(frozen=True)
 class Request:
-    """What one chunk is computed from.
+    """The inputs of one chunk.
 
     Attributes:
         observation: {key: (To, ...)}.
-        number: of the chunk in its episode.
-        seed: of its noise.
-        begin: the control step of its observation.
-        warm: what it starts from; None: cold.
-        warm_from: number of the chunk that left it.
-        executed: control steps between the two observations; None: cold.
-        hold: actions of the chunk before that it is sampled with; None: none.
+        number: number of the chunk in its episode.
+        seed: seed of its noise.
+        begin: control step of its observation.
+        warm: warm state that it starts from; None: cold.
+        warm_from: number of the chunk that left the warm state.
+        executed: control steps between the two chunks' observations; None: cold.
+        hold: actions of the previous chunk that it is sampled with; None: none.
         held_from: number of that chunk.
-        committed: how many of them, from the present step on, are held outright.
-        features: of frames that the episode's chunks have seen; None: the policy observes no images.
+        committed: number of actions, from the present step on, that are held with weight 1.
+        features: features of frames that the episode's chunks have seen; None: the policy observes no images.
     """
 
     observation: dict[str, np.ndarray]
@@ -55,7 +55,7 @@ class Episode:
     Args:
         spec: the policy's.
         seed: of the episode's noise.
-        warm_start: start each chunk from the one before.
+        warm_start: start each chunk from the previous one's warm state.
     """
 
     def __init__(self, spec: PolicySpec, seed: tuple[int, ...] = (0,), warm_start: bool = False) -> None:
@@ -71,20 +71,20 @@ class Episode:
         """Add one control step's observation, {key: (...)}.
 
         Raises:
-            ObservationError: it does not fit; the episode stays as it was.
+            ObservationError: it does not fit the policy; the episode is unchanged.
         """
         self.history.push(observation)
         self.step += 1
 
     def request(self, executed: int | None = None, committed: int = 0, soft: bool = False) -> Request:
-        """What the next chunk is computed from.
+        """The inputs of the next chunk.
 
         Args:
-            executed: control steps since the observation of the accepted chunk, for a caller that does not push at
-                every step; None: as many as were pushed since then.
-            committed: control steps from the present one on that the accepted chunk is executed for whatever comes:
-                its actions for them are held.
-            soft: draw the new chunk towards the accepted one's later actions, too; see
+            executed: control steps since the accepted chunk's observation, for a caller that does not push at every
+                step; None: the number of pushes since then.
+            committed: control steps, from the present one on, for which the accepted chunk's actions will be executed
+                in any case: the new chunk is held to them.
+            soft: also draw the new chunk towards the accepted chunk's later actions; see
                 :func:`parapolicy.hold.hold_weights`.
         """
         number, self.chunks = self.chunks, self.chunks + 1
@@ -100,12 +100,12 @@ class Episode:
         return dataclasses.replace(cold, warm=warm, warm_from=before.number, executed=executed)
 
     def _with_hold(self, request: Request, executed: int | None, committed: int, soft: bool) -> Request:
-        """The request, with actions of the accepted chunk held where the two overlap."""
+        """The request, held to the accepted chunk's actions where the two chunks overlap."""
         if self._running is None:
             return request
         before, trajectory = self._running
         executed = self.step - before.begin if executed is None else executed
-        first, late = self.spec.executed.start, trajectory[executed:]  # the present step, and from then on
+        first, late = self.spec.executed.start, trajectory[executed:]  # the present step's index; later actions
         overlap = len(late) - first
         if overlap <= 0:
             return request
@@ -116,15 +116,15 @@ class Episode:
         return dataclasses.replace(request, hold=Hold(actions, weights), held_from=before.number, committed=committed)
 
     def accept(self, request: Request, chunk: Chunk) -> None:
-        """The chunk of a request is executed from now on; the next one may start from it."""
+        """Take a request's chunk as the one that is executed from now on; the next one may start from it."""
         self._running = request, chunk.trajectory
         if self.warm_start:
             self._last = request, chunk.warm_state
 
 
 def group_requests(requests: Sequence[Request]) -> list[list[int]]:
-    """Indices of requests that one ``predict`` can answer: all cold, or all warm after as many control steps; all with
-    held actions, or none."""
+    """Group the indices of requests that one ``predict`` can answer. The requests of a group are all cold, or all warm
+    after the same number of control steps; and all have held actions, or none has."""
     groups: dict[tuple[int | None, bool], list[int]] = {}
     for i, request in enumerate(requests):
         groups.setdefault((request.executed, request.hold is None), []).append(i)
@@ -150,11 +150,11 @@ def predict_together(policy: Policy, requests: Sequence[Request], deadline: floa
 
 
 def checked_actions(chunk: Any, spec: PolicySpec) -> np.ndarray:
-    """A copy of a chunk's actions from the newest observation on, (n, Da), whatever policy gave it.
+    """Check any policy's chunk, and copy its actions from the newest observation on, (n, Da).
 
     Raises:
-        TypeError: not a chunk with an array of floats and costs.
-        ValueError: its shape is not the policy's.
+        TypeError: not a chunk with a float trajectory and stats.
+        ValueError: its shape does not fit the policy.
         FloatingPointError: a value is not finite.
     """
     if not isinstance(chunk, Chunk) or not isinstance(chunk.stats, ChunkStats):

@@ -1,4 +1,4 @@
-"""What can be wrong with a user's input. Each message names the bad value, what was expected, and the way out."""
+"""Errors in a user's input. Each message names the bad value, what was expected, and the way out."""
 
 
 class CheckpointError(ValueError):

@@ -1,4 +1,4 @@
-"""A policy as a plan file, which ``engine/parapolicy_fused.h`` loads and samples without Python."""
+"""Writing a policy as a plan file, which ``engine/parapolicy_fused.h`` loads and samples without Python."""
 
 import struct
 import zlib
@@ -25,15 +25,16 @@ CHECKSUM_AT = 12
 def write_plan(policy: Policy, path: Path) -> None:
     """Write a policy with its schedule and sampler as a plan file.
 
-    The arrays follow the header in the order of ``PlanFile`` in ``engine/plan_file.h``. Chunks are equal to the bit to
-    those of the same policy here, on the same processor.
+    The arrays follow the header in the order of ``PlanFile`` in ``engine/plan_file.h``. The library's chunks equal this
+    policy's to the bit on the same processor.
 
     Args:
         policy: with the engine ``fused`` or ``fused_bfloat16``, and the sampler ``sequential`` or ``collocation``.
+        path: of the plan file.
 
     Raises:
-        ValueError: what the native library does not do.
-        OSError: there is no compiler here, or the file cannot be written.
+        ValueError: the native library does not support the policy.
+        OSError: there is no C++ compiler here, or the file cannot be written.
     """
     bound, network = _bind(policy)
     spec, schedule, sampler = policy.spec, policy.schedule, policy.sampler
@@ -92,24 +93,26 @@ def _bind(policy: Policy) -> tuple[Bound, FusedUnet1D]:
     if type(policy.sampler) not in (Sequential, Collocation):
         raise ValueError(f"sampler is {policy.sampler}, expected sequential or collocation")
     if spec.action_parts:
-        raise ValueError("the actions have rotations to be converted, which a plan file does not do")
+        raise ValueError("the policy's actions have rotations to convert, which a plan file does not support")
     images = [key for key, feature in spec.observation.items() if feature.kind == "image"]
     if images or spec.network.get("condition", "global") != "global":
-        raise ValueError("a plan file takes observed states as a condition: no images, inpainting or local condition")
+        raise ValueError("a plan file supports observed states only, without images, inpainting or local condition")
     nothing = {key: torch.zeros(1, *shape) for key, shape in spec.obs_shapes.items()}
     with policy.engine.exclusive():
         bound = engine.bind(policy.network, policy.schedule.timesteps, nothing)
     if not isinstance(bound, Bound) or not isinstance(bound.network, FusedUnet1D):
-        raise ValueError(f"the network {spec.network['name']!r} has no native form here, or is no UNet")
+        raise ValueError(
+            f"the network {spec.network['name']!r} is not supported in a plan file; expected a UNet with a native form"
+        )
     return bound, bound.network
 
 
 def _normalizer(policy: Policy) -> list[Tensor]:
-    """Scale, offset and centre of a whole observation, and of an action."""
+    """Scale, offset and centre of the whole observation and of an action."""
     spec = policy.spec
     observed = [_affine(policy, key) for key in spec.observation]
     whole = [torch.cat(parts).repeat(spec.n_obs_steps) for parts in zip(*observed, strict=True)]
-    # Where nothing is added, -0 is: it leaves every number's bits as they are.
+    # "Nothing" is added as -0, which changes no bit of any number.
     scale, offset, centre = _affine(policy, "action", none=-0.0)
     return [*whole, scale, offset, centre]
 

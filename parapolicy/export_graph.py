@@ -1,4 +1,4 @@
-"""A policy's network as a file of ONNX, OpenVINO or AOTInductor, and its image encoder as another."""
+"""Writing a policy's network, and its image encoder, as files of ONNX, OpenVINO or AOTInductor."""
 
 import importlib
 import json
@@ -19,7 +19,7 @@ from parapolicy.policy import Policy
 from parapolicy.spec import Feature
 
 FACTS = "policy.json"
-Graph = tuple[nn.Module, dict[str, Tensor], tuple[str, ...]]  # with inputs of three rows, and names of the outputs
+Graph = tuple[nn.Module, dict[str, Tensor], tuple[str, ...]]  # module, example inputs of three rows, output names
 
 
 class NetworkGraph(nn.Module):
@@ -54,18 +54,19 @@ def export_graphs(policy: Policy, folder: Path, form: str) -> dict[str, float]:
 
     Args:
         policy: on the CPU. Its sampler and schedule are not exported.
+        folder: to write into; missing or empty.
         form: one of ``FORMS``.
 
     Returns:
-        Graph -> its largest difference from the network, as a part of its largest output.
+        Name of each graph -> its largest difference from the network, relative to its largest output.
 
     Raises:
-        ValueError: packages for the format are missing, the format cannot hold the network, or a file that was written
-            gives something else.
-        OSError: ``folder`` is there and not empty, or cannot be written.
+        ValueError: packages for the format are missing, the format does not support the network, or a written file
+            gives other results than the network.
+        OSError: ``folder`` exists and is not empty, or cannot be written.
     """
     if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
-        raise FileExistsError(f"{folder} is there and not an empty folder; choose another name")
+        raise FileExistsError(f"{folder} exists and is not an empty folder; choose another name")
     suffix, write = FORMS[form]
     found = {}
     with tempfile.TemporaryDirectory(dir=folder.absolute().parent, prefix=f".{folder.name}.") as place:
@@ -77,8 +78,8 @@ def export_graphs(policy: Policy, folder: Path, form: str) -> dict[str, float]:
                 run = write(module.eval(), inputs, outputs, part / f"{name}.{suffix}")
             except (ValueError, OSError):
                 raise
-            except Exception as error:  # exporters raise of many kinds
-                raise ValueError(f"the format {form!r} does not take the {name}: {error!s:.500}") from error
+            except Exception as error:  # exporters raise many kinds of errors
+                raise ValueError(f"the format {form!r} does not support the {name}: {error!s:.500}") from error
             found[name] = check_equal(f"{name}.{suffix}", module, run, _drawer(inputs, policy.schedule.timesteps))
         (part / FACTS).write_text(json.dumps(_facts(policy, graphs), indent=2) + "\n")
         part.replace(folder)
@@ -86,14 +87,16 @@ def export_graphs(policy: Policy, folder: Path, form: str) -> dict[str, float]:
 
 
 def _graphs(policy: Policy) -> dict[str, Graph]:
-    """What is exported, by the name of its file."""
+    """The graphs to export, by file name."""
     spec, network, generator = policy.spec, policy.network, torch.Generator().manual_seed(0)
     observation = {
         key: torch.randn(3, spec.obs_steps(key), *_network_shape(feature), generator=generator)
         for key, feature in spec.observation.items()
     }
     if clash := observation.keys() & {"sample", "timestep"}:
-        raise ValueError(f"the observation has the keys {sorted(clash)}, which are names of the network's other inputs")
+        raise ValueError(
+            f"the observation has the keys {sorted(clash)}, which are reserved for the network's other inputs"
+        )
     images = {key: observation[key] for key, feature in spec.observation.items() if feature.kind == "image"}
     features = network.encode_images(images)
     encoded = {key: features[key] for key in images if features[key] is not images[key]}
@@ -108,12 +111,12 @@ def _graphs(policy: Policy) -> dict[str, Graph]:
 
 
 def _network_shape(feature: Feature) -> tuple[int, ...]:
-    """Of one observed step as networks take it: images are (C, H, W)."""
+    """Shape of one observed step as the network takes it: images are (C, H, W)."""
     return (feature.shape[-1], *feature.shape[:-1]) if feature.kind == "image" else feature.shape
 
 
 def _drawer(inputs: Mapping[str, Tensor], timesteps: Tensor) -> Callable[[int], list[Tensor]]:
-    """A function of the number of rows that gives random inputs like these."""
+    """A function that draws random inputs like these, for a number of rows."""
     generator = torch.Generator().manual_seed(1)
 
     def draw(rows: int) -> list[Tensor]:
@@ -135,7 +138,7 @@ def _trace(module: nn.Module, inputs: Mapping[str, Tensor]) -> ExportedProgram:
 def _write_onnx(module: nn.Module, inputs: Mapping[str, Tensor], outputs: tuple[str, ...], path: Path) -> Function:
     runtime = _import("onnxruntime", "onnx")
     _import("onnxscript", "onnx")
-    logging.getLogger("torch.onnx").setLevel(logging.ERROR)  # that torchvision is not installed
+    logging.getLogger("torch.onnx").setLevel(logging.ERROR)  # it warns that torchvision is not installed
     names = list(inputs)
     torch.onnx.export(
         _trace(module, inputs),
@@ -193,7 +196,7 @@ def _import(name: str, extra: str) -> Any:
 
 
 def _facts(policy: Policy, graphs: Mapping[str, Graph]) -> dict[str, Any]:
-    """What a caller needs beside the graphs: the policy's spec, how values are normalised, and the files' inputs."""
+    """What a caller of the graphs needs: the policy's spec, the normalisation, and the files' inputs."""
     maps = {}
     for key, affine in policy.normalizer.maps.items():
         parts = {"scale": affine.scale, "offset": affine.offset, "centre": affine.centre}

@@ -1,4 +1,4 @@
-"""Files that appear whole or not at all, and records of JSON that have their own digest, so that damage is noticed."""
+"""Files that are written whole or not at all, and JSON records with a digest, which detects damage."""
 
 import contextlib
 import hashlib
@@ -12,20 +12,21 @@ SEAL = "sha256"  # key of a record's digest
 
 
 def cache_folder() -> Path:
-    """Where this user's measurements and compiled code are kept: ``$PARAPOLICY_CACHE`` or ``~/.cache/parapolicy``.
+    """The folder of this user's measurements and compiled code: ``$PARAPOLICY_CACHE`` or ``~/.cache/parapolicy``.
 
     Raises:
-        RuntimeError: the user has no home.
+        RuntimeError: the user has no home folder.
     """
     return Path(os.environ.get("PARAPOLICY_CACHE") or Path.home() / ".cache" / "parapolicy")
 
 
 @contextlib.contextmanager
 def replacing(path: Path, tag: str = "partial") -> Iterator[Path]:
-    """A path to write to, in the same folder; what is there takes the place of ``path`` if the block ends well.
+    """A path to write to, in the same folder. It replaces ``path`` if the block ends without an error.
 
     Args:
-        tag: in its name; one of its own for each process where several write the same file.
+        path: the final path.
+        tag: part of the temporary name; unique per process if several write the same file.
     """
     partial = path.with_name(f".{path.name}.{tag}")
     try:
@@ -36,27 +37,27 @@ def replacing(path: Path, tag: str = "partial") -> Iterator[Path]:
 
 
 def write_whole(path: Path, text: str) -> None:
-    """Write a file of text."""
+    """Write a text file, whole or not at all."""
     with replacing(path) as partial:
         partial.write_text(text)
 
 
 def seal(record: Mapping[str, Any], indent: int | None = None) -> str:
-    """A record as JSON, with its digest, and the end of a line."""
+    """A record as a line of JSON with its digest."""
     return json.dumps({**record, SEAL: _digest(record)}, indent=indent) + "\n"
 
 
 def unseal(text: str | bytes, where: str, way_out: str, sealed: bool = False) -> dict[str, Any]:
-    """The record that :func:`seal` wrote, or one without a digest, as older versions wrote them.
+    """Read a record that :func:`seal` wrote, or one without a digest from an older version.
 
     Args:
-        text: as JSON.
-        where: it stands, for the error.
+        text: JSON.
+        where: name of the file, for the error.
         way_out: what to do about damage, for the error.
-        sealed: whether it must have a digest, as one with a ``format`` must.
+        sealed: require a digest; a record with a ``format`` must always have one.
 
     Raises:
-        ValueError: it is damaged.
+        ValueError: the record is damaged.
     """
     try:
         record: dict[str, Any] = json.loads(text)

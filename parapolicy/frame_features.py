@@ -1,4 +1,4 @@
-"""What a network's cameras have made of the frames that the next chunk may see again."""
+"""The image features of recent frames, kept for the next chunk."""
 
 import hashlib
 from collections.abc import Mapping, Sequence
@@ -17,22 +17,22 @@ ENCODED_NDIM = 3  # (B, To, F)
 class FrameFeatures:
     """The features of one episode's newest frames.
 
-    Each frame is encoded by itself, so that its features are the same to the bit whether they are found here or
-    computed. Frames are told apart by their content. One thread at a time may use it, with one network whose weights
-    do not change.
+    Each frame is encoded by itself, so its features are the same to the bit whether they are cached or computed. Frames
+    are told apart by their content. Use an object from one thread at a time, with one network whose weights do not
+    change.
     """
 
     def __init__(self) -> None:
         self._kept: dict[str, dict[bytes, Tensor]] = {}  # camera -> digest of a frame -> its features (1, 1, F)
 
     def encode(self, network: Network, key: str, pictures: Tensor, frames: np.ndarray) -> Tensor | None:
-        """Features (To, F) of one camera's pictures; None: the network does not encode it frame by frame.
+        """Features (To, F) of one camera's pictures; None if the network does not encode frame by frame.
 
         Args:
-            network: that encodes what is new.
+            network: encodes the new frames.
             key: of the camera.
             pictures: (To, C, H, W), as the network takes them.
-            frames: (To, …), the same as they came.
+            frames: (To, …), the same frames as they were observed.
         """
         kept = self._kept.get(key, {})
         used: dict[bytes, Tensor] = {}
@@ -56,16 +56,16 @@ def encode_frames(
     observation: Mapping[str, Any],
     features: Sequence[FrameFeatures],
 ) -> dict[str, Tensor]:
-    """Inputs {key: (B, To, …)} with features (B, To, F) in place of images, those of element b from ``features[b]``.
+    """Inputs {key: (B, To, …)} with images replaced by features (B, To, F), using ``features[b]`` for element b.
 
     Args:
-        network: that encodes frames which are new.
+        network: encodes the new frames.
         inputs: normalised.
-        observation: {key: (B, To, …)}, what the inputs were made of.
-        features: of each element's episode.
+        observation: {key: (B, To, …)}, from which the inputs were made.
+        features: those of each element's episode.
 
     Raises:
-        ValueError: not one for each element.
+        ValueError: the number of features differs from the batch size.
     """
     encoded = dict(inputs)
     for key, pictures in inputs.items():

@@ -1,4 +1,4 @@
-"""From the bytes of a JPEG or PNG file to pixels, and back: what a camera or a client sends. Needs Pillow."""
+"""Decoding and encoding of JPEG and PNG files, as cameras and clients send them. Needs Pillow."""
 
 import io
 import warnings
@@ -10,25 +10,25 @@ from PIL import Image
 from parapolicy.errors import ObservationError
 
 MAX_PIXELS = 1 << 24  # 4096 × 4096
-MAX_SCANS = 32  # of a JPEG; usual progressive ones have 10. Each costs a pass over all pixels, for a dozen bytes
+MAX_SCANS = 32  # of a JPEG; usual progressive ones have 10. A scan of a dozen bytes costs a pass over all pixels
 _NAMES = {"L": "grey", "LA": "grey with alpha", "RGBA": "RGB with alpha", "P": "a palette"}
 _START_OF_SCAN, _ORIENTATION, _UPRIGHT = b"\xff\xda", 0x0112, 1
 
 
 def decode_image(data: bytes, modes: Collection[str], size: tuple[int, int] | None = None) -> np.ndarray:
-    """Pixels (H, W, C) uint8 of a JPEG or PNG file. Size, mode and scans are looked at before any pixel is decoded.
+    """Pixels (H, W, C) uint8 of a JPEG or PNG file. Size, mode and scans are checked before any pixel is decoded.
 
     Args:
-        data: of the file.
-        modes: that are taken, of Pillow's: ``L`` (grey), ``RGB``, ``RGBA``.
-        size: (width, height) that it must have; None: any, up to ``MAX_PIXELS``.
+        data: bytes of the file.
+        modes: accepted modes, as Pillow names them: ``L`` (grey), ``RGB``, ``RGBA``.
+        size: required (width, height); None: any, up to ``MAX_PIXELS``.
 
     Raises:
-        ObservationError: no whole JPEG or PNG, or one of another mode or size, or turned by an EXIF orientation.
+        ObservationError: not a whole JPEG or PNG, another mode or size, or an EXIF orientation.
     """
     try:
         with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # of sizes, which are checked here
+            warnings.simplefilter("ignore")  # Pillow warns of large sizes, which are checked here
             with Image.open(io.BytesIO(data), formats=("JPEG", "PNG")) as image:
                 _check_header(image, data, modes, size)
                 pixels = np.asarray(image)
@@ -36,14 +36,14 @@ def decode_image(data: bytes, modes: Collection[str], size: tuple[int, int] | No
                     raise ObservationError(f"the image has EXIF orientation {turned}; turn its pixels instead")
     except ObservationError:
         raise
-    except Exception as error:  # of damaged files, Pillow raises many kinds
+    except Exception as error:  # Pillow raises many kinds of errors for damaged files
         kind = f"{type(error).__name__}: {error!s:.100}"
-        raise ObservationError(f"{len(data)} bytes are no whole JPEG or PNG ({kind})") from error
+        raise ObservationError(f"{len(data)} bytes are not a whole JPEG or PNG ({kind})") from error
     return pixels[..., None] if pixels.ndim == 2 else pixels
 
 
 def encode_image(pixels: np.ndarray, quality: int) -> bytes:
-    """The JPEG file of an image (H, W, C) uint8 with one or three channels, its colours at full resolution."""
+    """Encode an image (H, W, C) uint8 with one or three channels as JPEG, without colour subsampling."""
     file = io.BytesIO()
     picture = Image.fromarray(pixels[..., 0] if pixels.shape[-1] == 1 else pixels)
     picture.save(file, "JPEG", quality=quality, subsampling=0)
@@ -51,7 +51,7 @@ def encode_image(pixels: np.ndarray, quality: int) -> bytes:
 
 
 def encode_png(pixels: np.ndarray) -> bytes:
-    """The PNG file of an image (H, W, C) uint8 with one, three or four channels; quick rather than small."""
+    """Encode an image (H, W, C) uint8 with one, three or four channels as PNG, fast rather than small."""
     file = io.BytesIO()
     picture = Image.fromarray(pixels[..., 0] if pixels.shape[-1] == 1 else pixels)
     picture.save(file, "PNG", compress_level=1)
@@ -65,6 +65,6 @@ def _check_header(image: Image.Image, data: bytes, modes: Collection[str], size:
         raise ObservationError(f"the image is {image.width} × {image.height}, expected at most {MAX_PIXELS} pixels")
     if image.mode not in modes:
         given, expected = _NAMES.get(image.mode, image.mode), " or ".join(_NAMES.get(mode, mode) for mode in modes)
-        raise ObservationError(f"the image's mode is {image.mode!r}, {given}, expected 8 bits of {expected}")
+        raise ObservationError(f"the image's mode is {image.mode!r} ({given}), expected 8 bits of {expected}")
     if image.format != "PNG" and (scans := data.count(_START_OF_SCAN)) > MAX_SCANS:
-        raise ObservationError(f"the JPEG has {scans} scans, expected at most {MAX_SCANS}; send a baseline one")
+        raise ObservationError(f"the JPEG has {scans} scans, expected at most {MAX_SCANS}; send a baseline JPEG")

@@ -1,4 +1,4 @@
-"""Starting the processes of the sharded engine from Python; under ``torchrun``, ``load_policy`` joins them."""
+"""Starting the sharded engine's processes from Python. Under ``torchrun``, ``load_policy`` joins them."""
 
 import contextlib
 import dataclasses
@@ -16,7 +16,7 @@ from parapolicy.policy import Policy
 
 
 def free_address() -> str:
-    """Where processes of this machine can meet: the loopback address with a port that nobody uses."""
+    """An address for processes of this machine to meet: loopback with a free port."""
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         return f"tcp://127.0.0.1:{probe.getsockname()[1]}"
@@ -32,11 +32,12 @@ def start_workers(
 ) -> Iterator[Policy]:
     """A policy whose network calls are split over this process and ``processes - 1`` others, which end with the block.
 
-    On the CPU every process computes with as many threads as this one: divide the machine's cores before.
+    On the CPU every process uses as many threads as this one, so divide the machine's cores first.
 
     Args:
         folder: the policy folder.
-        engine: what each process computes with.
+        processes: number of processes, this one included.
+        engine: the engine in each process.
         device: of every process; ``cuda`` gives each its own GPU.
         timeout: seconds after which a silent worker counts as lost.
     """
@@ -78,5 +79,5 @@ def _work(
     try:
         take_part(load_policy(folder, device=device, engine=engine), address, rank, processes, timeout)
     finally:
-        if dist.is_initialized():  # its threads, left to the interpreter's end, may abort the process
+        if dist.is_initialized():  # threads still running at the interpreter's end may abort the process
             dist.destroy_process_group()

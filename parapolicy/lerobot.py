@@ -3,7 +3,7 @@
     python -m parapolicy.lerobot [--sampler auto] [--engine auto] [--verify] lerobot-eval --policy.path=…
 
 Works for every command that LeRobot installs, the asynchronous policy server too, and for every diffusion policy that
-the command builds or loads. What follows the command's name is the command's own.
+the command builds or loads. Arguments after the command's name are the command's own.
 """
 
 import argparse
@@ -20,8 +20,8 @@ from parapolicy.adapters.live import Accelerated
 from parapolicy.adapters.live_lerobot import REPLACED, replace_methods
 
 MODULE = "lerobot.policies.diffusion.modeling_diffusion"
-SERVER = "lerobot.async_inference.policy_server"  # which LeRobot installs no command for
-VARIABLE = "PARAPOLICY_LEROBOT"  # of the plug-in lerobot_policy_parapolicy
+SERVER = "lerobot.async_inference.policy_server"  # LeRobot installs no command for it
+VARIABLE = "PARAPOLICY_LEROBOT"  # read by the plug-in lerobot_policy_parapolicy
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
@@ -50,11 +50,11 @@ def main(arguments: Sequence[str] | None = None) -> None:
 def accelerate_by_environment() -> None:
     """Sample all of LeRobot's diffusion policies in this process as the variable ``PARAPOLICY_LEROBOT`` says.
 
-    It is ``1``, or options of :func:`main` such as ``--sampler secant``. Nothing happens where it is empty or ``0``, or
-    where :func:`main` has done so before.
+    Its value is ``1``, or options of :func:`main` such as ``--sampler secant``. If it is empty or ``0``, or if
+    :func:`main` has already replaced the methods, nothing happens.
 
     Raises:
-        SystemExit: the variable is wrong. LeRobot would only log another error of a plug-in, and sample by itself.
+        SystemExit: the value is wrong. LeRobot would only log any other error of a plug-in and use its own sampling.
     """
     value = os.environ.get(VARIABLE, "").strip()
     if value in ("", "0") or REPLACED:
@@ -71,12 +71,12 @@ def accelerate_by_environment() -> None:
 def _add_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--sampler", default="auto", help="one of parapolicy.list_samplers(), or auto")
     parser.add_argument("--engine", default="auto", help="one of parapolicy.engine.ENGINES")
-    parser.add_argument("--tolerance", type=float, help="of the sampler; its default where left out")
+    parser.add_argument("--tolerance", type=float, help="of the sampler; left out: the sampler's default")
     parser.add_argument("--verify", action="store_true", help="compare the first chunk with LeRobot's own")
 
 
 def _replace(given: argparse.Namespace) -> None:
-    """Replace the methods of LeRobot's classes, and report at the end what the chunks cost."""
+    """Replace the methods of LeRobot's classes, and report the chunks' cost at exit."""
     try:
         module = importlib.import_module(MODULE)
     except ImportError as error:
@@ -94,7 +94,7 @@ def _replace(given: argparse.Namespace) -> None:
 
 
 def report(made: Sequence[Accelerated]) -> None:
-    """Print what the chunks of each policy cost."""
+    """Print the cost of each policy's chunks."""
     for accelerated in made:
         if recent := accelerated.recent:
             seconds = statistics.median(cost.seconds for cost in recent)

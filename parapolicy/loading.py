@@ -1,4 +1,4 @@
-"""A policy from its files, on a device, with a sampler and an engine."""
+"""Loading a policy from its files, onto a device, with a sampler and an engine."""
 
 import dataclasses
 import os
@@ -24,33 +24,35 @@ def load_policy(
     ema: bool = False,
     **parameters: Any,
 ) -> Policy:
-    """Load a policy folder (``config.json`` and ``model.safetensors``), or what an installed reader recognises.
+    """Load a policy folder (``config.json`` and ``model.safetensors``), or another format that a reader recognises.
 
     Args:
-        folder: the policy folder, LeRobot's (or the folder that holds its ``pretrained_model``) or our own; a file of
+        folder: our own policy folder; LeRobot's, or the folder that holds its ``pretrained_model``; a file of
             torch.save; or a policy on the Hugging Face hub, ``hf://owner/name[@revision]``.
-        sampler: one of :func:`parapolicy.list_samplers`; ``parameters`` are its own. ``collocation`` is calibrated
-            at the first load, in seconds, where no calibration stands beside the weights. ``auto``: the one that
-            :func:`parapolicy.make_plan` finds fastest here, at the ``tolerance``, ``fidelity`` and ``bound`` given (or
-            the plan's own defaults). Left out: ``collocation`` where a calibration beside the weights has measured
-            that it keeps the policy's distribution, as those of the shipped policies have, and else ``secant``.
+        sampler: one of :func:`parapolicy.list_samplers`, with its own ``parameters``. ``collocation`` without a
+            calibration beside the weights is calibrated at the first load, which takes seconds. ``auto``: the sampler
+            that :func:`parapolicy.make_plan` finds fastest here, for the given ``tolerance``, ``fidelity`` and
+            ``bound`` (or the plan's defaults). Left out: ``collocation`` if a calibration beside the weights has
+            measured that it keeps the policy's distribution, as for the shipped policies, and otherwise ``secant``.
         engine: one of :data:`parapolicy.engine.ENGINES`. ``compiled`` compiles at the first call, for about a minute
-            where torch's cache on disk does not know the network yet. ``compiled_bfloat16`` rounds the factors of its
-            matrix products to bfloat16: faster on CPUs with instructions for it. ``fused`` computes the network in
-            C++, on a CPU, and ``fused_bfloat16`` with that rounding. ``cuda_graph`` captures whole rounds of
-            ``secant`` and ``collocation``. ``sharded`` splits calls over the processes of ``torchrun``, each of which
-            computes by ``compiled``. ``auto``: see :func:`parapolicy.engine.make_engine`; under ``torchrun``, split
-            like that.
-        ema: take the averaged weights that LeRobot saves in ``pretrained_model_ema`` beside the policy.
-        device: ``auto`` (a GPU where there is one), ``cpu``, ``cuda``, ``cuda:1``, …
+            if torch's cache on disk does not have the network yet. ``compiled_bfloat16`` rounds the factors of its
+            matrix products to bfloat16, which is faster on CPUs with bfloat16 instructions. ``fused`` computes the
+            network in C++ on a CPU, and ``fused_bfloat16`` does so with that rounding. ``cuda_graph`` captures whole
+            rounds of ``secant`` and ``collocation``. ``sharded`` splits calls over the processes of ``torchrun``, each
+            with the engine ``compiled``. ``auto``: see :func:`parapolicy.engine.make_engine`; under ``torchrun``,
+            ``sharded``.
+        ema: use the averaged weights that LeRobot saves in ``pretrained_model_ema`` beside the policy.
+        device: ``auto`` (a GPU if there is one), ``cpu``, ``cuda``, ``cuda:1``, …
 
     Raises:
-        CheckpointError: a file is missing, damaged, or does not match the other one.
+        CheckpointError: a file is missing or damaged, or the files do not match each other.
         ValueError: an unknown sampler, parameter, engine or device, ``sharded`` outside of ``torchrun``, or parameters
-            without the name of a sampler.
+            without a sampler's name.
     """
     if sampler is None and parameters:
-        raise ValueError(f"{sorted(parameters)} are parameters of a sampler, and none is named; add sampler='secant'")
+        raise ValueError(
+            f"{sorted(parameters)} are parameters of a sampler, but no sampler is named; add sampler='secant'"
+        )
     chosen = make_first_sampler(sampler or "secant", **parameters)
     target = pick_device(device)
     made = make_engine("compiled" if engine == "sharded" else engine, target)
@@ -62,7 +64,7 @@ def load_policy(
     network = network.to(target)
     policy = Policy(spec, network, normalizer.to(target), schedule.to(target), chosen, target, engine=made)
     if engine == "sharded" or (engine == "auto" and int(os.environ.get("WORLD_SIZE", 1)) > 1):
-        from parapolicy.engine.sharded import join  # torch.distributed takes its time to load
+        from parapolicy.engine.sharded import join  # torch.distributed is slow to load
 
         policy = dataclasses.replace(policy, engine=join(policy))
     calibrated = chosen.uses_calibration or parameters.get("fidelity") == "distribution"
@@ -78,7 +80,7 @@ def save_policy(policy: Policy, folder: str | os.PathLike[str]) -> None:
 
 
 def pick_device(name: str) -> torch.device:
-    """A device by name, with ``auto`` for a GPU or else the CPU. Under ``torchrun`` each process has its own GPU.
+    """A device by name. ``auto``: a GPU if there is one, else the CPU. Under ``torchrun`` each process has its own GPU.
 
     Raises:
         ValueError: not a device name, or a device that is not available.

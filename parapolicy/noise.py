@@ -20,27 +20,27 @@ def draw_noise(
     seed: int | Sequence[int] = 0,
     sample_shape: tuple[int, ...] | None = None,
 ) -> Tensor:
-    """Standard normal noise for a batch of chunks, (T + 1, B, H, Da), float32, on the CPU; other samples likewise.
+    """Standard normal noise for a batch of chunks, (T + 1, B, H, Da), float32, on the CPU.
 
     [0] is x_T and [j + 1] is z_j. Each element has its own generator, so its numbers depend neither on the batch size
-    nor on the device; x_T does not depend on the number of steps either.
+    nor on the device. x_T does not depend on the number of steps.
 
     Args:
-        schedule: gives T, and (H, Da) where it belongs to a policy.
-        batch: number of elements B; ignored where ``seed`` is a sequence.
-        seed: one seed for the batch (element b draws from (seed, b)), or one per element (element b draws what
-            ``seed=seeds[b]`` would draw for a batch of one).
-        sample_shape: (H, Da), or that of any other sample, for a schedule without one.
+        schedule: gives T, and (H, Da) if it belongs to a policy.
+        batch: number of elements B; ignored if ``seed`` is a sequence.
+        seed: one seed for the batch (element b draws from (seed, b)), or one per element (element b draws the noise
+            that ``seed=seeds[b]`` gives for a batch of one).
+        sample_shape: (H, Da), or the shape of any other sample, for a schedule without a policy.
 
     Raises:
         ValueError: no shape is known, or a seed is negative.
     """
     shape = sample_shape or schedule.sample_shape
     if shape is None:
-        raise ValueError("the schedule belongs to no policy, so sample_shape=(horizon, action_dim) must be given")
+        raise ValueError("the schedule belongs to no policy; give sample_shape=(horizon, action_dim)")
     entropies = [(seed, b) for b in range(batch)] if isinstance(seed, int | np.integer) else [(s, 0) for s in seed]
     if any(entropy[0] < 0 for entropy in entropies):
-        raise ValueError(f"seed is {seed}, expected no negative number")
+        raise ValueError(f"seed is {seed}, expected at least 0")
     noise = torch.empty(len(schedule) + 1, len(entropies), *shape)
     for b, entropy in enumerate(entropies):
         generator = torch.Generator().manual_seed(mix_seeds(*entropy))

@@ -1,7 +1,7 @@
 """One affine map per key: ``normalized = value * scale + offset`` (the published convention).
 
-Some published policies subtract a centre first. Where a number hardly moves in the data, its scale is large, and only
-that order of the operations keeps its digits.
+Some published policies subtract a centre first. For a number that hardly moves in the data, the scale is large, and
+subtracting the centre first keeps the number's digits.
 """
 
 from collections.abc import Mapping
@@ -10,13 +10,13 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-# Powers of two, by which a constant is multiplied and divided without rounding.
+# Powers of two: multiplying and dividing by them does not round.
 STILL_ACTION = 2.0**-20  # smallest range, in the action's units, to which -1 and 1 are mapped
 STILL_SCALE = 2.0**-14  # of an observation that never moves
 
 
 class Affine(NamedTuple):
-    """``normalized = (value - centre) * scale + offset``, each of the value's own shape; no centre: 0."""
+    """``normalized = (value - centre) * scale + offset``, each of the value's shape. A centre of None is 0."""
 
     scale: Tensor
     offset: Tensor
@@ -33,22 +33,22 @@ class Normalizer:
     def __init__(self, maps: Mapping[str, Affine]) -> None:
         for key, affine in maps.items():
             if not all(torch.isfinite(part).all() for part in affine if part is not None):
-                raise ValueError(f"the normalizer of {key!r} holds a value that is not finite; fit it anew")
+                raise ValueError(f"the normalizer of {key!r} holds a value that is not finite; fit it again")
             if not affine.scale.all():
-                raise ValueError(f"the normalizer of {key!r} has a scale of 0, which cannot be undone; fit it anew")
+                raise ValueError(f"the normalizer of {key!r} has a scale of 0, which cannot be inverted; fit it again")
         self.maps = dict(maps)
 
     @classmethod
     def fit(cls, data: Mapping[str, Tensor], min_range: float = 1e-4) -> "Normalizer":
-        """Map each element's minimum and maximum over the data to -1 and 1.
+        """Map each number's minimum and maximum over the data to -1 and 1.
 
-        An element that never moves teaches nothing, so the network must not matter for it. An action's scale becomes so
-        large that whatever the network says comes out as the constant. An observation's becomes so small that the
-        network hardly sees it, whatever the sensor says.
+        Numbers that never move carry no information, so the network must not depend on them. The scale of such an
+        action becomes so large that any output of the network is mapped to the constant. The scale of such an
+        observation becomes so small that the network hardly sees it.
 
         Args:
             data: key -> (N, ...) float tensor.
-            min_range: an observed element that varies less than this, or than a few roundings, never moves.
+            min_range: an observed number that varies less than this, or than a few rounding errors, counts as constant.
         """
         maps = {}
         for key, values in data.items():

@@ -1,4 +1,4 @@
-"""From what the robot sees to what the network takes: checking, history, normalising."""
+"""From the robot's observations to the network's inputs: checking, history, normalising."""
 
 import copy
 from collections.abc import Mapping, Sequence
@@ -12,14 +12,14 @@ from parapolicy.errors import ObservationError
 from parapolicy.normalizer import Normalizer
 from parapolicy.spec import Feature, PolicySpec
 
-ROOM = 8  # steps that a block of memory takes behind its first history
+ROOM = 8  # steps that a block of memory holds after its first history
 
 
 class ObservationHistory:
-    """The last observations of one episode, of each key as many steps as the policy sees of it.
+    """The latest observations of one episode: for each key, as many steps as the policy takes.
 
-    Before the first step it repeats the first. A step is copied when it is pushed; histories that are handed out are
-    views of these copies. ``copy.copy`` gives one that goes on by itself.
+    Before the first step, the first observation is repeated. Pushing copies a step; the histories handed out are views
+    of these copies. ``copy.copy`` gives an independent history.
     """
 
     def __init__(self, spec: PolicySpec) -> None:
@@ -32,15 +32,15 @@ class ObservationHistory:
         return other
 
     def reset(self) -> None:
-        """Forget everything: a new episode begins."""
+        """Start a new episode with an empty history."""
         self._recent: dict[str, _Recent] = {}
 
     def push(self, observation: Mapping[str, Any]) -> None:
         """Add one control step's observation, {key: (...)}; see :meth:`parapolicy.Policy.predict` for its values.
 
         Raises:
-            ObservationError: a missing or unknown key, a wrong shape, or a value that is not finite; the history
-                stays as it was.
+            ObservationError: a missing or unknown key, a wrong shape, or a value that is not finite; the history is
+                unchanged.
         """
         _check_keys(self.spec, observation)
         step = {}
@@ -63,20 +63,20 @@ class ObservationHistory:
 
     @property
     def newest(self) -> dict[str, np.ndarray]:
-        """The last step pushed, {key: (...)}: float32, or uint8 of images that came so.
+        """The last step pushed, {key: (...)}: float32, or uint8 for images pushed as uint8.
 
         Raises:
-            ObservationError: nothing was pushed yet.
+            ObservationError: no observation was pushed yet.
         """
         return {key: value[-1] for key, value in self.stacked().items()}
 
     def stacked(self) -> dict[str, np.ndarray]:
         """The history as ``predict`` takes it, {key: (To, ...)}.
 
-        These are views, which later steps do not change. Copy them before you write to them, or to keep many of them.
+        These are views, which later steps do not change. Copy them before writing to them, or to keep many of them.
 
         Raises:
-            ObservationError: nothing was pushed yet.
+            ObservationError: no observation was pushed yet.
         """
         if not self._recent:
             raise ObservationError("the observation history is empty; push an observation first")
@@ -84,12 +84,12 @@ class ObservationHistory:
 
 
 class _Block:
-    """Memory for successive values of one key; each place is written once.
+    """Memory for successive values of one key. Each place is written once.
 
     Attributes:
         values: (places, ...).
         begin: the first place that holds a value.
-        end: the place behind the last one.
+        end: the place after the last value.
     """
 
     def __init__(self, places: int, value: np.ndarray, begin: int) -> None:
@@ -97,15 +97,15 @@ class _Block:
         self.begin = self.end = begin
 
     def add(self, values: np.ndarray) -> None:
-        """Copy values (n, ...) behind the others."""
+        """Append a copy of values (n, ...)."""
         self.values[self.end : self.end + len(values)] = values
         self.end += len(values)
 
 
 class _Recent:
-    """The newest ``steps`` values of one key, next to each other in memory, so that they are handed out without a copy.
+    """The newest ``steps`` values of one key, contiguous in memory, so that they are handed out without a copy.
 
-    Where a block is full, or a copy of this object has gone on in it, the newest ``steps - 1`` are copied into another.
+    When a block is full, or a copy of this object has appended to it, the newest ``steps - 1`` are copied to a new one.
     """
 
     def __init__(self, steps: int, first: np.ndarray) -> None:
@@ -128,7 +128,7 @@ class _Recent:
         self._end = self._block.end
 
     def view(self) -> np.ndarray:
-        """The values (steps, ...), oldest first; the first one stands in for those before it."""
+        """The values (steps, ...), oldest first; the first value is repeated for the steps before it."""
         block = self._block
         if self._end - self._steps < block.begin:
             block.values[: block.begin] = block.values[block.begin]
@@ -137,27 +137,27 @@ class _Recent:
 
 
 def stack_observations(observations: Sequence[Mapping[str, Any]]) -> dict[str, np.ndarray]:
-    """Observations {key: (…)} of the same keys and shapes as one batch, {key: (B, …)}; a view where there is one."""
+    """Stack observations {key: (…)} into a batch {key: (B, …)}; a single observation is not copied."""
     if len(observations) == 1:
         return {key: np.asarray(value)[None] for key, value in observations[0].items()}
     return {key: np.stack([observation[key] for observation in observations]) for key in observations[0]}
 
 
 def copy_observation(observation: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
-    """A copy to keep: it does not hold the memory of the history that the observation is a view of."""
+    """A copy that does not keep the memory of the observation's history alive."""
     return {key: value.copy() for key, value in observation.items()}
 
 
 def to_pixels(frames: np.ndarray) -> np.ndarray:
-    """Frames as a policy takes them, (…, H, W, C) uint8 or (…, C, H, W) from 0 to 1, as pixels (…, H, W, C) uint8."""
+    """Convert frames (…, H, W, C) uint8, or (…, C, H, W) from 0 to 1, to pixels (…, H, W, C) uint8."""
     return frames if frames.dtype == np.uint8 else np.rint(255 * np.moveaxis(frames, -3, -1)).astype(np.uint8)
 
 
 def normalize_observation(
     spec: PolicySpec, normalizer: Normalizer, observation: Mapping[str, Any]
 ) -> tuple[dict[str, Tensor], bool]:
-    """What the network takes, {key: (B, To, ...)} normalised and on the normalizer's device, and whether there was a
-    batch axis in {key: (To, ...)} or {key: (B, To, ...)}.
+    """Network inputs {key: (B, To, ...)}, normalised and on the normalizer's device, and whether the observation
+    {key: (To, ...)} or {key: (B, To, ...)} had a batch axis.
 
     Raises:
         ObservationError: a missing or unknown key, a wrong shape, or a value that is not finite.
@@ -172,7 +172,7 @@ def normalize_observation(
         has_batch = value.ndim == len(expected) + 1
         if value.shape[has_batch:] != expected or value.size == 0:
             raise ObservationError(
-                f"observation {key!r} has shape {value.shape}, expected {expected}, or that behind a batch axis"
+                f"observation {key!r} has shape {value.shape}, expected {expected}, or (B, …) with a batch axis"
             )
         if batched is not None and (has_batch != batched or (batched and len(value) != batch)):
             raise ObservationError(
@@ -182,7 +182,7 @@ def normalize_observation(
         _check_values(key, feature, value)
         tensor = torch.from_numpy(value).to(
             normalizer.maps[key].scale.device
-        )  # images as uint8, a quarter of the bytes
+        )  # images are moved as uint8, a quarter of the bytes
         if tensor.dtype == torch.uint8:
             tensor = tensor.movedim(-1, -3) / 255
         tensors[key] = normalizer.normalize(key, tensor if has_batch else tensor[None])
@@ -199,18 +199,18 @@ def _check_keys(spec: PolicySpec, observation: Mapping[str, Any]) -> None:
 
 
 def _as_array(key: str, feature: Feature, value: Any) -> np.ndarray:
-    """float32; an image that is uint8 stays so."""
+    """The value as a float32 array; uint8 images stay uint8."""
     if np.ma.isMaskedArray(value):
-        raise ObservationError(f"observation {key!r} is a masked array; fill in what is masked")
+        raise ObservationError(f"observation {key!r} is a masked array; fill in its masked values")
     try:
         if isinstance(value, Tensor):
             value = value.detach().cpu()
             value = (value.float() if value.is_floating_point() else value).numpy()  # numpy has no bfloat16
         array = np.asarray(value)
     except (TypeError, ValueError, RuntimeError) as error:
-        raise ObservationError(f"observation {key!r} is no array of numbers: {error}") from error
+        raise ObservationError(f"observation {key!r} is not an array of numbers: {error}") from error
     if array.dtype.kind not in "biuf":
-        raise ObservationError(f"observation {key!r} is no array of numbers, but of {array.dtype}; expected real ones")
+        raise ObservationError(f"observation {key!r} is an array of {array.dtype}, expected real numbers")
     if feature.kind == "state":
         array = array.astype(np.float32, copy=False)
     if feature.kind == "image" and array.dtype != np.uint8 and array.dtype.kind != "f":
@@ -222,7 +222,7 @@ def _as_array(key: str, feature: Feature, value: Any) -> np.ndarray:
 
 
 def _step_shape(feature: Feature, value: np.ndarray) -> tuple[int, ...]:
-    """Shape of one control step's value: images come as cameras give them, or as floats with the channels first."""
+    """Shape of one control step's value: (H, W, C) of uint8 images, (C, H, W) of float images."""
     return feature.shape if feature.kind == "state" or value.dtype == np.uint8 else feature.tensor_shape
 
 

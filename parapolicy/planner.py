@@ -1,4 +1,4 @@
-"""Which sampler is fastest here? Measured, for one policy on one device, and remembered."""
+"""Finding the fastest sampler for one policy on one device by measuring, and remembering the result."""
 
 import contextlib
 import dataclasses
@@ -25,21 +25,21 @@ from parapolicy.spec import Feature
 
 WINDOWS = (16, 24, 40, 100)
 NODE_WINDOWS = (1, 3, 6, 12)  # of collocation
-UNMEASURED_NODES = 32  # where no distance from the policy's distribution was measured
+UNMEASURED_NODES = 32  # if no distance from the policy's distribution was measured
 FIDELITIES = ("seed", "distribution")
-TOLERANCE = 0.015  # of whose chunks the error's 95th percentile was seen to be within it on Push-T
+TOLERANCE = 0.015  # on Push-T, the 95th percentile of the chunks' error was within it
 
 
 @dataclass(frozen=True)
 class Plan:
-    """What was measured, and what follows.
+    """The measurements and the choice that follows from them.
 
     Attributes:
         milliseconds: candidate -> median time of a call; ``sequential``, ``window N`` of the secant sampler, and
             ``collocation N/M`` with N nodes and window M.
         rounds: candidate -> mean rounds.
-        tolerance: at which the secant sampler was measured.
-        fidelity, bound: what the candidates keep; see :func:`make_plan`.
+        tolerance: of the secant sampler when it was measured.
+        fidelity, bound: what the candidates preserve; see :func:`make_plan`.
         batch: observations per call.
     """
 
@@ -70,10 +70,10 @@ class Plan:
 
 
 def make_first_sampler(name: str, **parameters: Any) -> Sampler:
-    """As :func:`parapolicy.samplers.make_sampler`; for ``auto`` a sampler that stands there until a plan is made.
+    """As :func:`parapolicy.samplers.make_sampler`; for ``auto``, a sampler to use until a plan is made.
 
     Raises:
-        ValueError: an unknown sampler or parameter; ``auto`` takes those of :func:`make_plan` that say what to keep.
+        ValueError: an unknown sampler or parameter; ``auto`` takes ``tolerance``, ``fidelity`` and ``bound``.
     """
     if name != "auto":
         return make_sampler(name, **parameters)
@@ -91,23 +91,24 @@ def make_plan(
     bound: float = BOUND,
     batch: int = 1,
 ) -> Plan:
-    """Time the sequential sampler and others at several windows.
+    """Time the sequential sampler and the candidates at several windows, or read the remembered times.
 
     Args:
         policy: with its engine and device.
         observations: {key: (To, ...)} each; None: made up around the middle of the training data.
         tolerance: of the secant sampler.
         cache: folder of remembered plans, by device, weights, schedule, engine, threads and version of torch; None:
-            ``$PARAPOLICY_CACHE`` or else ``~/.cache/parapolicy``. A damaged entry is measured anew.
-        fidelity: ``distribution``: draws of the same policy, which may differ from the sequential chunk of their noise;
-            ``collocation`` is a candidate. ``seed``: the sequential chunk of the noise, to the tolerance. None:
-            ``distribution`` where the calibration has measured that it is kept within the bound, else ``seed``.
-        bound: for ``distribution``, the largest energy distance from the policy, as a part of the mean distance between
+            ``$PARAPOLICY_CACHE`` or else ``~/.cache/parapolicy``. A damaged entry is measured again.
+        fidelity: ``distribution``: candidates follow the policy's distribution, but may differ from the sequential
+            chunk of the given noise; ``collocation`` is a candidate. ``seed``: candidates give the sequential chunk of
+            the given noise, to the tolerance. None: ``distribution`` if the calibration has measured that it is kept
+            within the bound, otherwise ``seed``.
+        bound: for ``distribution``, the largest energy distance from the policy, relative to the mean distance between
             two of its chunks; see :func:`find_nodes`.
         batch: observations per call, for example robots that are served together.
 
     Raises:
-        ValueError: another fidelity, or a bound or batch that cannot be.
+        ValueError: an unknown fidelity, or a bound or batch out of range.
     """
     if fidelity is not None and fidelity not in FIDELITIES:
         raise ValueError(f"fidelity is {fidelity!r}, expected one of {FIDELITIES}")
@@ -125,7 +126,7 @@ def make_plan(
 
     try:
         folder = cache or cache_folder()
-    except RuntimeError:  # a user without a home: nothing is remembered
+    except RuntimeError:  # the user has no home folder: nothing is remembered
         return measure()
     path = folder / f"plan-{_key(policy, observations, *settings)}.json"
     try:
@@ -133,7 +134,7 @@ def make_plan(
     except (OSError, ValueError, TypeError, OverflowError, RecursionError):
         pass
     plan = measure()
-    with contextlib.suppress(OSError):  # what cannot be remembered costs the time of measuring again
+    with contextlib.suppress(OSError):  # without a cache, it is measured again next time
         _write(path, plan)
     return plan
 
@@ -141,9 +142,8 @@ def make_plan(
 def find_nodes(policy: Policy, bound: float = BOUND) -> int | None:
     """The fewest nodes of ``collocation`` that keep the policy's distribution.
 
-    That is what the calibration has measured on chunks that it was not made from: the upper end of the energy
-    distance's interval must be within the bound. Where nothing was measured it is a cautious number, and None where no
-    number of nodes is within the bound.
+    The calibration measures this on held-out chunks: the upper end of the energy distance's interval must be within
+    the bound. Without measurements, the result is a cautious number. None: no number of nodes is within the bound.
     """
     calibration = policy.schedule.calibration
     if calibration is None or not calibration.distances:
@@ -152,10 +152,10 @@ def find_nodes(policy: Policy, bound: float = BOUND) -> int | None:
 
 
 def default_sampler(policy: Policy) -> Sampler:
-    """The sampler of a policy that was loaded without the name of one.
+    """The sampler of a policy that was loaded without a sampler's name.
 
-    It is ``collocation`` where the policy's calibration has measured that it keeps the distribution at its default
-    number of nodes (:data:`BOUND`), and else ``secant``.
+    It is ``collocation`` if the policy's calibration has measured that its default number of nodes keeps the
+    distribution (within :data:`BOUND`), and otherwise ``secant``.
     """
     calibration = policy.schedule.calibration
     measured = {} if calibration is None else calibration.distances
@@ -163,7 +163,7 @@ def default_sampler(policy: Policy) -> Sampler:
 
 
 def _read(path: Path, policy: Policy, tolerance: float, fidelity: str, bound: float, batch: int) -> Plan:
-    """A remembered plan; ``ValueError`` or ``TypeError`` unless it is one that could have been measured."""
+    """A remembered plan; raises ``ValueError`` or ``TypeError`` if its values cannot be measurements."""
     plan = Plan(**json.loads(path.read_text()))
     for values in (plan.milliseconds, plan.rounds):
         if not isinstance(values, dict) or set(values) != set(_samplers(policy, tolerance, fidelity, bound)):
@@ -178,7 +178,7 @@ def _read(path: Path, policy: Policy, tolerance: float, fidelity: str, bound: fl
 
 
 def _write(path: Path, plan: Plan) -> None:
-    """Whole or not at all: other processes read and write the same entry."""
+    """Write a plan whole or not at all: other processes read and write the same entry."""
     path.parent.mkdir(parents=True, exist_ok=True)
     with replacing(path, uuid.uuid4().hex) as partial:
         partial.write_text(json.dumps(dataclasses.asdict(plan)))
@@ -190,7 +190,7 @@ def explain(policy: Policy, tolerance: float = TOLERANCE, fidelity: str | None =
 
 
 def made_up_observations(policy: Policy, count: int) -> list[dict[str, np.ndarray]]:
-    """Observations {key: (To, ...)} scattered around the middle of what the policy was trained on."""
+    """Observations {key: (To, ...)} scattered around the middle of the policy's training data."""
     generator = torch.Generator().manual_seed(0)
     return [
         {key: _made_up(policy, key, feature, generator) for key, feature in policy.spec.observation.items()}
@@ -254,7 +254,7 @@ def _key(
     bound: float,
     batch: int,
 ) -> str:
-    """A digest of all that a plan depends on."""
+    """A digest of everything that a plan depends on."""
     device = torch.cuda.get_device_name(policy.device) if policy.device.type == "cuda" else str(policy.device)
     machine = (device, torch.__version__, torch.get_num_threads())
     solved = (policy.schedule.solver, policy.schedule.timesteps, policy.engine.name, tolerance, fidelity, bound, batch)

@@ -29,17 +29,17 @@ from parapolicy.warm import WarmState
 
 @dataclass(frozen=True)
 class ChunkStats:
-    """What a chunk cost. Each is a scalar for one observation and an array (B,) for a batch, but ``seconds``.
+    """The cost of a chunk. All but ``seconds`` are scalars for one observation and arrays (B,) for a batch.
 
     Attributes:
-        rounds: batched network calls, one after the other.
+        rounds: successive batched network calls.
         evaluations: network evaluations.
         residual: root mean square change of the normalised trajectory in its last round.
         complete: False where a deadline ended sampling early.
         error: estimated largest absolute error of the normalised trajectory; None for samplers that do not estimate it.
         rejections: drafted states that a speculative sampler refused; None for the others.
-        stages: wall time, in seconds, of ``encode`` (observation and noise to the device), ``sample`` and ``post`` (to
-            actions on the CPU).
+        stages: wall time, in seconds, of ``encode`` (observation and noise to the device, image encoder), ``sample``
+            and ``post`` (to actions on the CPU).
         seconds: wall time of the whole call.
     """
 
@@ -53,7 +53,7 @@ class ChunkStats:
     seconds: float
 
     def __getitem__(self, element: int) -> "ChunkStats":
-        """One element's costs, of a batch's, as scalars."""
+        """The costs of one element of a batch, as scalars."""
         arrays = {field.name: getattr(self, field.name) for field in dataclasses.fields(self)}
         return ChunkStats(**{k: v[element].item() if isinstance(v, np.ndarray) else v for k, v in arrays.items()})
 
@@ -63,11 +63,11 @@ class Chunk:
     """A predicted action chunk, float32, in the environment's units.
 
     Attributes:
-        actions: those to execute, (n_action_steps, Da) or (B, n_action_steps, Da). Where ``spec.action_parts`` says
-            so, their rotations are converted, and Da is less.
+        actions: the actions to execute, (n_action_steps, Da) or (B, n_action_steps, Da). If ``spec.action_parts`` has
+            rotations, they are converted, and Da is smaller.
         trajectory: the whole predicted horizon, (H, Da) or (B, H, Da).
-        stats: what it cost.
-        warm_state: what the next ``predict`` of the same episode may start from; the caller keeps it or drops it.
+        stats: its cost.
+        warm_state: start value for the next ``predict`` of the same episode; the caller keeps it or drops it.
     """
 
     actions: np.ndarray
@@ -86,15 +86,15 @@ class Policy:
     """A trained Diffusion Policy (Chi et al., RSS 2023) with a schedule and a sampler.
 
     Attributes:
-        spec: what it takes and gives.
+        spec: its observations, actions and sizes.
         network, normalizer, schedule: on ``device``.
-        sampler: how the schedule is run.
-        reproducible: make an element's result independent, to the bit on a CPU, of the batch it is computed in; fills
-            every network call up to a multiple of 16 rows.
+        sampler: the algorithm that runs the schedule.
+        reproducible: make an element's result independent, to the bit on a CPU, of the rest of its batch; pads every
+            network call to a multiple of 16 rows.
         max_batch: most states (of all windows together) per network call; None: no limit. Bounds memory.
         engine: how the network is computed.
-        warm_start: a control loop should hand each chunk's ``warm_state`` to the next one. ``predict`` itself
-            starts warm wherever it is given a state.
+        warm_start: tells a control loop to pass each chunk's ``warm_state`` to the next one. ``predict`` itself
+            starts warm whenever it is given a state.
     """
 
     spec: PolicySpec
@@ -119,7 +119,7 @@ class Policy:
     def with_schedule(self, solver: str | None = None, steps: int | None = None, **settings: Any) -> "Policy":
         """The same weights with another solver or number of steps; see :func:`parapolicy.schedule.make_schedule`.
 
-        Without arguments, the schedule that the policy was published with.
+        Without arguments: the schedule that the policy was published with.
         """
         given = {k: v for k, v in {"solver": solver, "steps": steps, **settings}.items() if v is not None}
         settings = given or dict(self.spec.inference)
@@ -144,28 +144,29 @@ class Policy:
         Args:
             observation: {key: (To, ...)} or {key: (B, To, ...)}: states in the environment's units; images as uint8
                 (…, height, width, channels), or as floats from 0 to 1 (…, channels, height, width).
-            noise: (T + 1, B, *spec.sample_shape) as :func:`parapolicy.draw_noise` gives it; None: drawn from ``seed``.
+            noise: (T + 1, B, *spec.sample_shape) from :func:`parapolicy.draw_noise`; None: drawn from ``seed``.
             seed: see :func:`parapolicy.draw_noise`.
-            deadline: a time of ``time.monotonic()``, or a function that returns True when time is up. It is looked at
-                after each round; when it has passed, the best estimate so far is returned, with its residual. One
-                round is always run, however late it is.
-            warm: ``warm_state`` of the chunk before. It saves rounds; the chunk is still a draw for this observation
+            deadline: a time of ``time.monotonic()``, or a function that returns True when time is up. It is checked
+                after each round. Once it has passed, the best estimate so far is returned, with its residual. At least
+                one round is always run.
+            warm: ``warm_state`` of the previous chunk. It saves rounds; the chunk is still a draw for this observation
                 alone.
             shift_noise: with a warm state and no ``noise``, keep that state's noise for the control steps where the
-                two chunks overlap and draw the rest from ``seed``: consecutive chunks then agree where the observations
-                do, and need fewer rounds. Each chunk's noise is still N(0, I). False: all noise is fresh, as it always
-                is for samplers that do not reuse noise, such as the speculative one.
+                two chunks overlap and draw the rest from ``seed``. Successive chunks then agree where the observations
+                do, and need fewer rounds. Each chunk's noise is still N(0, I). False: all noise is fresh, as always
+                for samplers that do not reuse noise, such as the speculative one.
             executed: control steps since the observation of the warm state's chunk; None: ``n_action_steps``.
-            hold: actions that are known beforehand. The chunk is then sampled beside them, and no longer a draw from
-                the policy's distribution; see :class:`parapolicy.hold.Hold`. Those of weight 1 come out as they are.
-            features: of the frames that earlier chunks of the same episodes have seen, one per batch element; changed.
-                Frames found there are not encoded again, and each of the others is encoded by itself, in a batch, too.
+            hold: actions that are known beforehand. The chunk is sampled to fit them and is then not a draw from the
+                policy's distribution; see :class:`parapolicy.hold.Hold`. Actions of weight 1 are returned unchanged.
+            features: cached features of frames that earlier chunks of the same episodes have seen, one per batch
+                element; updated. Cached frames are not encoded again, and each new frame is encoded by itself, also
+                in a batch.
 
         Raises:
             ObservationError: a missing or unknown key, a wrong shape, or a value that is not finite.
-            ValueError: noise, seeds, a warm state or a hold that do not fit the batch, or ``executed`` beyond the
-                horizon.
-            FloatingPointError: the computed chunk is not finite, in the environment's units.
+            ValueError: noise, seeds, features, a warm state or a hold that do not fit the batch, or ``executed`` beyond
+                the horizon.
+            FloatingPointError: the computed chunk, in the environment's units, is not finite.
         """
         begin = time.perf_counter()
         inputs, batched = normalize_observation(self.spec, self.normalizer, observation)
@@ -175,7 +176,9 @@ class Policy:
         if warm is not None:
             warm.check(expected)
             if not 0 <= executed < self.spec.horizon:
-                raise ValueError(f"executed is {executed}, expected 0 to {self.spec.horizon - 1}: the chunks overlap")
+                raise ValueError(
+                    f"executed is {executed}, expected 0 to {self.spec.horizon - 1}: the chunks must overlap"
+                )
         if noise is None:
             noise = draw_noise(self.schedule, batch, seed)
             if warm is not None and shift_noise and self.sampler.reuses_noise:
@@ -205,7 +208,7 @@ class Policy:
         actions_in_units = self.normalizer.unnormalize("action", actions_normalised)
         check_finite(actions_in_units, "action chunk")
         trajectory = actions_in_units.cpu().numpy()
-        if hold is not None:  # free of roundings, and of the noise that some schedules end with
+        if hold is not None:  # exactly, without rounding errors or a schedule's final noise
             trajectory = np.where((hold.weights == 1)[..., None], hold.actions, trajectory)
         actions = convert_actions(self.spec.action_parts, trajectory[:, self.spec.executed])
         names = ("rounds", "evaluations", "residual", "complete", "error", "rejections")
@@ -218,7 +221,7 @@ class Policy:
         return chunk if batched else chunk[0]
 
     def _held_numbers(self, hold: Hold, batch: int) -> HeldNumbers:
-        """A hold as samplers see it.
+        """A hold in the samplers' form, normalised.
 
         Raises:
             ValueError: it does not fit the batch.
@@ -230,12 +233,12 @@ class Policy:
         if self.schedule.clip is not None:
             value = value.clamp(-self.schedule.clip, self.schedule.clip)
         weight = torch.tensor(hold.weights, device=self.device)[..., None].expand_as(value)
-        beside = 0, self.spec.observed_dim  # observed numbers of the sample are free
+        beside = 0, self.spec.observed_dim  # the sample's observed numbers are free
         part, free = functional.pad(value * weight, beside), functional.pad(1 - weight, beside, value=1.0)
         return HeldNumbers(*(numbers.expand(batch, -1, -1).flatten(1) for numbers in (part, free)))
 
     def _clock(self) -> float:
-        """Now, with the device's work done."""
+        """The time after the device has finished its work, seconds."""
         if self.device.type == "cuda":
             torch.cuda.synchronize(self.device)
         return time.perf_counter()

@@ -1,9 +1,8 @@
-"""Poses as the Universal Manipulation Interface gives them to its policies, and takes them back (Chi et al., RSS 2024).
+"""Poses for policies of the Universal Manipulation Interface (Chi et al., RSS 2024).
 
-A robot's pose goes into the policy relative to where the robot is now, and so do the poses of an action come out of it:
-``relative = inverse(base) @ pose``. The policy then needs no calibrated world. A pose is a position, metres, and a
-rotation: an axis-angle vector, rad, outside of the policy, and the first two rows of the matrix inside of it. Needs
-scipy.
+The policy's inputs and actions are poses relative to the robot's present pose: ``relative = inverse(base) @ pose``. The
+policy then needs no calibrated world frame. A pose is a position, in metres, and a rotation: outside of the policy an
+axis-angle vector, in radians, inside of it the first two rows of the rotation matrix. Needs scipy.
 """
 
 from collections.abc import Mapping
@@ -26,7 +25,7 @@ def pose_matrices(positions: Any, vectors: Any) -> np.ndarray:
 
 
 def relative_to(base: np.ndarray, poses: np.ndarray) -> np.ndarray:
-    """Poses (…, 4, 4) in the frame of other ones, which are broadcast: ``inverse(base) @ pose``."""
+    """Poses (…, 4, 4) in the frame of ``base``, which is broadcast: ``inverse(base) @ pose``."""
     turned = base[..., :3, :3].swapaxes(-1, -2)  # the inverse of a rotation
     positions = (turned @ (poses[..., :3, 3] - base[..., :3, 3])[..., None])[..., 0]
     return _assemble(positions, turned @ poses[..., :3, :3])
@@ -38,20 +37,20 @@ def make_observation(
     start: Any = None,
     robot1_from_robot0: Any = None,
 ) -> dict[str, np.ndarray]:
-    """A UMI policy's observation of what cameras and robots read.
+    """A UMI policy's observation from the readings of cameras and robots.
 
     Args:
-        readings: of n robots ``robot{i}_eef_pos`` (…, To, 3) and ``robot{i}_eef_rot_axis_angle`` (…, To, 3), in the
-            frame of each robot's base; all other keys stay as they are.
+        readings: for each of n robots ``robot{i}_eef_pos`` (…, To, 3) and ``robot{i}_eef_rot_axis_angle`` (…, To, 3),
+            in the frame of the robot's base; all other keys are passed through.
         representation: ``task.pose_repr.obs_pose_repr`` of the checkpoint.
-        start: pose of each robot at the beginning of the episode, (…, n, 6), position and axis-angle; it makes
+        start: pose of each robot at the beginning of the episode, (…, n, 6), position and axis-angle; adds
             ``robot{i}_eef_rot_axis_angle_wrt_start``.
-        robot1_from_robot0: (…, 4, 4), the base of robot 0 in the frame of the base of robot 1; it makes
-            ``robot{i}_eef_pos_wrt{j}`` and ``robot{i}_eef_rot_axis_angle_wrt{j}`` of two robots.
+        robot1_from_robot0: (…, 4, 4), the base of robot 0 in the frame of the base of robot 1; adds
+            ``robot{i}_eef_pos_wrt{j}`` and ``robot{i}_eef_rot_axis_angle_wrt{j}`` for two robots.
 
     Returns:
-        Of each robot the position (…, To, 3) and the rotation (…, To, 6), in the same representation, beside the rest.
-        Keys that a policy does not observe are there, too: take those of ``policy.spec.observation``.
+        For each robot its position (…, To, 3) and rotation (…, To, 6) in the given representation, and the other
+        readings. These may be more than the policy observes: select the keys of ``policy.spec.observation``.
 
     Raises:
         ValueError: an unknown representation, or shapes that do not fit.
@@ -75,18 +74,18 @@ def make_observation(
 
 
 def make_actions(actions: Any, readings: Mapping[str, Any], representation: str = "relative") -> np.ndarray:
-    """Poses that robots can go to, of a policy's actions.
+    """Convert a UMI policy's actions to target poses of the robots.
 
     Args:
-        actions: (…, H, 10 n), of n robots position, rotation and gripper.
-        readings: as given to :func:`make_observation` for the same observation; the last step counts.
+        actions: (…, H, 10 n): position, rotation and gripper of n robots.
+        readings: as given to :func:`make_observation` for the same observation; only the last step is used.
         representation: ``task.pose_repr.action_pose_repr`` of the checkpoint.
 
     Returns:
-        (…, H, 7 n), float64: position, axis-angle, rad, and gripper of each robot, in the frame of its base.
+        (…, H, 7 n), float64: position, axis-angle (rad) and gripper of each robot, in the frame of its base.
 
     Raises:
-        ValueError: an unknown representation, shapes that do not fit, or a rotation without direction.
+        ValueError: an unknown representation, shapes that do not fit, or a degenerate rotation.
     """
     _check(representation)
     actions, poses = np.asarray(actions, np.float64), _robots(readings)

@@ -1,6 +1,6 @@
 """Rotations as six numbers, continuous where axis-angle is not (Zhou et al., CVPR 2019).
 
-They are the first two rows of the rotation matrix, as Diffusion Policy's absolute actions have them.
+They are the first two rows of the rotation matrix, as in Diffusion Policy's absolute actions.
 """
 
 import numpy as np
@@ -10,7 +10,7 @@ POSE_DIM, POSE_6D_DIM = 7, 10  # numbers per arm: position, rotation, gripper; w
 
 
 def to_rotation_6d(actions: np.ndarray) -> np.ndarray:
-    """Absolute actions (…, 7·arms) with axis-angle, rad, as (…, 10·arms) with six numbers.
+    """Absolute actions (…, 7·arms) with axis-angle, rad, converted to (…, 10·arms) with six numbers per rotation.
 
     Raises:
         ValueError: the last axis is no multiple of 7.
@@ -21,10 +21,10 @@ def to_rotation_6d(actions: np.ndarray) -> np.ndarray:
 
 
 def to_axis_angle(actions: np.ndarray) -> np.ndarray:
-    """The inverse of :func:`to_rotation_6d`; rows that a policy gave are made orthonormal, the first one first.
+    """The inverse of :func:`to_rotation_6d`. A policy's rows are made orthonormal, starting with the first.
 
     Raises:
-        ValueError: the last axis is no multiple of 10, or the two rows have no direction of their own.
+        ValueError: the last axis is no multiple of 10, or a rotation's two rows are parallel or zero.
     """
     arms = _by_arm(actions, POSE_6D_DIM)
     vectors = matrices_to_vectors(rows_to_matrices(arms[..., 3:9]))
@@ -47,10 +47,10 @@ def rows_of(matrices: np.ndarray) -> np.ndarray:
 
 
 def rows_to_matrices(rows: np.ndarray) -> np.ndarray:
-    """The first two rows (…, 6) -> rotation matrices (…, 3, 3); rows are made orthonormal, the first one first.
+    """The first two rows (…, 6) -> rotation matrices (…, 3, 3). Rows are made orthonormal, starting with the first.
 
     Raises:
-        ValueError: the two rows have no direction of their own.
+        ValueError: the two rows are parallel or zero.
     """
     first = _unit(rows[..., :3])
     second = rows[..., 3:]
@@ -67,5 +67,5 @@ def _by_arm(actions: np.ndarray, width: int) -> np.ndarray:
 def _unit(vectors: np.ndarray) -> np.ndarray:
     length = np.linalg.norm(vectors, axis=-1, keepdims=True)
     if (length < 1e-6).any():
-        raise ValueError("a rotation of six numbers has rows of no or of the same direction, expected two directions")
+        raise ValueError("a rotation's two rows are parallel or zero, expected different directions")
     return np.asarray(vectors / length)

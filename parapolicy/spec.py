@@ -1,4 +1,4 @@
-"""What a policy is, apart from its weights."""
+"""The description of a policy, without its weights."""
 
 import dataclasses
 import json
@@ -10,10 +10,10 @@ from typing import Any, NamedTuple
 from parapolicy.action_parts import check_parts
 
 KINDS = ("state", "image")
-MAX_HORIZON = 10_000  # no weight's shape depends on the horizon, so nothing else bounds what a damaged config asks for
+MAX_HORIZON = 10_000  # no weight's shape depends on the horizon, so nothing else bounds it in a damaged config
 MIN_HZ = 1e-6
 OPTIONAL = {"provenance", "first_action", "observed_dim", "inference", "action_parts"}
-MAX_DEPTH = 8  # axes of a shape, and maps within maps of the free-form parts
+MAX_DEPTH = 8  # axes of a shape, and nesting of the free-form parts
 MAX_KEY, MAX_TEXT = 100, 2**18  # characters of an observation's key, and of each free-form part as JSON
 
 
@@ -23,7 +23,7 @@ class Feature(NamedTuple):
     Attributes:
         shape: of one control step's value; (H, W, C) for an image.
         kind: ``state``, numbers in the environment's units, or ``image``, uint8 as cameras give them.
-        steps: control steps of history of this key; None: ``n_obs_steps`` of the policy, which is the most.
+        steps: control steps of history of this key, at most the policy's ``n_obs_steps``; None: ``n_obs_steps``.
     """
 
     shape: tuple[int, ...]
@@ -32,7 +32,7 @@ class Feature(NamedTuple):
 
     @property
     def tensor_shape(self) -> tuple[int, ...]:
-        """Shape of what the network sees of one control step: images come as (C, H, W)."""
+        """Shape of the network's input of one control step: (C, H, W) for images."""
         return (self.shape[2], *self.shape[:2]) if self.kind == "image" else self.shape
 
     @property
@@ -43,12 +43,12 @@ class Feature(NamedTuple):
 
 @dataclass(frozen=True)
 class PolicySpec:
-    """Everything that is needed to build a policy and feed it.
+    """Everything needed to build a policy and to feed it.
 
     Attributes:
         observation: key -> :class:`Feature`; a plain shape stands for a state. Their order is the order in the
             condition vector.
-        n_obs_steps: control steps of observation history (To), of the keys that do not have a number of their own.
+        n_obs_steps: control steps of observation history (To) of keys without their own number.
         horizon: actions predicted per chunk (H).
         n_action_steps: actions of a chunk that are executed.
         action_dim: length of one action (Da).
@@ -57,16 +57,15 @@ class PolicySpec:
         control_hz: control rate of the demonstrations, Hz; None: the checkpoint does not say.
         provenance: where the policy comes from; free-form.
         first_action: index in the horizon of the first executed action; None: ``n_obs_steps - 1``, the present.
-        observed_dim: observed numbers that are sampled beside each action, by policies that are conditioned by
+        observed_dim: observed numbers that are sampled together with each action, for policies conditioned by
             inpainting (Janner et al., ICML 2022).
-        inference: how the policy was published to be sampled: arguments of
-            :func:`parapolicy.schedule.make_schedule`.
-        action_parts: what an action consists of, where parts of it are rotations that the robot takes in another form
-            than they are sampled in; see :func:`parapolicy.action_parts.check_parts`.
+        inference: the published way to sample the policy: arguments of :func:`parapolicy.schedule.make_schedule`.
+        action_parts: the parts of an action, if some of them are rotations that are converted for the robot; see
+            :func:`parapolicy.action_parts.check_parts`.
 
     Raises:
         ValueError: a count is not positive, a feature is malformed, the executed actions exceed the horizon, or the
-            free-form parts hold what JSON has no form for.
+            free-form parts hold values that JSON does not have.
     """
 
     observation: Mapping[str, Feature]
@@ -90,7 +89,7 @@ class PolicySpec:
         for name in ("first_action", "observed_dim"):
             value = getattr(self, name)
             if not (_is_count(value) or (type(value) is int and value == 0) or (name, value) == ("first_action", None)):
-                raise ValueError(f"{name} is {value!r}, expected a whole number from 0 on")
+                raise ValueError(f"{name} is {value!r}, expected a whole number of at least 0")
         rate = self.control_hz
         number = isinstance(rate, int | float) and not isinstance(rate, bool) and MIN_HZ <= rate <= 1 / MIN_HZ
         if not number and rate is not None:
@@ -123,17 +122,17 @@ class PolicySpec:
         return slice(first, first + self.n_action_steps)
 
     def require_control_hz(self) -> float:
-        """The control rate; raises ValueError where the checkpoint does not say it."""
+        """The control rate, Hz; raises ValueError if the checkpoint does not say it."""
         if self.control_hz is None:
             raise ValueError(
-                "control_hz is not known: the checkpoint does not say it. Give the rate of its demonstrations by "
+                "control_hz is unknown: the checkpoint does not say it. Give the rate of its demonstrations with "
                 "dataclasses.replace(policy.spec, control_hz=…), or parapolicy convert --control-hz"
             )
         return self.control_hz
 
     @property
     def condition_dim(self) -> int:
-        """Length C of the vector of all observed numbers of all steps."""
+        """Length C of the condition vector: all observed numbers of all steps."""
         return sum(self.obs_steps(key) * math.prod(feature.shape) for key, feature in self.observation.items())
 
     def obs_steps(self, key: str) -> int:
@@ -143,7 +142,7 @@ class PolicySpec:
 
     @property
     def obs_shapes(self) -> dict[str, tuple[int, ...]]:
-        """Shape (To, …) of what the network sees of each key; images come as (To, C, H, W)."""
+        """Shape (To, …) of the network's input of each key; (To, C, H, W) for images."""
         return {key: (self.obs_steps(key), *feature.tensor_shape) for key, feature in self.observation.items()}
 
     @property
@@ -153,9 +152,9 @@ class PolicySpec:
         return {**shapes, "action": (self.action_dim,)}
 
     def to_dict(self) -> dict[str, Any]:
-        """As JSON has it. Observations are a list, because the keys of a JSON map have no order.
+        """As a dictionary for JSON. Observations are a list, because the keys of a JSON map have no order.
 
-        What is rarely used and has its default is left out, as older files do.
+        Rarely used values are left out if they have their default, as in older files.
         """
         features = [
             {"key": k, "shape": list(f.shape), "kind": f.kind} | ({} if f.steps is None else {"steps": f.steps})
@@ -193,7 +192,7 @@ def _features_by_key(entries: Sequence[Any]) -> dict[str, Feature]:
 
 
 def _feature(key: str, value: Any, n_obs_steps: int) -> Feature:
-    """A checked feature from one, or from the plain shape of a state."""
+    """A checked feature, from a feature or from the plain shape of a state."""
     shape, kind, steps = value if isinstance(value, Feature) else Feature(value)
     if not isinstance(key, str) or not 1 <= len(key) <= MAX_KEY:
         raise ValueError(f"an observation key is {key!r}, expected text of 1 to {MAX_KEY} characters")
@@ -213,7 +212,7 @@ def _is_count(value: Any) -> bool:
 
 
 def _json_map(name: str, value: Any) -> dict[str, Any]:
-    """A copy as JSON has it: tuples as lists, and without what diffusers writes as minus infinity for "no bound"."""
+    """A copy with JSON's types: tuples become lists, and diffusers' minus infinity for "no bound" is dropped."""
     if not isinstance(value, Mapping):
         raise ValueError(f"{name} is {value!r}, expected a map")
     plain: dict[str, Any] = _plain(
@@ -226,11 +225,11 @@ def _json_map(name: str, value: Any) -> dict[str, Any]:
 
 def _plain(name: str, value: Any, depth: int = 0) -> Any:
     if depth > MAX_DEPTH:
-        raise ValueError(f"{name} is nested more than {MAX_DEPTH} deep; make it flatter")
+        raise ValueError(f"{name} is nested more than {MAX_DEPTH} levels deep; flatten it")
     if isinstance(value, Mapping) and all(isinstance(key, str) for key in value):
         return {key: _plain(name, inner, depth + 1) for key, inner in value.items()}
     if isinstance(value, list | tuple):
         return [_plain(name, inner, depth + 1) for inner in value]
     if value is None or isinstance(value, str | int) or (isinstance(value, float) and math.isfinite(value)):
         return value
-    raise ValueError(f"{name} holds {value!r}, expected what JSON has: maps, lists, texts, finite numbers, booleans")
+    raise ValueError(f"{name} holds {value!r}, expected JSON values: maps, lists, texts, finite numbers, booleans")

@@ -1,4 +1,4 @@
-"""What one chunk leaves to the next: a guess that saves rounds and changes nothing else."""
+"""The warm state that one chunk passes to the next: a guess that saves rounds and changes nothing else."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -9,13 +9,13 @@ from torch import Tensor
 
 @dataclass(frozen=True)
 class WarmState:
-    """A sampled batch's estimates and noise, owned by the caller: pass it to the next ``predict`` or drop it.
+    """The estimates and noise of a sampled batch, owned by the caller: pass it to the next ``predict`` or drop it.
 
-    A new episode begins without one.
+    The first chunk of an episode has none.
 
     Attributes:
         estimates: u_j of every step, (B, T, H, Da).
-        noise: what they were sampled with, (T + 1, B, H, Da).
+        noise: the noise they were sampled with, (T + 1, B, H, Da).
     """
 
     estimates: Tensor
@@ -27,7 +27,7 @@ class WarmState:
 
     @staticmethod
     def stack(states: Sequence["WarmState"]) -> "WarmState":
-        """One batch of several."""
+        """Stack several states into one batch."""
         return WarmState(torch.cat([s.estimates for s in states]), torch.cat([s.noise for s in states], 1))
 
     def check(self, shape: tuple[int, ...]) -> None:
@@ -37,7 +37,7 @@ class WarmState:
         if tuple(self.noise.shape) != shape or tuple(self.estimates.shape) != expected:
             raise ValueError(
                 f"the warm state's estimates have shape {tuple(self.estimates.shape)} and its noise "
-                f"{tuple(self.noise.shape)}, expected {expected} and {shape}; it belongs to the chunk before, of the "
+                f"{tuple(self.noise.shape)}, expected {expected} and {shape}; pass that of the previous chunk, of the "
                 "same policy, schedule and batch"
             )
 

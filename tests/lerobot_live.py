@@ -95,7 +95,7 @@ def main(folder: str) -> dict[str, Any]:
     with warnings.catch_warnings(record=True) as warned:
         warnings.simplefilter("always")
         found["stepped_aside"] = difference(act(policy, steps), own)
-    found["stepped_aside_warnings"] = [str(w.message) for w in warned if "steps aside" in str(w.message)]
+    found["stepped_aside_warnings"] = [str(w.message) for w in warned if "uses its own sampling" in str(w.message)]
 
     parapolicy.restore(parapolicy.restore(policy))
     found["restored"] = bool(np.array_equal(act(policy, steps), own))

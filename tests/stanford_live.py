@@ -152,7 +152,7 @@ def main() -> dict[str, Any]:
         with warnings.catch_warnings(record=True) as warned:
             warnings.simplefilter("always")
             found[label] = difference(act(policy), own)
-        found[f"{label}_warnings"] = [str(w.message) for w in warned if "steps aside" in str(w.message)]
+        found[f"{label}_warnings"] = [str(w.message) for w in warned if "uses its own sampling" in str(w.message)]
     found["instance_clean"] = not {"conditional_sample", "_parapolicy"} & set(vars(policy))
 
     found["refused"] = {

@@ -98,9 +98,9 @@ def test_film_without_scale_round_trips(tmp_path: Path) -> None:
 DAMAGES = {
     "no config": (lambda f: (f / "config.json").unlink(), "config.json is missing"),
     "no weights": (lambda f: (f / "model.safetensors").unlink(), "model.safetensors is missing"),
-    "truncated config": (truncate("config.json", 0.5), "no JSON text"),
-    "binary config": (lambda f: (f / "config.json").write_bytes(b"\x80\x04\x95\xff"), "no JSON text"),
-    "deep config": (lambda f: (f / "config.json").write_text("[" * 100_000), "no JSON text"),
+    "truncated config": (truncate("config.json", 0.5), "is not a JSON text"),
+    "binary config": (lambda f: (f / "config.json").write_bytes(b"\x80\x04\x95\xff"), "is not a JSON text"),
+    "deep config": (lambda f: (f / "config.json").write_text("[" * 100_000), "is not a JSON text"),
     "other JSON": (lambda f: (f / "config.json").write_text("[]"), "not the configuration of a parapolicy"),
     "foreign config": (edit_config(lambda c: c.update(format="lerobot")), "not the configuration of a parapolicy"),
     "newer version": (edit_config(lambda c: c.update(version=3)), "has version 3"),

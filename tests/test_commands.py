@@ -140,13 +140,13 @@ def test_averaged_weights_are_taken_where_they_are_asked_for(
 
 def test_a_calibration_is_written_into_a_folder(tmp_path: Path) -> None:
     (tmp_path / "x.ckpt").write_bytes(b"")
-    with pytest.raises(SystemExit, match="is a file, expected a folder"):
+    with pytest.raises(SystemExit, match="is a file, expected a policy folder"):
         main(["calibrate", str(tmp_path / "x.ckpt")])
 
 
 def test_convert_adds_a_control_rate_and_contradicts_none(folder: Path, tmp_path: Path) -> None:
     parapolicy.save_policy(respecified(folder, control_hz=None), folder)
-    with pytest.raises(ValueError, match="control_hz is not known"):
+    with pytest.raises(ValueError, match="control_hz is unknown"):
         parapolicy.Controller(parapolicy.load_policy(folder, device="cpu", engine="eager"))
     main(["convert", str(folder), str(tmp_path / "out"), "--control-hz", "12.5"])
     assert (

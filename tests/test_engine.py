@@ -143,7 +143,7 @@ def test_a_cache_that_cannot_be_made_is_replaced_or_done_without(
     double = Compiling(lambda x: 2 * x + 1, backend="eager")
     for _ in range(2):
         assert torch.equal(double(torch.ones(3)), torch.full((3,), 3.0))
-    expected = "cannot be written to" if writable else "runs uncompiled"
+    expected = "cannot be written" if writable else "runs uncompiled"
     assert [expected in str(w.message) for w in recwarn if w.category is UserWarning] == [True]
     assert Path(os.environ["TORCHINDUCTOR_CACHE_DIR"]).is_dir() == writable
 

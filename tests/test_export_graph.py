@@ -100,8 +100,8 @@ def test_the_command_writes_a_folder(tmp_path: Path, capsys: pytest.CaptureFixtu
     assert sorted(path.name for path in out.iterdir()) == ["network.bin", "network.xml", "policy.json"]
     assert capsys.readouterr().out.startswith(f"wrote {out}: network within ")
     for arguments, message in (
-        ([str(out)], "is there and not an empty folder"),
-        ([str(tmp_path / "other"), "--sampler", "secant"], r"\['sampler'\] are settings of the format fused"),
+        ([str(out)], "exists and is not an empty folder"),
+        ([str(tmp_path / "other"), "--sampler", "secant"], r"\['sampler'\] are options of the format fused"),
     ):
         with pytest.raises(SystemExit, match=message):
             main(["export", folder, *arguments, "--format", "openvino"])

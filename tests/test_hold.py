@@ -190,10 +190,10 @@ def test_observed_numbers_of_a_sample_stay_free() -> None:
 @pytest.mark.parametrize(
     ("actions", "weights", "message"),
     [
-        (np.zeros((8, 2)), np.zeros(7), "actions of shape (8, 2) and weights of (7,)"),
+        (np.zeros((8, 2)), np.zeros(7), "actions of shape (8, 2) and weights of shape (7,)"),
         (np.zeros(8), np.zeros(8), "actions of shape (8,)"),
-        (np.zeros((8, 2)), np.full(8, 1.5), "expected numbers from 0, free, to 1"),
-        (np.zeros((8, 2)), np.full(8, np.nan), "expected numbers from 0, free, to 1"),
+        (np.zeros((8, 2)), np.full(8, 1.5), "expected numbers from 0 (free) to 1"),
+        (np.zeros((8, 2)), np.full(8, np.nan), "expected numbers from 0 (free) to 1"),
         (np.full((8, 2), np.nan), np.ones(8), "not finite"),
     ],
 )

@@ -52,7 +52,7 @@ MATTERS = {
     "state_file_absolute": "policy_preprocessor.json names the file '/etc/hostname'",
     "state_file_symlink": "step_3_normalizer_processor.safetensors is a link .* out of the folder",
     "weights_symlink": "model.safetensors is a link .* out of the folder",
-    "processor_class_import": "subprocess.Popen.* No class that a file names is imported",
+    "processor_class_import": "subprocess.Popen.* Classes named in a file are never imported",
     "unknown_step": "'delta_to_absolute_action_processor' is not supported",
 }
 
@@ -160,10 +160,10 @@ DAMAGES: dict[str, tuple[Callable[[Path], Any], str]] = {
         "one name",
     ),
     "pipe for weights": (to_fifo("model.safetensors"), "model.safetensors is no regular file"),
-    "pipe for statistics": (to_fifo("policy_preprocessor_step_4_normalizer_processor.safetensors"), "no regular file"),
+    "pipe for statistics": (to_fifo("policy_preprocessor_step_4_normalizer_processor.safetensors"), "is not a regular file"),
     "buffers, too": (
         weights(lambda t: t.update({"normalize_inputs.buffer_observation_state.min": torch.zeros(2)})),
-        "beside processor files",
+        "in addition to the processor files",
     ),
     "compiled, too": (
         weights(lambda t: t.update({"diffusion.unet._orig_mod.final_conv.1.bias": torch.zeros(2)})),

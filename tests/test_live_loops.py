@@ -99,7 +99,7 @@ def test_a_policy_that_does_not_agree_samples_by_itself(make: Any) -> None:
     policy = make()
     own = seeded(policy)
     parapolicy.accelerate(policy, "collocation", "eager", verify=True, nodes=1)  # which is far off
-    with pytest.warns(UserWarning, match="parapolicy steps aside: its first chunk differs"):
+    with pytest.warns(UserWarning, match="parapolicy's first chunk differs"):
         assert torch.equal(seeded(policy), own)
     assert torch.equal(seeded(policy), own)
 
@@ -148,7 +148,7 @@ class SampleNetwork(nn.Module):
     [
         (Guided, "loop over denoising steps does more"),
         (Doubled, "loop over denoising steps does more"),
-        (lambda: LoopPolicy(scheduler=DDPMScheduler(**COSINE)), "DDPMScheduler steps otherwise than its config says"),
+        (lambda: LoopPolicy(scheduler=DDPMScheduler(**COSINE)), "DDPMScheduler differs from its config"),
         (lambda: LoopPolicy(scheduler=diffusers.EulerDiscreteScheduler()), "solver is None .*EulerDiscreteScheduler"),
         (lambda: LoopPolicy(return_dict=True), "'return_dict'. reach the scheduler's step"),
         (lambda: LoopPolicy().double(), "published unet1d of its settings in float32: .'diffusion_step_encoder"),
@@ -167,7 +167,7 @@ def test_known_entries_that_are_not_observed_first_steps_are_refused() -> None:
     data = torch.zeros(1, 8, 5)
     mask = torch.zeros_like(data, dtype=torch.bool)
     mask[:, 0, 0] = True
-    with pytest.raises(ValueError, match="condition_mask is not that of observed first steps"):
+    with pytest.raises(ValueError, match="condition_mask is not supported, expected the mask of observed first steps"):
         policy.conditional_sample(data, mask)
     mask = torch.zeros_like(mask)
     mask[:, :2, 2:] = True
@@ -210,7 +210,7 @@ def test_real_stanford_s_own_policies() -> None:
         "double": "in float32",
         "training": "TransformerForDiffusion computes something else",
         "option": "'return_dict'",
-        "scheduler": "steps otherwise than its config says",
+        "scheduler": "differs from its config",
         "network": "ConditionalUnet1D computes something else",
     }.items():
         assert message in found["refused"][name]

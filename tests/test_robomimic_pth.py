@@ -52,7 +52,7 @@ MATTERS = {
     "scale_zero": "action_normalization_stats.actions.scale holds a 0",
     "observation_statistics_lost": "obs_normalization_stats are missing",
     "shape_metadata_against_weights": "expected in all 5, ac_dim of shape_metadata",
-    "config_not_json": "its config is no JSON text",
+    "config_not_json": "its config is not a JSON text",
     "no_observation_key": "observes .'robot0_joint_pos'., but shape_metadata has",
     "truncated": "truncated.pth",
 }

@@ -188,8 +188,8 @@ def test_compressed_images_are_bounded_before_they_are_decoded(monkeypatch: pyte
     assert len(bomb.data) < 100_000
     for message, text in (
         (bomb, "5000 × 5000, expected at most"),
-        (encoded(PIXELS[..., 0], "GIF"), "no whole JPEG or PNG"),
-        (Compressed(encoded(PIXELS).data[:-30]), "no whole JPEG or PNG"),
+        (encoded(PIXELS[..., 0], "GIF"), "not a whole JPEG or PNG"),
+        (Compressed(encoded(PIXELS).data[:-30]), "not a whole JPEG or PNG"),
         (Compressed(b""), "0 bytes"),
         (encoded(np.zeros((4, 6), bool)), "mode is '1'"),
     ):

@@ -33,7 +33,7 @@ def test_what_is_no_rotation_is_said() -> None:
         to_rotation_6d(np.zeros((3, 8)))
     with pytest.raises(ValueError, match="absolute actions have 7 numbers, expected 10 per arm"):
         to_axis_angle(np.zeros(7))
-    with pytest.raises(ValueError, match="rows of no or of the same direction"):
+    with pytest.raises(ValueError, match="two rows are parallel or zero"):
         to_axis_angle(np.zeros(10))
-    with pytest.raises(ValueError, match="rows of no or of the same direction"):
+    with pytest.raises(ValueError, match="two rows are parallel or zero"):
         to_axis_angle(np.array([0, 0, 0, 1, 0, 0, 2, 0, 0, 1.0]))

@@ -72,8 +72,8 @@ def test_hybrid_encoders_that_do_not_fit_are_refused(tmp_path: Path) -> None:
     refused("pictures of another size", crop_shape=None)
     refused("obs_encoder_group_norm is False", obs_encoder_group_norm=False)
     copied = state[f"{name}.nets.0.nets.0.weight"]
-    refused("with different values", {f"{name}.nets.0.nets.0.weight": copied + 1})
-    refused(r"unknown here", {f"{name}.nets.5.weight": torch.ones(2)})
+    refused("has different values", {f"{name}.nets.0.nets.0.weight": copied + 1})
+    refused(r"unknown tensors", {f"{name}.nets.5.weight": torch.ones(2)})
     refused("has type 'depth'", shape_meta={"obs": {"a": {"shape": [2], "type": "depth"}}, "action": {"shape": [2]}})
 
 

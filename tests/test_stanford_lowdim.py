@@ -207,7 +207,7 @@ def test_schedules_are_those_of_diffusers_0_11(tmp_path: Path) -> None:
         ({"horizon": 9}, "takes multiples of 2"),
         ({"horizon": "${oc.env:HOME}"}, r"policy\.horizon is '\$\{oc\.env:HOME\}'.*never evaluated"),
         ({"horizon": "${policy.horizon}"}, "refers to itself"),
-        ({"horizon": "${nowhere}"}, "which is not there"),
+        ({"horizon": "${nowhere}"}, "which does not exist"),
         ({"horizon": "???"}, "has no value"),
         ({"horizon": "${eval:'8 if 1 else 9'}"}, "never evaluated"),
         ({"n_obs_steps": 3}, "cond_encoder.1.weight has shape"),
@@ -228,7 +228,7 @@ def test_what_would_change_the_answers_is_refused(tmp_path: Path, options: dict[
     [
         ({"model.extra": torch.zeros(2)}, r"unexpected \['extra'\]"),
         ({"extra": torch.zeros(2)}, r"unknown here: \['extra'\]"),
-        ({"normalizer.params_dict.obs.extra": torch.zeros(2)}, "unknown here"),
+        ({"normalizer.params_dict.obs.extra": torch.zeros(2)}, "unknown tensors"),
         ({"normalizer.params_dict.action.scale": torch.zeros(2)}, "scale of 0"),
         ({"normalizer.params_dict.action.scale": torch.full((2,), torch.nan)}, "not finite"),
         ({"normalizer.params_dict.action.scale": torch.ones(3)}, "the normaliser's action.scale has shape"),
@@ -240,7 +240,7 @@ def test_what_would_change_the_answers_is_refused(tmp_path: Path, options: dict[
         ({"model.final_conv.1.bias": None}, r"missing \['final_conv.1.bias'\]"),
         ({"model.down_modules.0.0.blocks.0.block.0.weight": None}, "lacks the tensor"),
         ({"model.down_modules.0.0.blocks.0.block.0.weight": torch.zeros(8)}, "expected 3 axes"),
-        ({"model.final_conv.1.bias": "no tensor"}, "which is no tensor"),
+        ({"model.final_conv.1.bias": "no tensor"}, "which is not a tensor"),
     ],
 )
 def test_tensors_that_do_not_fit_are_refused(tmp_path: Path, change: dict[str, Any], message: str) -> None:

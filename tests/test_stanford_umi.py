@@ -128,7 +128,7 @@ def test_transformers(tmp_path: Path, model_name: str, backbone: dict[str, Any])
     assert spec.provenance["down_sample_steps"] == 3
     drawn, poses, executed = spec.provenance["warnings"]
     assert "at random at evaluation, too (RandomCrop, ColorJitter)" in drawn
-    assert "parapolicy.pose makes" in poses
+    assert "parapolicy.pose converts" in poses
     assert "all 8 actions" in executed
     policy = parapolicy.load_policy(path, sampler="sequential", device="cpu", engine="eager")
     assert policy.schedule.timesteps.tolist() == list(range(45, -1, -3))
@@ -274,7 +274,7 @@ def test_policies_that_are_not_supported_are_refused(tmp_path: Path) -> None:
 
     refused("obs_as_global_cond is off", obs_as_global_cond=False)
     refused("policy.n_obs_steps is 2 in its config, which reaches the scheduler's step", n_obs_steps=2)
-    refused("unknown here", {"obs_encoder.extra": torch.ones(2)})
+    refused("unknown tensors", {"obs_encoder.extra": torch.ones(2)})
     refused("is not the identity", {"normalizer.params_dict.camera1_rgb.offset": -torch.ones(1)})
     entries = config_of("x")["policy"]["shape_meta"]["obs"]
 

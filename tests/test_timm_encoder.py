@@ -154,7 +154,7 @@ def test_resnets_with_each_aggregation(aggregation: str) -> None:
         ({"backbone": {**VIT, "heads": 5}}, "width is 24 with 5 heads"),
         ({"backbone": {**VIT, "eps": 0}}, "eps is 0"),
         ({"backbone": {**VIT, "activation": "relu"}}, "activation is 'relu'"),
-        ({"backbone": {**VIT, "patch": 64}}, "smaller than a patch"),
+        ({"backbone": {**VIT, "patch": 64}}, "at least one patch of 64"),
         ({"backbone": {**VIT, "depth": 10**6}}, "depth is 1000000"),
         ({"backbone": {**VIT, "registers": -1}}, "registers is -1"),
         ({"backbone": {**VIT, "norm_pre": 1}}, "norm_pre is 1, expected true or false"),

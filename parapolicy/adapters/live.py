@@ -1,7 +1,7 @@
-"""What the live objects of all libraries share: how one is sampled, its noise, and checks against the original.
+"""The common part of the adapters: sampling, noise, and comparison with the original.
 
-One method of a live object decides what it samples. It is replaced on the instance; everything else stays the
-library's. Network, scheduler and number of steps are read at each call, so that overrides and weights that change take
+One method of a live object decides what it samples. That method is replaced on the instance; everything else stays the
+library's. Network, scheduler and number of steps are read at each call, so that overrides and changed weights take
 effect.
 """
 
@@ -28,15 +28,15 @@ from parapolicy.policy import Policy
 from parapolicy.schedule import Schedule, make_schedule
 from parapolicy.spec import PolicySpec
 
-ATTRIBUTE = "_parapolicy"  # of an object that is accelerated
-CONDITION = "condition"  # the only observation of the policy that samples: what the library's encoders made
+ATTRIBUTE = "_parapolicy"  # of an accelerated object
+CONDITION = "condition"  # the sampling policy's only observation: the output of the library's encoders
 RECENT = 1000  # chunks whose costs are kept
-VERIFIED = 0.05  # largest difference from the original's own chunk, normalised, that ``verify`` takes for equal
-WAY_OUT = "parapolicy.restore(policy) gives its own sampling back"
+VERIFIED = 0.05  # largest difference from the original's chunk, normalised, that ``verify`` accepts
+WAY_OUT = "parapolicy.restore(policy) restores its own sampling"
 
 
 class Method(NamedTuple):
-    """A method of a live object, and what takes its place."""
+    """A method of a live object, and its replacement."""
 
     owner: Any
     name: str
@@ -44,7 +44,7 @@ class Method(NamedTuple):
 
 
 class Cost(NamedTuple):
-    """What a chunk cost: wall time in seconds, and rounds and network evaluations of each element, (B,)."""
+    """The cost of a chunk: wall time in seconds, and rounds and network evaluations of each element, (B,)."""
 
     seconds: float
     rounds: np.ndarray
@@ -52,19 +52,19 @@ class Cost(NamedTuple):
 
 
 class Built(NamedTuple):
-    """What was built for an object: a policy with its weights, and which steps draw noise."""
+    """The objects built for a live policy: a policy with its weights, and which steps draw noise."""
 
     policy: Policy
     draws: list[bool]
 
 
 class Accelerated:
-    """How an object is sampled, and what was built for that. A copy of the object builds its own.
+    """How a live object is sampled, and what was built for it. A copy of the object builds its own.
 
     Attributes:
         settings: sampler, engine, verify and the sampler's parameters.
-        verify: the next chunk is to be compared with the original's.
-        recent: what the last chunks cost.
+        verify: whether the next chunk is to be compared with the original's.
+        recent: costs of the last chunks.
 
     Raises:
         ValueError: an unknown sampler, parameter or engine.
@@ -72,7 +72,7 @@ class Accelerated:
 
     def __init__(self, sampler: str, engine: str, verify: bool, parameters: dict[str, Any]) -> None:
         self.settings = sampler, engine, verify, parameters
-        make_first_sampler(sampler, **parameters)  # refuses what is wrong now
+        make_first_sampler(sampler, **parameters)  # raises now, not at the first chunk
         if engine not in ENGINES or engine == "sharded":
             raise ValueError(f"engine is {engine!r}, expected one of {[e for e in ENGINES if e != 'sharded']}")
         self.recent: deque[Cost] = deque(maxlen=RECENT)
@@ -89,11 +89,12 @@ class Accelerated:
 
     @contextmanager
     def built(self, key: tuple[Any, ...], network: nn.Module, make: Callable[[], Built]) -> Iterator[Built]:
-        """What was built for the object as it is now, for the caller alone.
+        """What was built for the object in its present state, for the caller alone.
 
         Args:
-            key: what it depends on, beside the weights.
-            network: the weights.
+            key: the settings it depends on, besides the weights.
+            network: whose weights it depends on.
+            make: builds it anew, if key or weights have changed.
         """
         weights = tuple((value.data_ptr(), value._version) for value in network.parameters())
         whole = key, weights, network.training
@@ -104,7 +105,7 @@ class Accelerated:
             yield self._built
 
     def make_policy(self, spec: PolicySpec, network: Network, schedule: Schedule, device: torch.device) -> Policy:
-        """A policy that takes conditions and gives chunks as they are, with this object's sampler and engine."""
+        """A policy from conditions to normalised chunks, with this object's sampler and engine."""
         sampler, engine, _, parameters = self.settings
         one = torch.ones(())
         plain = {key: Affine(one.expand(s).clone(), torch.zeros(s)) for key, s in spec.normalizer_shapes.items()}
@@ -115,7 +116,7 @@ class Accelerated:
             schedule=schedule.to(device),
             sampler=make_first_sampler(sampler, **parameters),
             device=device,
-            engine=make_engine(engine, device),  # a new one: the last may have packed weights that have changed
+            engine=make_engine(engine, device),  # a new one: the last may have packed weights that changed since
         )
         return make_plan(policy, **parameters).apply(policy) if sampler == "auto" else policy
 
@@ -133,35 +134,37 @@ class Accelerated:
             check_finite(sample.x, "action chunk")
         rounds, evaluations = sample.rounds.cpu().numpy(), sample.evaluations.cpu().numpy()
         self.recent.append(Cost(time.perf_counter() - begin, rounds, evaluations))
-        return sample.x.clone().unflatten(1, policy.spec.sample_shape)  # a clone may be changed in place
+        return sample.x.clone().unflatten(
+            1, policy.spec.sample_shape
+        )  # cloned, so that the caller may change it in place
 
 
 def read_schedule(
     scheduler: Any, steps: int, sample_shape: tuple[int, int], options: Mapping[str, Any] | None = None
 ) -> tuple[dict[str, Any], Schedule, list[bool]]:
-    """The config and the table of a live scheduler, and which steps draw noise.
+    """The config and the tables of a live scheduler, and which of its steps draw noise.
 
     Each step is compared with the scheduler's own.
 
     Args:
         scheduler: of diffusers.
-        steps: as the library sets them.
+        steps: number of inference steps that the library sets.
         sample_shape: of one chunk.
         options: keyword arguments of the scheduler's step.
 
     Raises:
-        ValueError: a scheduler, setting or option that is not supported, or whose steps are others than the table's.
+        ValueError: a scheduler, setting or option that is not supported, or steps that differ from the tables.
     """
     options = dict(options or {})
     config = {"_class_name": type(scheduler).__name__, **scheduler.config}
     config = {name: value for name, value in config.items() if value is not None}
     if unknown := sorted(options.keys() - {"eta", "use_clipped_model_output"}):
-        raise ValueError(f"{unknown} reach the scheduler's step, which is not supported; {WAY_OUT}")
+        raise ValueError(f"the scheduler's step gets {unknown}, which are not supported; {WAY_OUT}")
     schedule = make_schedule(config, steps=steps, sample_shape=sample_shape, spacing="diffusers", **options)
     own = copy.deepcopy(scheduler)
     own.set_timesteps(steps)
     if own.timesteps.tolist() != schedule.timesteps.tolist():
-        raise ValueError(f"{config['_class_name']} takes other timesteps than its config says; {WAY_OUT}")
+        raise ValueError(f"the timesteps of {config['_class_name']} differ from its config; {WAY_OUT}")
     generator, draws = torch.Generator().manual_seed(0), []
     previous = torch.zeros(1, 16)
     for j, timestep in enumerate(own.timesteps):
@@ -174,18 +177,18 @@ def read_schedule(
         estimate = schedule.estimate(output, x, step)
         difference = schedule.step(x, estimate, previous, noise, step) - expected
         if not difference.abs().amax() <= 1e-4 * expected.abs().amax().clamp(min=1):
-            raise ValueError(f"{config['_class_name']} steps otherwise than its config says, at {timestep}; {WAY_OUT}")
+            raise ValueError(f"the step of {config['_class_name']} at {timestep} differs from its config; {WAY_OUT}")
         previous = estimate
     return config, schedule, draws
 
 
 def draw_noise_after(first: Tensor, draws: Sequence[bool], generator: torch.Generator | None) -> Tensor:
-    """Noise (T + 1, *shape): the first state, which is given, and number for number what the scheduler's steps draw.
+    """Noise (T + 1, *shape): the given first state, then exactly the numbers that the scheduler's steps draw.
 
     Args:
         first: (*shape).
-        draws: which steps draw any; of :func:`read_schedule`.
-        generator: that they draw from; None: torch's own.
+        draws: which steps draw noise; from :func:`read_schedule`.
+        generator: which they draw from; None: torch's default.
     """
     device = first.device if generator is None else generator.device
 
@@ -197,14 +200,14 @@ def draw_noise_after(first: Tensor, draws: Sequence[bool], generator: torch.Gene
 
 
 def adopt(spec: PolicySpec, tensors: Mapping[str, Tensor]) -> Network:
-    """The network of a spec on the memory of a live one.
+    """The network of a spec, sharing the memory of a live network.
 
     Args:
-        spec: says which network, of which sizes.
-        tensors: the live one's, by our names.
+        spec: of the network.
+        tensors: of the live network, by our names.
 
     Raises:
-        ValueError: they are not float32, or others than those of that network.
+        ValueError: they are not float32, or names or shapes differ from the network's.
     """
     with torch.device("meta"):
         network = build_network(spec)
@@ -213,8 +216,8 @@ def adopt(spec: PolicySpec, tensors: Mapping[str, Tensor]) -> Network:
     if expected != found:
         wrong = sorted(name for name in {*expected, *found} if expected.get(name) != found.get(name))
         raise ValueError(
-            f"the network is not the published {spec.network['name']} of its settings in float32: {wrong[:3]} differ; "
-            f"{WAY_OUT}"
+            f"the network is not the published {spec.network['name']} with its settings in float32: {wrong[:3]} "
+            f"differ; {WAY_OUT}"
         )
     network.load_state_dict({name: tensors[name].detach() for name in expected}, assign=True)
     return network.requires_grad_(False).eval()
@@ -228,11 +231,12 @@ def sample_checked(
     generator: torch.Generator | None,
     device: torch.device,
 ) -> Tensor:
-    """Our chunk; while ``accelerated.verify``, the original's own, which ours of the same random numbers must be near.
+    """Sample our chunk. While ``accelerated.verify`` is set, compare it with the original's from the same random
+    numbers.
 
     Args:
-        step_aside: called, with a warning, where it is not: gives the policy its own sampling back.
-        generator: that both draw from; None: torch's own of ``device``.
+        step_aside: called, with a warning, if they differ: restores the policy's own sampling.
+        generator: which both draw from; None: torch's default of ``device``.
     """
     if not accelerated.verify:
         return ours()
@@ -243,8 +247,8 @@ def sample_checked(
     difference = float((found - expected).detach().abs().amax())
     if not difference <= VERIFIED:
         warnings.warn(
-            f"parapolicy steps aside: its first chunk differs from the policy's own by {difference:.2g}, normalised, "
-            f"and at most {VERIFIED} was expected; the policy samples by itself from here on",
+            f"parapolicy's first chunk differs from the policy's own by {difference:.2g}, normalised, "
+            f"expected at most {VERIFIED}; from now on the policy uses its own sampling",
             stacklevel=5,
         )
         step_aside()
@@ -253,7 +257,7 @@ def sample_checked(
 
 @contextmanager
 def _rewound(generator: torch.Generator | None, device: torch.device) -> Iterator[None]:
-    """Random numbers drawn inside are drawn again behind it."""
+    """Reset the generator afterwards, so that random numbers drawn inside are drawn again."""
     if generator is not None:
         state = generator.get_state()
         yield
@@ -264,13 +268,13 @@ def _rewound(generator: torch.Generator | None, device: torch.device) -> Iterato
 
 
 def remove(*methods: Method) -> None:
-    """Give objects their own methods back."""
+    """Restore the objects' own methods."""
     for owner, name, _ in methods:
         for attribute in (name, ATTRIBUTE):
             vars(owner).pop(attribute, None)
 
 
 def arguments_of(function: Callable[..., Any], *args: Any, **kwargs: Any) -> dict[str, Any]:
-    """The arguments of a call, by name, without those that are None."""
+    """The arguments of a call by name, without those that are None."""
     given = inspect.signature(function).bind(*args, **kwargs).arguments
     return {name: value for name, value in given.items() if value is not None}

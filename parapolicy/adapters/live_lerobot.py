@@ -1,7 +1,7 @@
-"""A LeRobot ``DiffusionPolicy`` in memory, from 0.3 on: its chunks are sampled here, all else stays LeRobot's.
+"""Sampling for a live ``DiffusionPolicy`` of LeRobot 0.3 or newer.
 
-One method decides what a diffusion policy of LeRobot samples: ``conditional_sample`` of its ``diffusion`` model.
-Queues, encoders, processors, training, ``state_dict`` and ``to`` are not touched.
+``conditional_sample`` of its ``diffusion`` model decides what it samples, and is replaced. Queues, encoders,
+processors, training, ``state_dict`` and ``to`` stay LeRobot's.
 """
 
 import inspect
@@ -33,7 +33,7 @@ from parapolicy.spec import Feature, PolicySpec
 
 
 def methods(policy: Any) -> list[Method]:
-    """What is replaced of a ``DiffusionPolicy``; nothing of other objects."""
+    """The methods to replace of a ``DiffusionPolicy``; none of other objects."""
     model = getattr(policy, "diffusion", None)
     if not callable(getattr(model, "conditional_sample", None)) or not hasattr(model, "unet"):
         return []
@@ -97,8 +97,8 @@ def conditional_sample(
     noise: Tensor | None = None,
     **others: Any,
 ) -> Tensor:
-    """Takes the place of LeRobot's method of that name, on an instance or its class."""
-    if ATTRIBUTE not in vars(self):  # of a class whose method was replaced
+    """Replaces LeRobot's method of that name, on an instance or its class."""
+    if ATTRIBUTE not in vars(self):  # the method was replaced on the class
         setattr(self, ATTRIBUTE, Accelerated(*REPLACED[type(self)].settings))
         REPLACED[type(self)].made.append(getattr(self, ATTRIBUTE))
     accelerated: Accelerated = getattr(self, ATTRIBUTE)
@@ -124,7 +124,7 @@ def conditional_sample(
 
 @dataclass
 class Replaced:
-    """A class whose method was replaced: the method, how its models are sampled, and those that were."""
+    """A class with a replaced method: the original, how its models are sampled, and the models sampled so far."""
 
     original: Callable[..., Tensor]
     settings: tuple[Any, ...] = ()
@@ -142,16 +142,16 @@ def _original(instance: Any, name: str) -> Callable[..., Tensor]:
 
 @torch.compiler.disable
 def predict_action_chunk(self: Any, batch: dict[str, Tensor], *args: Any, **kwargs: Any) -> Tensor:
-    """Takes the place of LeRobot's method of that name: it also works where ``select_action`` did not fill the queues.
+    """Replaces LeRobot's method of that name: it also works if ``select_action`` has not filled the queues.
 
-    LeRobot's asynchronous server calls it alone, once per chunk. The original finds the queues empty, then. The present
-    observation stands for the whole history: the one of the last call is a chunk ago, not a control step.
+    LeRobot's asynchronous server calls this method alone, once per chunk, and the original finds the queues empty. The
+    present observation is then repeated for the whole history: the previous call's is a chunk old, not a control step.
     """
     original = _original(self, "predict_action_chunk")
     queues = self._queues
     if self.config.image_features and "observation.images" not in batch:
         batch = {**batch, "observation.images": torch.stack([batch[key] for key in self.config.image_features], dim=-4)}
-    # LeRobot's processors put the key "action" into what they make of an observation, too.
+    # LeRobot's processors also put the key "action" into an observation.
     batch = {key: value for key, value in batch.items() if key != "action"}
     observed = [key for key in queues if key in batch]
     if all(queues[key] and queues[key][-1] is batch[key] for key in observed):
@@ -169,9 +169,9 @@ def replace_methods(
     """As :func:`parapolicy.accelerate`, for all objects of LeRobot's ``DiffusionModel`` and ``DiffusionPolicy``.
 
     Returns:
-        What each model is sampled with, appended at its first chunk.
+        A list with the :class:`Accelerated` of each model, appended at its first chunk.
     """
-    settings = Accelerated(sampler, engine, verify, parameters).settings  # refuses what is wrong now
+    settings = Accelerated(sampler, engine, verify, parameters).settings  # raises now, not at the first chunk
     for kind, replacement in ((model, conditional_sample), (policy, predict_action_chunk)):
         REPLACED[kind] = Replaced(getattr(kind, replacement.__name__), settings)
         setattr(kind, replacement.__name__, replacement)

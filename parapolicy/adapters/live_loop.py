@@ -1,9 +1,9 @@
-"""The published loop over denoising steps, run by its own code, with a whole chunk in the place of its steps.
+"""Sampling inside the published loop over denoising steps, which runs its own code.
 
-real-stanford's and robomimic's policies sample by a loop: draw a state; at each timestep call the network and then the
-scheduler's step. Here the loop stands before a :class:`ChunkInLoop` instead of its network and scheduler. It draws the
-first state, encodes, conditions and slices as ever. What it does between the steps must be nothing: that is checked,
-because a step that is guided or constrained would be another one.
+The policies of real-stanford and robomimic sample with a loop: draw a state; at each timestep call the network and then
+the scheduler's step. Here the loop gets a :class:`ChunkInLoop` instead of its network and scheduler. It still draws the
+first state, encodes, conditions and slices. It must do nothing else between the steps; this is checked, because a
+guided or constrained step would be another step.
 """
 
 from types import SimpleNamespace
@@ -26,22 +26,22 @@ from parapolicy.adapters.live_networks import describe_network
 from parapolicy.networks import Network
 from parapolicy.spec import Feature, PolicySpec
 
-CLOSE = 1e-3  # of the output's size: how far our network may be from the live one
-KINDS = {"global_cond": "global", "local_cond": "local", "cond": "cross"}  # of a condition, by the argument's name
+CLOSE = 1e-3  # largest difference between our network and the live one, relative to the output
+KINDS = {"global_cond": "global", "local_cond": "local", "cond": "cross"}  # argument's name -> kind of condition
 
 
 class Inpainted(NamedTuple):
-    """Entries of the sample that are known (Janner et al., ICML 2022).
+    """Known entries of the sample (Janner et al., ICML 2022).
 
     Attributes:
-        mask, values: which, and what they are, (B, H, D).
+        mask, values: which entries are known, and their values, (B, H, D).
     """
 
     mask: Tensor
     values: Tensor
 
     def observed(self) -> Tensor:
-        """The observed steps (B, To, Do), which are the last columns of the first steps.
+        """The observed steps (B, To, Do): the last columns of the first steps.
 
         Raises:
             ValueError: other entries are known.
@@ -51,7 +51,7 @@ class Inpainted(NamedTuple):
         expected = torch.zeros_like(self.mask)
         expected[:, :steps, self.mask.shape[2] - columns :] = True
         if not torch.equal(expected, self.mask) or columns == self.mask.shape[2]:
-            raise ValueError(f"condition_mask is not that of observed first steps, the only one supported; {WAY_OUT}")
+            raise ValueError(f"condition_mask is not supported, expected the mask of observed first steps; {WAY_OUT}")
         return self.values[:, :steps, self.mask.shape[2] - columns :]
 
 
@@ -66,19 +66,19 @@ class View:
 
 
 class ChunkInLoop:
-    """Stands for a loop's scheduler and, by :meth:`predict`, for its network, for one chunk.
+    """Replaces a loop's scheduler and, by :meth:`predict`, its network, for one chunk.
 
     Args:
         accelerated: how chunks are sampled.
         network, scheduler: the loop's own.
-        inpainted: known entries of the sample.
+        inpainted: the known entries of the sample.
     """
 
     def __init__(
         self, accelerated: Accelerated, network: nn.Module, scheduler: Any, inpainted: Inpainted | None = None
     ) -> None:
         self._accelerated, self._scheduler, self._inpainted = accelerated, scheduler, inpainted
-        self._network = getattr(network, "_orig_mod", network)  # of torch.compile
+        self._network = getattr(network, "_orig_mod", network)  # the module inside torch.compile
         self._count = self._calls = self._steps = 0
         self._chunk: Tensor | None = None
         self._state: Tensor | None = None
@@ -86,13 +86,13 @@ class ChunkInLoop:
         self.timesteps = torch.zeros(0)
 
     def set_timesteps(self, count: int, *args: Any, **kwargs: Any) -> None:
-        """As of the scheduler, but for the timesteps: the first and the last one stand for all."""
+        """As the scheduler's method, but keeps only the first and the last timestep."""
         self._scheduler.set_timesteps(count, *args, **kwargs)
         self._count = int(count)
         self.timesteps = self._scheduler.timesteps[[0, -1]]
 
     def predict(self, *args: Any, **kwargs: Any) -> Tensor:
-        """What the network is given, to be used in :meth:`step`; returns its first argument."""
+        """Record the network's arguments for :meth:`step`; returns the first argument."""
         self._condition = arguments_of(self._network.forward, *args, **kwargs)
         state = self._condition.pop("sample")
         self._condition.pop("timestep")
@@ -105,7 +105,7 @@ class ChunkInLoop:
     def step(
         self, model_output: Tensor, timestep: Tensor, sample: Tensor, generator: Any = None, **options: Any
     ) -> SimpleNamespace:
-        """The whole chunk as ``prev_sample``, at its first call; the same at its second."""
+        """The whole chunk as ``prev_sample``: sampled at the first call, repeated at the second."""
         self._steps += 1
         if self._calls != self._steps or model_output is not self._state or sample is not self._state:
             raise self._other_loop()
@@ -117,14 +117,14 @@ class ChunkInLoop:
         return SimpleNamespace(prev_sample=self._chunk.clone())
 
     def finish(self) -> None:
-        """Raise ``ValueError`` unless the loop has run as the published one."""
+        """Raise ``ValueError`` unless the loop ran like the published one."""
         if self._steps != 2:
             raise self._other_loop()
 
     def _other_loop(self) -> ValueError:
         return ValueError(
-            "the policy's loop over denoising steps does more than to call its network and its scheduler once per "
-            f"step, which is not supported; {WAY_OUT}"
+            "the policy's loop over denoising steps does more than call its network and its scheduler once per step, "
+            f"which is not supported; {WAY_OUT}"
         )
 
     def _sample(self, first: Tensor, generator: torch.Generator | None, options: dict[str, Any]) -> Tensor:
@@ -137,7 +137,7 @@ class ChunkInLoop:
             return self._accelerated.sample(built.policy, condition, noise).to(first.dtype)
 
     def _find_condition(self) -> tuple[str, Tensor]:
-        """In which way the chunk is conditioned, and by what: (B, To, C)."""
+        """The kind of the condition, and the condition (B, To, C)."""
         given = dict(self._condition)
         if self._inpainted is not None:
             observed = self._inpainted.observed()
@@ -174,13 +174,13 @@ class ChunkInLoop:
 
     @torch.inference_mode()
     def _compare(self, network: Network, condition: Tensor, first: Tensor) -> None:
-        """Raise ``ValueError`` unless our network computes what the live one does, at the loop's two timesteps."""
+        """Raise ``ValueError`` if our network and the live one differ, at the loop's two timesteps."""
         for timestep in self.timesteps.to(first.device):
             with torch.autocast(first.device.type, enabled=False):
                 expected = self._network(first, timestep, **self._condition)
                 found = network.predict(first, timestep.expand(len(first)), {CONDITION: condition})
             if not (found - expected).abs().amax() <= CLOSE * expected.abs().amax():
                 raise ValueError(
-                    f"{type(self._network).__name__} computes something else than the published network of its "
-                    f"settings (in training mode, its dropout is on); {WAY_OUT}"
+                    f"{type(self._network).__name__} differs from the published network with its settings (in training "
+                    f"mode, its dropout is on); {WAY_OUT}"
                 )

@@ -7,7 +7,7 @@ from torch import Tensor, nn
 
 from parapolicy.adapters.live import WAY_OUT
 
-# In the published state dicts beside the network's tensors.
+# Further entries of the published state dicts.
 OTHERS = ("_dummy_variable", "mask", "memory_mask")
 
 
@@ -30,11 +30,11 @@ def describe_network(network: nn.Module, kind: str, horizon: int) -> tuple[dict[
     try:
         settings = described(network)
     except (AttributeError, TypeError, IndexError) as error:
-        raise ValueError(f"{names[0]} is built otherwise than the published network ({error}); {WAY_OUT}") from error
+        raise ValueError(f"{names[0]} differs from the published network ({error}); {WAY_OUT}") from error
     if kind != "global":
         settings["condition"] = kind
     if settings["name"] == "transformer1d" and not settings["causal_attn"]:
-        # Without masks, the published network takes the first positions of a longer table.
+        # Without masks, the published network uses the first positions of a longer table.
         length = horizon + (not settings["time_as_condition"])
         tensors["pos_emb"] = tensors["pos_emb"][:, :length]
     return settings, tensors

@@ -1,7 +1,7 @@
-"""A ``DiffusionPolicyUNet`` of robomimic in memory: its chunks are sampled here, all else stays its own.
+"""Sampling for a live ``DiffusionPolicyUNet`` of robomimic.
 
-One method decides what it samples: ``_get_action_trajectory``, from the observation to the executed actions. It runs as
-ever but for its loop over denoising steps. Queues, encoders, statistics and training are not touched.
+``_get_action_trajectory`` goes from the observation to the executed actions. It is replaced, but runs as before except
+for its loop over denoising steps. Queues, encoders, statistics and training stay robomimic's.
 """
 
 from types import SimpleNamespace
@@ -17,7 +17,7 @@ NETWORK = "noise_pred_net"
 
 
 def methods(policy: Any) -> list[Method]:
-    """What is replaced of a diffusion policy of robomimic, or of that in a ``RolloutPolicy``; nothing of others."""
+    """The methods to replace of a robomimic diffusion policy, or of the one in a ``RolloutPolicy``; none of others."""
     algo = getattr(policy, "policy", policy)
     if not callable(getattr(algo, "_get_action_trajectory", None)) or not hasattr(algo, "noise_scheduler"):
         return []
@@ -26,12 +26,12 @@ def methods(policy: Any) -> list[Method]:
 
 @torch.compiler.disable
 def get_action_trajectory(self: Any, obs_dict: dict[str, Tensor], goal_dict: Any = None) -> Tensor:
-    """Takes the place of the method ``_get_action_trajectory``, on an instance."""
+    """Replaces the method ``_get_action_trajectory`` on an instance."""
     accelerated: Accelerated = getattr(self, ATTRIBUTE)
     original = type(self)._get_action_trajectory
 
     def ours() -> Tensor:
-        # The averaged weights act where there are any.
+        # The averaged weights are used if there are any.
         acting = (self.nets if self.ema is None else self.ema.averaged_model)["policy"]
         loop = ChunkInLoop(accelerated, acting[NETWORK], self.noise_scheduler)
         seen = {"policy": {**acting, NETWORK: loop.predict}}

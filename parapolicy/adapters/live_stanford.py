@@ -1,7 +1,7 @@
-"""A policy of real-stanford/diffusion_policy in memory: its chunks are sampled here, all else stays its own.
+"""Sampling for a live policy of real-stanford/diffusion_policy.
 
-One method decides what it samples: ``conditional_sample``, the loop over denoising steps, which policies with a UNet or
-a transformer, of states or images, have alike. Encoders, normalisers, training and ``state_dict`` are not touched.
+``conditional_sample``, the loop over denoising steps, is replaced. Policies with a UNet or a transformer, of states or
+images, all have it. Encoders, normalisers, training and ``state_dict`` stay the policy's.
 """
 
 from typing import Any
@@ -14,7 +14,7 @@ from parapolicy.adapters.live_loop import ChunkInLoop, Inpainted, View
 
 
 def methods(policy: Any) -> list[Method]:
-    """What is replaced of a policy of real-stanford; nothing of other objects."""
+    """The methods to replace of a policy of real-stanford; none of other objects."""
     parts = isinstance(getattr(policy, "model", None), nn.Module) and hasattr(policy, "noise_scheduler")
     if not parts or not callable(getattr(policy, "conditional_sample", None)):
         return []
@@ -23,7 +23,7 @@ def methods(policy: Any) -> list[Method]:
 
 @torch.compiler.disable
 def conditional_sample(self: Any, condition_data: Tensor, condition_mask: Tensor, *args: Any, **kwargs: Any) -> Tensor:
-    """Takes the place of the policy's method of that name, on an instance."""
+    """Replaces the policy's method of that name on an instance."""
     accelerated: Accelerated = getattr(self, ATTRIBUTE)
 
     def original(policy: Any) -> Tensor:

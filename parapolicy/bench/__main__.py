@@ -3,9 +3,9 @@
     parapolicy bench [CHECKPOINT] [--engines eager compiled] [--chunks 20] [--widen 4] [--scaling]
 
 Writes bench.json and bench.png, and prints the tables. Calls alternate; percentiles are over ``--chunks`` chunks. The
-observations are random, so rounds differ slightly from closed loop. ``--widen 4`` multiplies the network's channels by
-four and keeps its function: the shipped policies then have the size of the published low-dimensional ones, with 8 that
-of the published image policies.
+observations are random, so the rounds differ slightly from closed loop. ``--widen 4`` multiplies the network's channels
+by four without changing its function: the shipped policies then have the size of the published low-dimensional ones;
+with 8, that of the published image policies.
 """
 
 import argparse
@@ -41,8 +41,10 @@ def main(given: Sequence[str] | None = None) -> None:
     parser.add_argument("checkpoint", nargs="?", default="checkpoints/pusht_lowdim")
     parser.add_argument("--engines", nargs="+", default=["eager", "compiled"])
     parser.add_argument("--chunks", type=int, default=20)
-    parser.add_argument("--widen", type=int, default=1, help="times the channels, for the same function")
-    parser.add_argument("--scaling", action="store_true", help="by robots, window, steps, horizon and devices too")
+    parser.add_argument("--widen", type=int, default=1, help="multiply the channels, with the same function")
+    parser.add_argument(
+        "--scaling", action="store_true", help="also measure by robots, window, steps, horizon and devices"
+    )
     parser.add_argument("--device", default="auto")
     parser.add_argument("--output", type=Path, default=Path("outputs/bench"))
     arguments = parser.parse_args(given)
@@ -61,7 +63,7 @@ def main(given: Sequence[str] | None = None) -> None:
     results["parameters"] = sum(parameter.numel() for parameter in policy.network.parameters())
     arguments.output.mkdir(parents=True, exist_ok=True)
 
-    def save() -> None:  # after each part: the next one may take long, or fail
+    def save() -> None:  # after each part: the next may be slow or fail
         results["peak_memory"] = peak_memory(policy.device)
         (arguments.output / "bench.json").write_text(json.dumps(results, indent=2) + "\n")
 
@@ -74,7 +76,7 @@ def main(given: Sequence[str] | None = None) -> None:
         results["scaling"] = bench_scaling(best, max(1, arguments.chunks // 2))
         save()
         if policy.device.type == "cpu" or torch.cuda.device_count() > 1:
-            with tempfile.TemporaryDirectory() as folder:  # the widened network, too, for the other process
+            with tempfile.TemporaryDirectory() as folder:  # the other process loads it, also when widened
                 save_policy(policy, folder)
                 measured = bench_devices(Path(folder), arguments.engines[-1], policy.device, arguments.chunks)
             results["scaling"]["devices"] = measured

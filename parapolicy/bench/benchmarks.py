@@ -37,7 +37,7 @@ Rows = list[dict[str, Any]]
 
 
 def work(policy: Policy) -> tuple[int, int]:
-    """Matrix FLOPs of one row of a network call, and bytes of the weights."""
+    """Matrix FLOPs per network row, and bytes of the weights."""
     return roofline.row_flops(policy.network, policy.spec), roofline.weight_bytes(policy.network)
 
 
@@ -62,7 +62,7 @@ def _call(policy: Policy, engine: Engine, x: Tensor) -> Callable[[], Tensor]:
 
 
 def samplers_of(base: Policy) -> dict[str, Policy]:
-    """What :func:`bench_chunks` times, by name. What is to start from the chunk before has a name that ends in warm."""
+    """The policies that :func:`bench_chunks` times, by name. Names that end in warm start from the previous chunk."""
     return {
         "sequential": base.with_sampler("sequential"),
         "DDIM-10": base.with_schedule("ddim", 10).with_sampler("sequential"),
@@ -154,8 +154,8 @@ def bench_robots(policy: Policy, engines: Mapping[str, Engine], repeats: int) ->
 def bench_scaling(policy: Policy, repeats: int) -> dict[str, Rows]:
     """Median seconds and mean rounds of a chunk by window and by number of steps T, and of a network call by horizon.
 
-    More steps than trained divide the same noise levels more finely: the timesteps lie between trained ones, and the
-    network's sinusoidal features accept them.
+    More steps than in training divide the same noise levels more finely: timesteps lie between trained ones, which the
+    network's sinusoidal features accept.
     """
     observations = made_up_observations(policy, repeats)
     secant = policy.with_sampler("secant")
@@ -180,9 +180,9 @@ def bench_scaling(policy: Policy, repeats: int) -> dict[str, Rows]:
 
 
 def bench_devices(folder: Path, engine: str, device: torch.device, repeats: int, processes: int = PROCESSES) -> Rows:
-    """Median seconds of a chunk on one device, and split over several: GPUs, or processes that share the CPU's threads.
+    """Median seconds of a chunk on one device, and split over several (GPUs, or processes that share the CPU).
 
-    One process is the sharded engine beside the plain one: what the splitting itself costs.
+    One process with the sharded engine, next to the plain engine, shows the cost of splitting itself.
     """
     threads = torch.get_num_threads()
     torch.set_num_threads(max(1, threads // processes))
@@ -224,11 +224,11 @@ def alternate(
     begin: Callable[[int], Any] = lambda i: None,
     leading: int = 0,
 ) -> dict[str, list[float]]:
-    """Seconds of every call, each once per repeat, in an order that rotates; each has one untimed warm-up call.
+    """Seconds of every call, each once per repeat in a rotating order, after one untimed warm-up call each.
 
     Args:
         calls: by label.
-        repeats: timed calls of each.
+        repeats: number of timed calls of each.
         device: to synchronise with.
         begin: called with the number of each repeat.
         leading: untimed calls before each timed one. They fill the caches with the call's own weights, as in a process

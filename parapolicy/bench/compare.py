@@ -1,4 +1,4 @@
-"""Every sampler on one policy: rounds, evaluations, distance from the sequential chunk, latency."""
+"""A comparison of every sampler on one policy: rounds, evaluations, distance from the sequential chunk, latency."""
 
 import statistics
 from collections.abc import Callable, Mapping, Sequence
@@ -16,7 +16,7 @@ def compare_samplers(
     observations: Sequence[Mapping[str, np.ndarray]],
     progress: Callable[[int], Any] = lambda chunks: None,
 ) -> list[dict[str, Any]]:
-    """One row per sampler with its default settings, on the same observations and noise, in an order that rotates.
+    """One record per sampler with its default settings, on the same observations and noise, in a rotating order.
 
     Args:
         policy: with the schedule, device and engine to measure.
@@ -24,10 +24,9 @@ def compare_samplers(
         progress: called with 1 after each chunk.
 
     Returns:
-        Rows of ``sampler``, ``keeps_distribution`` (its own), ``rounds`` and ``evaluations`` (means), ``error_median``
-        and ``error_max`` (largest absolute difference from the sequential chunk, normalised; None where the sampler
-        does not repeat that chunk), and ``milliseconds`` (median of one chunk, ``encode`` the part of it before
-        sampling).
+        Records of ``sampler``, ``keeps_distribution``, means of ``rounds`` and ``evaluations``, ``error_median`` and
+        ``error_max`` (largest absolute difference from the sequential chunk, normalised; None for samplers that do not
+        reproduce that chunk), and medians of ``milliseconds`` (one chunk) and ``encode`` (its part before sampling).
     """
     candidates = {name: policy.with_sampler(name) for name in ("sequential", *list_samplers())}
     names = list(candidates)
@@ -62,7 +61,7 @@ def compare_samplers(
 
 
 def present(rows: Sequence[Mapping[str, Any]]) -> str:
-    """The rows as a table."""
+    """The records as a table."""
     lines = [f"{'sampler':<18}{'rounds':>8}{'evaluations':>13}{'error':>20}{'ms':>9}{'encode ms':>11}"]
     for row in rows:
         median, largest = row["error_median"], row["error_max"]

@@ -1,4 +1,4 @@
-"""Tables on the terminal and a plot of what was measured."""
+"""Terminal tables and a plot of benchmark results."""
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -50,7 +50,7 @@ def print_tables(results: Mapping[str, Any], engines: Sequence[str]) -> None:
 
 
 def plot(results: Mapping[str, Any], engines: Sequence[str], path: Path) -> None:
-    """Cost of a network call against its rows, with the floor."""
+    """Plot the time of a network call against its rows, with the floor."""
     import matplotlib
 
     matplotlib.use("Agg")

@@ -14,9 +14,9 @@ from parapolicy.spec import PolicySpec
 
 @torch.inference_mode()
 def measure_machine(network: Network) -> dict[str, float]:
-    """Measure float32 matrix FLOP/s, and the bandwidth (bytes/s) for reading as many bytes as the weights have.
+    """Measure float32 matrix FLOP/s, and the bandwidth (bytes/s) of reading as many bytes as the weights have.
 
-    Each is the best of several. Weights that fit into a cache are read from there.
+    Each is the best of several trials. Weights that fit into a cache are read from the cache.
     """
     device = next(network.parameters()).device
     a = torch.randn(2048, 2048, device=device)
@@ -34,7 +34,7 @@ def weight_bytes(network: Network) -> int:
 
 @torch.inference_mode()
 def row_flops(network: Network, spec: PolicySpec) -> int:
-    """Matrix FLOPs of one row of a call, with what it needs of timestep and observation."""
+    """Matrix FLOPs per network row, with its share of the timestep's and observation's embeddings."""
     device = next(network.parameters()).device
     observation = {key: torch.zeros(1, *shape, device=device) for key, shape in spec.obs_shapes.items()}
     x, timestep = torch.zeros(1, *spec.sample_shape, device=device), torch.zeros(1, dtype=torch.int64, device=device)
@@ -44,7 +44,7 @@ def row_flops(network: Network, spec: PolicySpec) -> int:
 
 
 def floor(calls: float, rows: float, flops: int, weights: int, machine: Mapping[str, Any]) -> float:
-    """Least seconds of ``calls`` calls with ``rows`` rows in total: bound by FLOPs, or by reading the weights."""
+    """Lower bound in seconds of ``calls`` calls with ``rows`` rows in total, from FLOPs or from reading the weights."""
     return max(rows * flops / machine["flops_per_second"], calls * weights / machine["bytes_per_second"])
 
 

@@ -1,13 +1,13 @@
-"""Many chunks in a row: does latency drift, does memory grow?
+"""Soak test: many chunks in a row, to see whether latency drifts or memory grows.
 
     python -m parapolicy.bench.soak [CHECKPOINT] [--chunks 20000] [--engine auto] [--sampler SAMPLER] [--output FILE]
     python -m parapolicy.bench.soak [CHECKPOINT] --control-hz 10 --seconds 1800 [--executed 1] [...]
 
-Prints latency percentiles and resident memory for every tenth of the run, and for all of it. With a control rate, it is
-an asynchronous controller by the real clock that is timed, with a new observation at each control step, and images of
-noise: ``act`` of each tick, what was missed, and for how long the process was ready to run while the machine gave its
-cores to others. With ``--executed 1`` each control step begins a chunk. A sampler is a name or, as in eval.py,
-'{name: collocation, nodes: 15, window: 1}'.
+Prints latency percentiles and resident memory for every tenth of the run, and for all of it. With a control rate, it
+times an asynchronous controller by the real clock, with a new observation at each control step (images of noise): the
+time of ``act`` in each tick, the missed ticks, and how long the process was ready to run while the machine gave its
+cores to others. With ``--executed 1`` each control step begins a chunk. A sampler is a name or, as in eval.py, settings
+such as '{name: collocation, nodes: 15, window: 1}'.
 """
 
 import argparse
@@ -33,13 +33,13 @@ PERCENTILES = (50, 95, 99, 99.9, 100)
 
 
 def resident_mib() -> float:
-    """Memory that this process holds now (Linux)."""
+    """Resident memory of this process, MiB (Linux)."""
     pages = int(Path("/proc/self/statm").read_text().split()[1])
     return pages * 4096 / 2**20
 
 
 def waited_s() -> float:
-    """For how long this process's threads, all together, have been ready to run and had no core (Linux)."""
+    """Total time that this process's threads were ready to run but had no core, s (Linux)."""
     counts = (path.read_text() for path in Path("/proc/self/task").glob("*/schedstat"))
     return sum(int(count.split()[1]) for count in counts) / 1e9
 
@@ -66,7 +66,7 @@ class Table:
 
 
 def tenths(count: int) -> Iterable[tuple[int, int]]:
-    """Begin and end of each, with a bar."""
+    """Begin and end of each tenth, with a progress bar."""
     bar: Iterable[tuple[int, int]] = tqdm(
         list(pairwise(np.linspace(0, count, 11, dtype=int).tolist())), unit="tenth", leave=False
     )
@@ -74,7 +74,7 @@ def tenths(count: int) -> Iterable[tuple[int, int]]:
 
 
 def soak_chunks(policy: Policy, observations: list[dict[str, np.ndarray]], chunks: int) -> list[dict[str, Any]]:
-    """One chunk after the other."""
+    """Time one chunk after the other."""
     seconds, table = np.empty(chunks), Table("chunks")
     for begin, end in tenths(chunks):
         for i in range(begin, end):
@@ -88,32 +88,32 @@ def soak_chunks(policy: Policy, observations: list[dict[str, np.ndarray]], chunk
 def soak_controller(
     policy: Policy, observations: list[dict[str, np.ndarray]], ticks: int, control_hz: float, priority: int = 0
 ) -> list[dict[str, Any]]:
-    """A controller's ticks by the real clock."""
+    """Time a controller's ticks by the real clock."""
     seconds, late, waits, missed = np.zeros(ticks), np.zeros(ticks), np.zeros(ticks), np.zeros(ticks, int)
     table, rng = Table("ticks", "missed", "own", "waited for a core, s"), np.random.default_rng(0)
 
     def numbers(part: slice) -> dict[str, float]:
-        # A tick is missed by what the last one took, which may have begun late: two ticks' waiting explains it.
+        # The previous tick may cause a miss, and may itself have begun late: two ticks of waiting can explain it.
         explained = waits + np.concatenate(([0.0], waits[:-1]))
         own = missed[part][late[part] > explained[part]]
         return {"missed": int(missed[part].sum()), "own": int(own.sum()), "waited_s": float(waits[part].sum())}
 
     with Controller(policy, control_hz, asynchronous=True) as controller:
-        if priority:  # not the thread's that computes chunks, which is there already
+        if priority:  # of this thread only: the chunk thread exists already
             try:
                 os.sched_setscheduler(0, os.SCHED_FIFO, os.sched_param(priority))
             except PermissionError as error:
                 raise SystemExit(
                     f"error: --priority {priority} takes root, or rtprio in limits.conf: {error}"
                 ) from None
-        controller.act(observed(observations[0], rng))  # the first chunk is waited for, with the robot at rest
+        controller.act(observed(observations[0], rng))  # waits for the first chunk, with the robot at rest
         pacer, waited = Pacer(control_hz), waited_s()
         for begin, end in tenths(ticks):
             for i in range(begin, end):
                 observation = observed(observations[i % len(observations)], rng)
                 before = pacer.missed
                 late[i], missed[i] = -pacer.wait(), pacer.missed - before
-                before_s, waited = waited, waited_s()  # since the last tick
+                before_s, waited = waited, waited_s()  # waiting since the last tick
                 waits[i] = waited - before_s
                 start = pacer.clock()
                 controller.act(observation)
@@ -123,7 +123,7 @@ def soak_controller(
         table.row("all", seconds, **numbers(slice(None)))
         table.print()
         latency = controller.latency
-    print("own: missed by more than the process has waited for a core since two ticks before")
+    print("own: missed by more than the process waited for a core in the last two ticks")
     print({name: latency[name] for name in ("steps", "misses", "failures", "late", "stale", "continued", "held")})
     print("chunk ms", {name: round(value, 1) for name, value in latency["times"]["chunk"].items()})
     table.rows[-1]["chunk_ms"] = latency["times"]["chunk"]
@@ -131,7 +131,7 @@ def soak_controller(
 
 
 def observed(history: Mapping[str, np.ndarray], rng: np.random.Generator) -> dict[str, np.ndarray]:
-    """One control step: the history's newest state, and an image of noise that no step before has had."""
+    """One control step's observation: the history's newest state, and a new image of noise."""
     step = {key: value[-1] for key, value in history.items()}
     return {
         key: rng.integers(0, 256, value.shape, dtype=np.uint8) if value.dtype == np.uint8 else value
@@ -156,7 +156,7 @@ def main() -> None:
         parser.error(f"--chunks is {arguments.chunks}, expected at least 10")
     ticks = round(arguments.seconds * (arguments.control_hz or 1))
     if not 0 <= arguments.priority <= 99:
-        parser.error(f"--priority is {arguments.priority}, expected 1 to 99, or 0 for an ordinary one")
+        parser.error(f"--priority is {arguments.priority}, expected 1 to 99, or 0 for none")
     if not ticks >= 10:
         parser.error(f"--seconds {arguments.seconds:g} are {ticks} ticks, expected at least 10")
     try:
@@ -172,7 +172,7 @@ def main() -> None:
     observations = made_up_observations(policy, 100)
     for seed in range(5):
         policy.predict(observations[0], seed=seed)
-    gc.freeze()  # as a control loop would
+    gc.freeze()  # as a control loop should
     if arguments.control_hz is None:
         rows = soak_chunks(policy, observations, arguments.chunks)
     else:

@@ -1,4 +1,4 @@
-"""The same policy with a wider network: for timing sizes that nobody has trained here."""
+"""The same policy with a wider network, for timing sizes that were not trained here."""
 
 import dataclasses
 
@@ -13,10 +13,10 @@ from parapolicy.policy import Policy
 def widen(policy: Policy, factor: int) -> Policy:
     """A policy of the same function, to rounding, whose network has ``factor`` times the channels (``down_dims``).
 
-    Every channel stands ``factor`` times, side by side, so that GroupNorm sees the same groups, and weights on copies
-    are divided by it (Chen et al., Net2Net, ICLR 2016). Work and rounds are those of a trained policy of that size
-    with this one's function. Of the published policies' sizes, [64, 128, 256] times 4 is the low-dimensional one, times
-    8 the image one.
+    Every channel is repeated ``factor`` times, side by side, so that GroupNorm sees the same groups, and weights on
+    copies are divided by it (Chen et al., Net2Net, ICLR 2016). Work and rounds are those of a trained policy of that
+    size with this policy's function. Of the published policies' sizes, [64, 128, 256] times 4 is the low-dimensional
+    one, times 8 the image one.
     """
     down_dims = [factor * channels for channels in policy.spec.network["down_dims"]]
     spec = dataclasses.replace(policy.spec, network={**policy.spec.network, "down_dims": down_dims})

@@ -1,4 +1,4 @@
-"""Checkpoint readers, tried in order. Each file holds one format and recognises its own.
+"""Checkpoint readers, tried in order. Each module reads one format and recognises it.
 
 Other packages add theirs under the entry point ``parapolicy.readers``: an object with the methods of :class:`Reader`.
 """
@@ -31,11 +31,16 @@ class Reader(Protocol):
         ...
 
     def read(self, path: Path) -> tuple[PolicySpec, Network, Normalizer]:
-        """The policy; raises :class:`parapolicy.CheckpointError` where it cannot be trusted."""
+        """Read the policy; raise :class:`parapolicy.CheckpointError` if a file is damaged or inconsistent."""
         ...
 
 
-READERS: tuple[Reader, ...] = (lerobot_folder, robomimic_pth, stanford_ckpt, native)  # the last takes any config.json
+READERS: tuple[Reader, ...] = (
+    lerobot_folder,
+    robomimic_pth,
+    stanford_ckpt,
+    native,
+)  # the last recognises any config.json
 
 
 def read_checkpoint(path: str | os.PathLike[str], ema: bool = False) -> Loaded:
@@ -46,7 +51,7 @@ def read_checkpoint(path: str | os.PathLike[str], ema: bool = False) -> Loaded:
         ema: read the averaged weights that LeRobot saves beside the policy's folder, in ``pretrained_model_ema``.
 
     Raises:
-        CheckpointError: no checkpoint, or one that is damaged or does not match its configuration.
+        CheckpointError: not a checkpoint, damaged, or not matching its configuration.
     """
     path = hub.resolve(path)
     path = lerobot_folder.find_ema(path) if ema else path
@@ -54,4 +59,4 @@ def read_checkpoint(path: str | os.PathLike[str], ema: bool = False) -> Loaded:
     found = [reader for reader in (*READERS, *installed) if reader.recognises(path)]
     if not found and path.is_file():
         refuse_unknown(path)
-    return Loaded(*(found[0] if found else native).read(path))  # the native one names what is missing
+    return Loaded(*(found[0] if found else native).read(path))  # the native reader's error names what is missing

@@ -1,8 +1,8 @@
-"""The zip container of ``torch.save``: entries that lie in it as they are, checked before they are read.
+"""The zip container of ``torch.save``, with uncompressed entries, which are checked before they are read.
 
-Python's own ``zipfile`` inflates whatever a file asks for and builds an object per entry before anything can be
-counted, so the central directory (PKWARE's APPNOTE, sections 4.3.12 to 4.3.16) is read here, within bounds. No entry
-is ever unpacked to a path: names are only looked up.
+Python's ``zipfile`` inflates whatever a file asks for and builds an object per entry before anything can be counted.
+So this module reads the central directory itself, within bounds (PKWARE's APPNOTE, sections 4.3.12 to 4.3.16). No entry
+is unpacked to a path: names are only looked up.
 """
 
 import os
@@ -17,7 +17,7 @@ from parapolicy.errors import CheckpointError
 
 MAX_ENTRIES, MAX_DIRECTORY = 50_000, 2**24  # entries, and bytes of their directory
 MAX_PICKLE = 2**24  # bytes; the largest published checkpoints have 0.3 MB
-MAX_REREAD = 4  # times the file's size that may be read in all, by tensors that share storages
+MAX_REREAD = 4  # times the file's size that tensors which share storages may read in total
 CHUNK = 2**24  # bytes read at once
 NO_ZIP_64 = 0xFFFFFFFF
 
@@ -35,13 +35,13 @@ class Entry(NamedTuple):
 
 
 class Archive:
-    """A file that ``torch.save`` wrote, open for reading.
+    """A file written by ``torch.save``, open for reading.
 
     Args:
         path: the file.
 
     Raises:
-        CheckpointError: not such a file, damaged, or with entries that ``torch.save`` never writes.
+        CheckpointError: not such a file, a damaged one, or one with entries that ``torch.save`` never writes.
     """
 
     def __init__(self, path: str | os.PathLike[str]) -> None:
@@ -67,11 +67,11 @@ class Archive:
         self._file.close()
 
     def entry(self, name: str) -> Entry | None:
-        """The entry of a name below the archive's top folder; None where there is none."""
+        """The entry of a name below the archive's top folder, or None."""
         return self._entries.get(f"{self._root}/{name}")
 
     def pickle(self) -> bytearray:
-        """The pickled object."""
+        """The bytes of the pickled object."""
         entry = self._entries[f"{self._root}/data.pkl"]
         if entry.size > MAX_PICKLE:
             raise self.error(f"its pickle has {entry.size} bytes, expected at most {MAX_PICKLE}")
@@ -80,7 +80,7 @@ class Archive:
         return data
 
     def read_into(self, entry: Entry, target: memoryview) -> None:
-        """Fill a buffer of an entry's size with it, and compare its checksum."""
+        """Read an entry into a buffer of its size, and check its checksum."""
         self._left -= entry.size
         if self._left < 0:
             raise self.error("its tensors share their storages too often; save it again")
@@ -125,7 +125,7 @@ class Archive:
                 raise self.error("its directory ends early; copy it again")
             name, entry, at = self._read_entry(directory, at)
             if name in entries:
-                raise self.error(f"the entry {name!r} stands there twice; save it again")
+                raise self.error(f"the entry {name!r} occurs twice; save it again")
             entries[name] = entry
         end = offset
         for entry in sorted(entries.values(), reverse=True):
@@ -134,7 +134,7 @@ class Archive:
             end = entry.header
         roots = [name.removesuffix("/data.pkl") for name in entries if re.fullmatch(r"[^/]+/data\.pkl", name)]
         if len(roots) != 1 or any(not name.startswith(f"{roots[0]}/") for name in entries):
-            raise self.error("a zip file, but not one that torch.save wrote: one folder with data.pkl is expected")
+            raise self.error("a zip file, but not of torch.save: expected one folder with data.pkl")
         self._check_order(entries.get(f"{roots[0]}/byteorder"))
         return entries, roots[0]
 
@@ -158,7 +158,7 @@ class Archive:
         return name, Entry(header, size, crc), end
 
     def _zip_64(self, extra: bytes, size: int, packed: int, header: int) -> tuple[int, int, int]:
-        """Size, packed size and offset where some of them need 64 bits: those stand in an extra field, in order."""
+        """Size, packed size and offset. Those that need 64 bits are in an extra field, in this order."""
         at = 0
         while at + 4 <= len(extra):
             kind, length = struct.unpack_from("<HH", extra, at)
@@ -179,7 +179,7 @@ class Archive:
             raise self.error(_foreign(self._at(0, min(200, self.size))))
         at = tail.rfind(b"PK\x05\x06")
         if at < 0 or at + _END.size > len(tail):
-            raise self.error("a zip file without its end: an interrupted copy; copy it again")
+            raise self.error("a zip file without its end (an interrupted copy); copy it again")
         _, _, _, _, count, size, offset, _ = _END.unpack_from(tail, at)
         if count == 0xFFFF or NO_ZIP_64 in (size, offset):
             where = begin + at - _LOCATOR_64.size
@@ -199,11 +199,13 @@ class Archive:
         if entry.size <= 16:
             self.read_into(entry, memoryview(order))
         if bytes(order) != b"little":
-            raise self.error(f"its byte order is {bytes(order)!r}, expected b'little'; save it on a usual machine")
+            raise self.error(
+                f"its byte order is {bytes(order)!r}, expected b'little'; save it on a little-endian machine"
+            )
 
 
 def holds(path: Path, *names: bytes) -> bool:
-    """Whether a path is a file of torch.save whose pickle has all of the names."""
+    """Whether a path is a file of torch.save whose pickle contains all of the names."""
     if not path.is_file():
         return False
     try:
@@ -215,16 +217,16 @@ def holds(path: Path, *names: bytes) -> bool:
 
 
 def _foreign(head: bytes) -> str:
-    """What a file is that is no zip file."""
+    """A description of a file that is not a zip file."""
     if head.startswith(b"version https://git-lfs"):
-        return "a pointer of Git LFS stands in place of the file; run `git lfs pull` where it comes from"
+        return "a pointer of Git LFS instead of the file; run `git lfs pull` in its repository"
     if head.lstrip()[:1] == b"<":
-        return "a web page, not a checkpoint: a download that failed; download it again"
+        return "a web page, not a checkpoint (a failed download); download it again"
     if head.startswith((b"\x80\x02", b"\x80\x03", b"\x80\x04", b"\x80\x05")):
         return (
-            "a plain pickle (torch.save of before version 1.6, or pickle.dump), expected torch's zip format; if you "
-            "trust it, load it with torch and save it again with torch.save"
+            "a plain pickle (torch.save before version 1.6, or pickle.dump), expected torch's zip format; if you trust "
+            "it, load it with torch and save it again with torch.save"
         )
     if head.startswith(b"\xfd7zXZ") or head.startswith(b"\x1f\x8b"):
         return "a compressed file; unpack it first"
-    return f"no checkpoint: it begins with {head[:16]!r}, expected a zip file that torch.save wrote"
+    return f"not a checkpoint: it begins with {head[:16]!r}, expected a zip file of torch.save"

@@ -1,4 +1,4 @@
-"""Settings of a foreign config: none is used before its kind is checked, and messages name the file and the setting."""
+"""Settings of a foreign config: each is type-checked before use, and messages name the file and the setting."""
 
 import math
 from collections.abc import Mapping
@@ -10,32 +10,32 @@ from parapolicy.errors import CheckpointError
 
 MAX_NUMBERS = (
     2**20
-)  # of one observation that is no picture, and of the action: bounds memory before weights are compared
+)  # of an observation that is not an image, and of the action: bounds memory before weights are compared
 
 
 def is_shape(value: Any, picture: bool = False) -> bool:
-    """Whether a value is a list of positive sizes, and not beyond what anyone trains."""
+    """Whether a value is a list of positive sizes within the limits."""
     sizes = isinstance(value, list | tuple) and len(value) <= 8 and all(type(n) is int and n > 0 for n in value)
     return sizes and (max(value, default=1) if picture else math.prod(value)) <= MAX_NUMBERS
 
 
 class Settings:
-    """The settings of a config, with a check of their kind.
+    """The settings of a config, with type checks.
 
     Args:
-        path: the file in which they stand, for messages.
+        path: the config's file, for messages.
         values: by name.
-        prefix: of the names, in messages.
+        prefix: put before names in messages.
     """
 
     def __init__(self, path: Path, values: Mapping[str, Any], prefix: str = "") -> None:
         self.path, self.values, self.prefix = path, values, prefix
 
     def get(self, name: str, kind: type, *default: Any) -> Any:
-        """One setting; bool, int, float (also a whole number), str, list or dict.
+        """One setting of type bool, int, float (accepts whole numbers), str, list or dict.
 
         Raises:
-            CheckpointError: it is of another kind, or missing and without a default.
+            CheckpointError: it has another type, or it is missing and has no default.
         """
         if name not in self.values and default:
             return default[0]
@@ -46,7 +46,7 @@ class Settings:
         return value
 
     def choice(self, name: str, among: Any) -> str:
-        """A text that is one of a few."""
+        """A text that is one of ``among``."""
         value: str = self.get(name, str)
         if value not in among:
             raise self.wrong(name, f"expected one of {[*among]}")
@@ -62,7 +62,7 @@ class Settings:
         return value
 
     def wrong(self, name: str, expected: str) -> CheckpointError:
-        """The error of a setting."""
+        """An error that names a setting, its value and what was expected."""
         value = f"is {cut(repr(self.values[name]), 100)}" if name in self.values else "is missing"
         return CheckpointError(f"{self.path}: {self.prefix}{name} {value}, {expected}")
 

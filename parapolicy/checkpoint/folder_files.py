@@ -1,7 +1,7 @@
-"""Safe reading of the files of a policy folder: each is bounded before it is read, and lies in the folder.
+"""Safe reading of the files of a policy folder. Each must lie in the folder, and its size is checked before reading.
 
-A folder may name its own files, as LeRobot's do. A name that leads out of it is refused, whether by its text or by a
-symbolic link. One kind of link is followed: the cache of huggingface_hub keeps a snapshot as links from
+A folder may name its own files, as LeRobot's do. A name that leads out of the folder, by its text or by a symbolic
+link, is refused. One kind of link is followed: the cache of huggingface_hub keeps a snapshot as links from
 ``snapshots/REVISION`` to ``blobs`` beside it.
 """
 
@@ -28,18 +28,18 @@ def find_file(folder: Path, name: object, named_by: Path | None = None) -> Path:
     """The path of a file that lies directly in the folder.
 
     Args:
-        folder: where files are read from.
+        folder: to read from.
         name: of the file.
-        named_by: the file in which the name stands, for messages.
+        named_by: the file that contains the name, for messages.
 
     Raises:
-        CheckpointError: not a plain name, no regular file, or a link out of the folder.
+        CheckpointError: not a plain name, not a regular file, or a link out of the folder.
     """
     plain = isinstance(name, str) and 0 < len(name) < 256 and name not in (".", "..") and not set(name) & set("/\\\0")
     if not isinstance(name, str) or not plain:
         raise CheckpointError(
-            f"{named_by or folder} names the file {cut(repr(name), 100)}, expected a plain name: files are read from "
-            "the folder itself only. Put the file there"
+            f"{named_by or folder} names the file {cut(repr(name), 100)}, expected a plain name of a file in the "
+            "folder; put the file there"
         )
     path = folder / name
     try:
@@ -50,26 +50,26 @@ def find_file(folder: Path, name: object, named_by: Path | None = None) -> Path:
             f"{path} is missing or cannot be read ({type(error).__name__}); copy the whole folder again"
         ) from error
     if not regular:
-        raise CheckpointError(f"{path} is no regular file; copy the folder again")
+        raise CheckpointError(f"{path} is not a regular file; copy the folder again")
     if target not in (home, *_blobs(home)):
         raise CheckpointError(
-            f"{path} is a link to {cut(repr(os.readlink(path)), 100)}, out of the folder; only the cache of "
-            "huggingface_hub may do so. Put the file itself there"
+            f"{path} is a link to {cut(repr(os.readlink(path)), 100)}, out of the folder, which only the cache of "
+            "huggingface_hub may have; put the file itself there"
         )
     return path
 
 
 def _blobs(home: Path) -> list[Path]:
-    """Where the files of a snapshot of huggingface_hub's cache are: …/snapshots/REVISION[/FOLDER] has …/blobs."""
+    """The blob folders of a snapshot in huggingface_hub's cache: …/snapshots/REVISION[/FOLDER] has …/blobs."""
     places = (home, home.parent)
     return [place.parent.parent / "blobs" for place in places if place.parent.name == "snapshots"]
 
 
 def read_json(path: Path) -> Any:
-    """A JSON value of at most ``MAX_JSON`` bytes, in which no key stands twice and numbers are finite.
+    """Read a JSON value of at most ``MAX_JSON`` bytes, with unique keys and finite numbers.
 
     Raises:
-        CheckpointError: anything else.
+        CheckpointError: the file is too large or not such JSON.
     """
     try:
         size = path.stat().st_size
@@ -79,11 +79,11 @@ def read_json(path: Path) -> Any:
     except (ValueError, RecursionError, OSError) as error:
         if isinstance(error, CheckpointError):
             raise
-        raise CheckpointError(f"{path} is no JSON text ({cut(error)}); copy the folder again") from error
+        raise CheckpointError(f"{path} is not a JSON text ({cut(error)}); copy the folder again") from error
 
 
 def parse_json(text: str | bytes) -> Any:
-    """A JSON value; raises ValueError or RecursionError."""
+    """Parse a JSON value; raises ValueError or RecursionError."""
     return json.loads(text, object_pairs_hook=_unique, parse_constant=_no_constant)
 
 
@@ -101,7 +101,7 @@ class Tensors:
         self.shapes = {name: tuple(part.get_shape()) for name, part in slices.items()}
         self._dtypes = {name: part.get_dtype() for name, part in slices.items()}
         self._names = {name: name for name in slices}
-        # safetensors stores tensors that share their memory once, and notes the other names.
+        # safetensors stores tensors that share memory once, and lists the other names in the metadata.
         for alias, name in (weights.metadata() or {}).items():
             if name in slices and alias not in slices:
                 self.shapes[alias], self._dtypes[alias], self._names[alias] = (
@@ -111,7 +111,7 @@ class Tensors:
                 )
 
     def rename(self, names: Mapping[str, str]) -> None:
-        """Give tensors other names, {old: new}."""
+        """Rename tensors, {old: new}."""
         if len({names.get(name, name) for name in self._names}) < len(self._names):
             raise CheckpointError(f"{self.path} holds a tensor twice, with and without '_orig_mod'; save it again")
         for table in (self.shapes, self._dtypes, self._names):
@@ -120,10 +120,10 @@ class Tensors:
             table.update(entries)
 
     def read(self, name: str, shape: tuple[int, ...]) -> Tensor:
-        """One tensor as float32, its numbers finite.
+        """Read one tensor as float32.
 
         Raises:
-            CheckpointError: it is missing, of another shape or type, or holds what is not finite.
+            CheckpointError: it is missing, has another shape or type, or holds a value that is not finite.
         """
         if name not in self.shapes:
             raise CheckpointError(f"{self.path} lacks the tensor {name}")
@@ -131,7 +131,7 @@ class Tensors:
             raise CheckpointError(f"{self.path}: {name} has shape {cut(self.shapes[name], 60)}, expected {shape}")
         if self._dtypes[name] not in DTYPES:
             raise CheckpointError(f"{self.path}: {name} is of type {self._dtypes[name]}, expected one of {DTYPES}")
-        # Cloned: matrix products round by the alignment of their factors, which in a file depends on its header.
+        # Cloned: rounding of matrix products depends on memory alignment, which in a file depends on its header.
         value = self._weights.get_tensor(self._names[name]).to(torch.float32, copy=True)
         if not torch.isfinite(value).all():
             raise CheckpointError(f"{self.path}: {name} holds a value that is not finite; the training run diverged")
@@ -143,7 +143,7 @@ def open_tensors(path: Path) -> Iterator[Tensors]:
     """Open a safetensors file whose header has at most ``MAX_HEADER`` bytes.
 
     Raises:
-        CheckpointError: damaged, or no safetensors file.
+        CheckpointError: the file is damaged or not a safetensors file.
     """
     try:
         with path.open("rb") as file:
@@ -154,25 +154,25 @@ def open_tensors(path: Path) -> Iterator[Tensors]:
     except CheckpointError:
         raise
     except (SafetensorError, ValueError, OSError) as error:
-        raise CheckpointError(f"{path} is damaged or no safetensors file ({cut(error)}); copy it again") from error
+        raise CheckpointError(f"{path} is damaged or not a safetensors file ({cut(error)}); copy it again") from error
 
 
 def cut(text: object, most: int = 250) -> str:
-    """Text of bounded length, for messages."""
+    """Shorten a text for messages."""
     return f"{text!s:.{most}}"
 
 
 def some(names: list[str]) -> str:
-    """The first of a list of names, for messages."""
+    """The first names of a list, for messages."""
     return f"{names[:4]} and {len(names) - 4} more" if len(names) > 4 else str(names)
 
 
 def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     twice = [key for key, count in Counter(key for key, _ in pairs).items() if count > 1]
     if twice:
-        raise ValueError(f"keys {some(twice)} stand there twice")
+        raise ValueError(f"keys {some(twice)} occur twice")
     return dict(pairs)
 
 
 def _no_constant(name: str) -> Any:
-    raise ValueError(f"{name} is no number of JSON")
+    raise ValueError(f"{name} is not a JSON number")

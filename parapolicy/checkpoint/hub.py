@@ -1,7 +1,7 @@
-"""Policies of the Hugging Face hub by their name: ``hf://owner/name`` or ``hf://owner/name@revision``.
+"""Policies on the Hugging Face hub, named ``hf://owner/name`` or ``hf://owner/name@revision``.
 
-huggingface_hub downloads into its own cache and answers from it without a network. Only files that the readers of
-folders take are fetched: no pickle, no script.
+huggingface_hub downloads into its own cache, which also works without a network. Only files that the folder readers
+need are downloaded: no pickle, no script.
 """
 
 import os
@@ -18,11 +18,11 @@ FOLDERS = ("", "pretrained_model/", "pretrained_model_ema/")
 
 
 def resolve(path: str | os.PathLike[str]) -> Path:
-    """A path as it is; of a name on the hub, the folder of its files.
+    """The folder of the files of a name on the hub; any other path is returned unchanged.
 
     Raises:
-        CheckpointError: no name of the form ``hf://owner/name[@revision]``, or one that the hub and the cache do not
-            have.
+        CheckpointError: the name does not have the form ``hf://owner/name[@revision]``, or neither the hub nor the
+            cache has it.
     """
     text = os.fspath(path)
     if not text.startswith(SCHEME):
@@ -32,14 +32,14 @@ def resolve(path: str | os.PathLike[str]) -> Path:
         raise CheckpointError(
             f"the policy's name is {text[:200]!r}, expected hf://owner/name or hf://owner/name@revision"
         )
-    from huggingface_hub import snapshot_download  # takes its time to load
+    from huggingface_hub import snapshot_download  # slow to load
 
     repository, revision = match.groups()
     patterns = [folder + file for folder in FOLDERS for file in FILES]
     try:
         return Path(snapshot_download(repository, revision=revision, allow_patterns=patterns))
-    except (OSError, ValueError, RuntimeError) as error:  # huggingface_hub's own errors are of these
+    except (OSError, ValueError, RuntimeError) as error:  # huggingface_hub's own errors derive from these
         raise CheckpointError(
-            f"{text} is neither in the cache nor could it be downloaded ({type(error).__name__}: {error!s:.250}); see "
-            "to its name and revision, the network, or (for private ones) the login of huggingface_hub"
+            f"{text} is neither in the cache nor could it be downloaded ({type(error).__name__}: {error!s:.250}); "
+            "check its name and revision, the network, and (for private ones) the login of huggingface_hub"
         ) from error

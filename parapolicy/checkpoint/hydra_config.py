@@ -1,8 +1,8 @@
-"""The configuration in a published checkpoint, looked up value by value: nothing is instantiated or evaluated.
+"""The configuration in a published checkpoint. Values are looked up one by one; nothing is instantiated or evaluated.
 
-It is an omegaconf tree, taken apart by the unpickler, or plain dictionaries. Values may refer to others (``${a.b}``);
-those are followed. Of everything else that ``${…}`` can do, only a sum of references is understood, because it stands
-in every published configuration; expressions, the environment and clocks are refused.
+It is an omegaconf tree, taken apart by the unpickler, or plain dictionaries. References to other values (``${a.b}``)
+are followed. Of the other forms of ``${…}``, only a sum of references is supported, because every published
+configuration has one. Expressions, environment variables and clocks are refused.
 """
 
 import re
@@ -11,8 +11,8 @@ from typing import Any
 
 from parapolicy.checkpoint.inert import Instance
 
-MAX_REFERENCES, MAX_FOLLOWED = 20, 10_000  # that lead to each other, and in all
-MAX_NODES, MAX_DEPTH = 10_000, 16  # of one value that is asked for
+MAX_REFERENCES, MAX_FOLLOWED = 20, 10_000  # in one chain, and in total
+MAX_NODES, MAX_DEPTH = 10_000, 16  # of one value
 
 _REFERENCE = re.compile(r"\$\{\s*([A-Za-z_]\w*(?:\.\w+)*)\s*\}")
 _TERM = r"\s*(?:\$\{[\w.]+\}|\d{1,6})\s*"
@@ -21,7 +21,7 @@ _MISSING = object()
 
 
 class Unresolved(ValueError):
-    """A value stands in the configuration as an expression that is not evaluated here."""
+    """A value of the configuration is an expression, which is not evaluated here."""
 
 
 class Config:
@@ -29,7 +29,7 @@ class Config:
 
     Args:
         root: the configuration.
-        error: makes the error that names the file.
+        error: makes an error that names the file.
     """
 
     def __init__(self, root: Any, error: Callable[[str], Exception]) -> None:
@@ -39,7 +39,7 @@ class Config:
         """The plain value at a path: numbers, texts, lists and dictionaries.
 
         Raises:
-            CheckpointError: it is not there and there is no default, or it is an expression.
+            CheckpointError: it is missing and has no default, or it is an expression.
         """
         try:
             found = self._value(path)
@@ -47,14 +47,12 @@ class Config:
             raise self._error(str(error)) from error
         if found is _MISSING:
             if default is _MISSING:
-                raise self._error(
-                    f"its config lacks {path}, which is needed; save the checkpoint with its whole config"
-                )
+                raise self._error(f"its config lacks {path}; save the checkpoint with its whole config")
             return default
         return found
 
     def known(self, path: str) -> Any:
-        """As :meth:`get`, but None where the value is not there or is an expression."""
+        """As :meth:`get`, but None if the value is missing or an expression."""
         try:
             found = self._value(path)
         except Unresolved:
@@ -69,10 +67,10 @@ class Config:
         return found
 
     def count(self, path: str, default: Any = _MISSING, least: int = 1) -> int:
-        """A whole number from ``least`` on."""
+        """A whole number of at least ``least``."""
         found = self.get(path, default)
         if type(found) is not int or not least <= found < 2**31:
-            raise self._error(f"{path} is {found!r:.80} in its config, expected a whole number from {least} on")
+            raise self._error(f"{path} is {found!r:.80} in its config, expected a whole number of at least {least}")
         return found
 
     def text(self, path: str, default: Any = _MISSING) -> str:
@@ -83,13 +81,13 @@ class Config:
         return found
 
     def keys(self, path: str) -> list[str]:
-        """The names in the dictionary at a path; their values are not looked at."""
+        """The names in the dictionary at a path; their values are not read."""
         try:
             content = self._content(self._find(path, 0), path, 0)
         except Unresolved as error:
             raise self._error(str(error)) from error
         if not isinstance(content, dict) or not all(isinstance(key, str) for key in content):
-            raise self._error(f"{path} is no dictionary in its config; save the checkpoint with its whole config")
+            raise self._error(f"{path} is not a dictionary in its config; save the checkpoint with its whole config")
         return list(content)
 
     def _value(self, path: str) -> Any:
@@ -109,7 +107,7 @@ class Config:
         return node
 
     def _content(self, node: Any, path: str, references: int) -> Any:
-        """What a node holds, after following references: a dictionary or list of nodes, or a plain value."""
+        """A node's content after following references: a dictionary or list of nodes, or a plain value."""
         if isinstance(node, Instance):
             state = node.state if isinstance(node.state, dict) else {}
             node = state.get("_val", state.get("_content", _MISSING))
@@ -122,19 +120,19 @@ class Config:
     def _follow(self, text: str, path: str, references: int) -> Any:
         self._left -= 1
         if references >= MAX_REFERENCES or self._left < 0:
-            raise Unresolved(f"{path} is {text!r:.60} in its config, and that refers to itself; give it a value")
+            raise Unresolved(f"{path} is {text!r:.60} in its config, which refers to itself; give it a value")
         match = _REFERENCE.fullmatch(text)
         if match:
             node = self._find(match[1], references + 1)
             if node is _MISSING:
-                raise Unresolved(f"{path} is {text!r:.60} in its config, which is not there; give it a value")
+                raise Unresolved(f"{path} is {text!r:.60} in its config, which does not exist; give it a value")
             return self._content(node, path, references + 1)
         match = _SUM.fullmatch(text) if len(text) < 200 else None
         terms = [t.strip() for t in match[1].split("+")] if match else []
         values = [int(t) if t.isdigit() else self._follow(t, path, references + 1) for t in terms]
         if not values or not all(type(value) is int for value in values):
             raise Unresolved(
-                f"{path} is {text!r:.100} in its config, an expression, and expressions in files are never evaluated; "
+                f"{path} is the expression {text!r:.100} in its config, and expressions in files are never evaluated; "
                 "save it with the config resolved (OmegaConf.resolve), as the published train.py does"
             )
         return sum(values)

@@ -1,4 +1,4 @@
-"""What a pickle of ``torch.save`` is turned into besides plain values: names, objects taken apart, numbers on disk."""
+"""The inert values that a pickle of ``torch.save`` becomes: names, objects taken apart, tensors still on disk."""
 
 import math
 import re
@@ -13,7 +13,7 @@ from parapolicy.checkpoint.archive import Archive, Entry
 MAX_RANK, MAX_AXIS = 16, 2**40  # of a tensor
 DTYPE, ARRAY = "numpy.dtype", "numpy.ndarray"
 
-# Kinds of storages, all of which have numbers that any bytes are a value of.
+# Types of storages. Any bytes are valid numbers of these types.
 STORAGES = {
     "torch.FloatStorage": torch.float32,
     "torch.DoubleStorage": torch.float64,
@@ -29,11 +29,11 @@ STORAGES = {
 
 
 class UnsafeValue(ValueError):
-    """A pickle holds something that is not built here."""
+    """A pickle contains a value that is not supported."""
 
 
 class Global:
-    """The name of a class or function; never the thing itself."""
+    """The name of a class or function; the object itself is never looked up."""
 
     __slots__ = ("name",)
 
@@ -42,7 +42,7 @@ class Global:
 
 
 class Instance:
-    """An object taken apart: the name of its class, its arguments, and the state that was pickled (None: none)."""
+    """An object taken apart: the name of its class, its arguments, and its pickled state (None: none)."""
 
     __slots__ = ("args", "name", "state")
 
@@ -52,7 +52,7 @@ class Instance:
 
 
 class Storage(NamedTuple):
-    """An entry of the archive that holds numbers, ``length`` of them."""
+    """An entry of the archive with ``length`` numbers."""
 
     archive: Archive
     dtype: torch.dtype
@@ -64,10 +64,10 @@ class TensorRef:
     """A tensor whose numbers are still in the file.
 
     Attributes:
-        dtype, shape: of the tensor; known to fit its storage.
+        dtype, shape: of the tensor; checked to fit its storage.
 
     Raises:
-        UnsafeValue: a view that is malformed, ends outside of its storage, or has more elements than that.
+        UnsafeValue: a view that is malformed, ends outside of its storage, or has more elements than its storage.
     """
 
     __slots__ = ("_offset", "_storage", "_stride", "dtype", "shape")
@@ -87,7 +87,7 @@ class TensorRef:
         self._storage, self._offset, self._stride = storage, offset, stride
 
     def load(self) -> Tensor:
-        """Read it: contiguous, on the CPU, whatever device it was on.
+        """Read the tensor, contiguous and on the CPU.
 
         Raises:
             CheckpointError: damaged data.
@@ -100,7 +100,7 @@ class TensorRef:
         return view.contiguous() if view.numel() == length else view.clone(memory_format=torch.contiguous_format)
 
     def equals(self, other: "TensorRef") -> bool:
-        """Whether another tensor of the file has the same values; read only where checksums do not tell."""
+        """Whether another tensor of the file has the same values; read only if checksums do not decide."""
         if (self.dtype, self.shape) != (other.dtype, other.shape):
             return False
         mine, theirs = self._storage.entry, other._storage.entry
@@ -114,10 +114,10 @@ class TensorRef:
 
 
 def read_array(value: Any) -> np.ndarray:
-    """The numpy array that an :class:`Instance` describes; a copy.
+    """A copy of the numpy array that an :class:`Instance` describes.
 
     Raises:
-        UnsafeValue: no such description, or one of other things than numbers.
+        UnsafeValue: not a description of an array of numbers.
     """
     if not isinstance(value, Instance) or value.name != ARRAY or type(value.state) is not tuple:
         raise UnsafeValue(f"a {type(value).__name__}, expected a numpy array")
@@ -139,7 +139,7 @@ def read_array(value: Any) -> np.ndarray:
 
 
 def read_scalar(args: Any, state: Any, data: bytes) -> bool | int | float:
-    """A numpy number from what its dtype was pickled with, as python's own."""
+    """A numpy number as a Python number, from the pickled arguments and state of its dtype."""
     kind = _dtype(args, state)
     if len(data) != kind.itemsize:
         raise UnsafeValue(f"a numpy number of {len(data)} bytes, expected {kind.itemsize}")
@@ -151,5 +151,5 @@ def _dtype(args: Any, state: Any) -> np.dtype:
     code = args[0] if args else None
     order = state[1] if type(state) is tuple and len(state) > 1 else "|"
     if type(code) is not str or not re.fullmatch(r"b1|[iu][1248]|f[248]", code) or order not in ("<", ">", "|", "="):
-        raise UnsafeValue(f"a numpy dtype {code!r:.40}, expected one of numbers")
+        raise UnsafeValue(f"the numpy dtype {code!r:.40}, expected a numeric one")
     return np.dtype(f"{order}{code}")

@@ -1,7 +1,7 @@
 """A LeRobot folder's ``config.json`` as a :class:`parapolicy.PolicySpec`.
 
-Every setting that changes an answer is taken from the file. LeRobot changed its defaults between releases, so that a
-setting that the file lacks is not guessed. Settings of training, the device and what is unknown are passed over.
+Every setting that changes the chunks is taken from the file. LeRobot's defaults changed between releases, so a missing
+setting is not guessed. Settings of training and the device, and unknown ones, are ignored.
 """
 
 from collections.abc import Mapping
@@ -23,7 +23,7 @@ SCHEDULERS: dict[str, dict[str, Any]] = {
 }
 SCHEDULE = ("num_train_timesteps", "beta_start", "beta_end", "beta_schedule", "clip_sample", "clip_sample_range")
 PREDICTIONS = ("epsilon", "sample")
-# Arguments of the network, and under which name and as what kind LeRobot's config has them.
+# Arguments of the network, and their names and types in LeRobot's config.
 UNET: dict[str, tuple[str, type]] = {
     "diffusion_step_embed_dim": ("diffusion_step_embed_dim", int),
     "down_dims": ("down_dims", list),
@@ -31,17 +31,17 @@ UNET: dict[str, tuple[str, type]] = {
     "n_groups": ("n_groups", int),
     "cond_predict_scale": ("use_film_scale_modulation", bool),
 }
-FINAL_GROUPS = 8  # of the UNet's last GroupNorm, whatever n_groups is
+FINAL_GROUPS = 8  # of the UNet's last GroupNorm, for every n_groups
 
 
 class Described(NamedTuple):
-    """What ``config.json`` says.
+    """The contents of ``config.json``.
 
     Attributes:
-        spec: the policy, its observations in the order of the condition: state, cameras, environment state.
+        spec: the policy, with its observations in the order of the condition: state, cameras, environment state.
         values: LeRobot's type and the statistics' shape of each observation and of ``"action"``.
-        modes: how each of them is normalised, where statistics stand among the weights.
-        others: keys that the policy observes by its config, but its network never sees.
+        modes: the normalisation mode of each of them, for statistics among the weights.
+        others: keys that the config lists as inputs, but LeRobot's network does not use.
         separate: each camera has its own encoder.
     """
 
@@ -53,7 +53,7 @@ class Described(NamedTuple):
 
 
 def is_lerobot(config: Any) -> bool:
-    """Whether a config is of a LeRobot policy, of whichever kind."""
+    """Whether a config is of a LeRobot policy of any type."""
     named = isinstance(config, dict) and bool(config.keys() & {"input_features", "input_shapes"})
     return named and "format" not in config
 
@@ -66,9 +66,9 @@ def describe(path: Path, config: Mapping[str, Any]) -> Described:
     """
     settings = Settings(path, config)
     if config.get("type", "diffusion") != "diffusion":
-        raise settings.wrong("type", "expected 'diffusion', the only one of LeRobot's policies that is read here")
+        raise settings.wrong("type", "expected 'diffusion', the only supported policy of LeRobot")
     if "type" not in config and "noise_scheduler_type" not in config:
-        raise settings.wrong("noise_scheduler_type", "and there is no 'type': only diffusion policies are read here")
+        raise settings.wrong("noise_scheduler_type", "and 'type' is missing, expected a diffusion policy")
     if config.get("use_peft"):
         raise settings.wrong("use_peft", "expected false: merge the adapter into the weights and save the policy again")
     features, action, modes = (_former if "input_shapes" in config else _features)(settings)
@@ -86,7 +86,7 @@ def describe(path: Path, config: Mapping[str, Any]) -> Described:
         raise settings.wrong("down_dims", f"expected 1 to {MAX_LEVELS} numbers of channels")
     if horizon % 2 ** len(down_dims):
         raise settings.wrong(
-            "horizon", f"expected a multiple of {2 ** len(down_dims)}, as LeRobot's {len(down_dims)} levels"
+            "horizon", f"expected a multiple of {2 ** len(down_dims)}, for LeRobot's {len(down_dims)} levels"
         )
     network = {
         "name": "unet1d",
@@ -98,7 +98,7 @@ def describe(path: Path, config: Mapping[str, Any]) -> Described:
         network["encoder"] = {"cameras": dict.fromkeys(cameras, camera), "shared": not separate}
     for name in SCHEDULE:
         if name not in config:
-            raise settings.wrong(name, "expected what the network was trained with")
+            raise settings.wrong(name, "expected the value that the network was trained with")
     train_steps = settings.get("num_train_timesteps", int)
     steps = config.get("num_inference_steps")
     if steps is not None and (type(steps) is not int or not 1 <= steps <= train_steps):
@@ -124,23 +124,23 @@ def describe(path: Path, config: Mapping[str, Any]) -> Described:
             provenance={"format": "LeRobot", **_warnings(config, [*features], used, cameras)},
         )
     except ValueError as error:
-        raise CheckpointError(f"{path} describes no policy: {cut(error)}") from error
+        raise CheckpointError(f"{path} does not describe a policy: {cut(error)}") from error
     values = {key: Value(features[key][0], observation[key].normalizer_shape) for key in used}
     values[ACTION] = Value("ACTION", tuple(action))
     return Described(spec, values, modes, [key for key in features if key not in used], separate)
 
 
 def _warnings(config: Mapping[str, Any], features: list[str], used: list[str], cameras: list[str]) -> dict[str, Any]:
-    """What a user should know, as an entry of the spec's provenance."""
+    """Warnings for the user, as an entry of the spec's provenance."""
     found = []
     if unused := [key for key in features if key not in used]:
         found.append(
-            f"the config has the inputs {cut(unused, 200)}, which LeRobot's network never sees; they are left out"
+            f"the config has the inputs {cut(unused, 200)}, which LeRobot's network does not use; they are left out"
         )
     if "input_shapes" in config and len(cameras) > 1:
         found.append(
-            f"the config of 2024 was saved with sorted keys: cameras are taken in its order, {cut(cameras, 200)}, as "
-            "by LeRobot. Training may have had another order"
+            f"the config of 2024 was saved with sorted keys: cameras are used in its order, {cut(cameras, 200)}, as by "
+            "LeRobot. The order in training may have been different"
         )
     return {"warnings": found} if found else {}
 
@@ -158,7 +158,7 @@ def _features(settings: Settings) -> tuple[dict[str, tuple[str, list[int]]], lis
 
 
 def _former(settings: Settings) -> tuple[dict[str, tuple[str, list[int]]], list[int], dict[str, str]]:
-    """As :func:`_features`, from the names of 2024: types are told by the keys."""
+    """As :func:`_features`, from the config of 2024, where the keys tell the types."""
     shapes, outputs = settings.get("input_shapes", dict), settings.get("output_shapes", dict)
     inputs = {}
     for key, shape in shapes.items():
@@ -182,7 +182,7 @@ def _typed(settings: Settings, key: str, value: Any) -> tuple[str, list[int]]:
 
 def _observed(settings: Settings, key: str, kind: str, shape: list[int]) -> Feature:
     if {STATE: "STATE", ENVIRONMENT: "ENV"}.get(key, "VISUAL") != kind or len(shape) != (3 if kind == "VISUAL" else 1):
-        raise CheckpointError(f"{settings.path}: {key} is of type {cut(kind, 60)} and shape {shape}, which do not fit")
+        raise CheckpointError(f"{settings.path}: {key} has type {cut(kind, 60)} and shape {shape}, which do not fit")
     if kind == "VISUAL" and shape[0] != 3:
         raise CheckpointError(f"{settings.path}: {key} has shape {shape}, expected (3, height, width)")
     return Feature((*shape[1:], shape[0]) if kind == "VISUAL" else tuple(shape), KINDS[kind])
@@ -196,7 +196,7 @@ def _camera(settings: Settings, image: Feature) -> dict[str, Any]:
     ratio = settings.get("crop_ratio", float, 1.0)
     if not 0 < ratio <= 1:
         raise settings.wrong("crop_ratio", "expected a number above 0, at most 1")
-    if resize:  # the crop is then always derived
+    if resize:  # the crop is then always derived from it
         crop = [int(side * ratio) for side in resize] if ratio < 1 else None
     keypoints = settings.get("spatial_softmax_num_keypoints", int)
     return {

@@ -1,8 +1,8 @@
-"""A diffusion policy as LeRobot saves it: ``config.json`` and ``model.safetensors``, from 0.4 on with processor files.
+"""A diffusion policy as saved by LeRobot: ``config.json``, ``model.safetensors``, and processor files from 0.4 on.
 
 All layouts since 2024 are read: statistics in the processors' files (0.4 to 0.6) or among the weights (up to 0.3.3),
-and the config of 2024 with ``input_shapes``. LeRobot loads weights with ``strict=False`` and keeps random ones where a
-tensor is missing. Here every tensor must be there with its shape, and nothing else may be.
+and the config of 2024 with ``input_shapes``. LeRobot loads weights with ``strict=False`` and keeps random values for
+missing tensors. Here every tensor must exist with its shape, and no others.
 """
 
 import dataclasses
@@ -30,7 +30,7 @@ from parapolicy.spec import PolicySpec
 
 CONFIG, WEIGHTS = "config.json", "model.safetensors"
 PRETRAINED, EMA = "pretrained_model", "pretrained_model_ema"
-COMPILED = "._orig_mod"  # what torch.compile puts into the names of a module's tensors
+COMPILED = "._orig_mod"  # torch.compile inserts this into the names of a module's tensors
 BUFFERS = ("normalize_inputs", "normalize_targets", "unnormalize_outputs")
 
 
@@ -54,7 +54,7 @@ def find_ema(path: Path) -> Path:
     if not (found / CONFIG).is_file():
         raise CheckpointError(
             f"{path} has no averaged weights: {EMA} is missing beside {folder.name!r}. Leave out ema=True; formats "
-            "that hold averaged weights in the same file use them by themselves"
+            "with averaged weights in the same file always use them"
         )
     return found
 
@@ -63,7 +63,7 @@ def read(path: Path) -> tuple[PolicySpec, Network, Normalizer]:
     """Read a folder onto the CPU.
 
     Raises:
-        CheckpointError: a file is missing, damaged or leads out of the folder; a setting or step is not supported; or
+        CheckpointError: a file is missing, damaged or outside of the folder; a setting or step is not supported; or
             the weights, statistics and config do not match.
     """
     folder = _folder(path)
@@ -77,7 +77,7 @@ def read(path: Path) -> tuple[PolicySpec, Network, Normalizer]:
             with torch.device("meta"):
                 network = build_network(spec)
         except (ValueError, TypeError, RuntimeError, ArithmeticError) as error:
-            raise CheckpointError(f"{config_path} describes no policy: {cut(error)}") from error
+            raise CheckpointError(f"{config_path} does not describe a policy: {cut(error)}") from error
         tensors = _read_tensors(weights, described, network)
     network.load_state_dict(tensors, assign=True)
     network.requires_grad_(False).eval()
@@ -89,7 +89,7 @@ def read(path: Path) -> tuple[PolicySpec, Network, Normalizer]:
 
 
 def _renamed(spec: PolicySpec, given: Mapping[str, str]) -> PolicySpec:
-    """The spec with the names under which observations are given, {key: name}."""
+    """The spec with observations renamed to the names used by callers, {key: name}."""
     network = dict(spec.network)
     if "encoder" in network:
         cameras = network["encoder"]["cameras"]
@@ -108,8 +108,8 @@ def _processing(folder: Path, weights: Tensors, described: Described) -> Process
     if has_processors(folder):
         if former:
             raise CheckpointError(
-                f"{weights.path} holds statistics ({some(former)}) beside processor files, which hold them, too; "
-                "expected one of both: save the policy again"
+                f"{weights.path} holds statistics ({some(former)}) in addition to the processor files; expected one of "
+                "both: save the policy again"
             )
         return from_processors(folder, described.values)
     if not former and any(described.modes[key] != "IDENTITY" for key in described.values):
@@ -121,7 +121,7 @@ def _processing(folder: Path, weights: Tensors, described: Described) -> Process
 
 
 def _read_tensors(weights: Tensors, described: Described, network: Network) -> dict[str, Tensor]:
-    """The network's tensors, by our names; all others of the file are accounted for."""
+    """The network's tensors, by our names. Any other tensor of the file must be a known one."""
     own = {name: tuple(value.shape) for name, value in network.state_dict().items()}
     theirs = {name: published for name in own if (published := published_name(name, described.separate))}
     grids = {published: own[name] for name, published in theirs.items() if published.endswith("pool.nets.weight")}
@@ -137,10 +137,10 @@ def _read_tensors(weights: Tensors, described: Described, network: Network) -> d
             f"{weights.path} does not match {CONFIG}: missing tensors {cut(some(missing), 150)}, unexpected tensors "
             f"{cut(some(unknown), 150)}"
         )
-    for name, published in theirs.items():  # all shapes, before anything is read
+    for name, published in theirs.items():  # check all shapes before reading
         if weights.shapes[published] != own[name]:
             raise CheckpointError(
-                f"{weights.path}: {published} has shape {cut(weights.shapes[published], 60)}, {CONFIG} calls for "
+                f"{weights.path}: {published} has shape {cut(weights.shapes[published], 60)}, expected from {CONFIG}  "
                 f"{own[name]}"
             )
     _check_grids(weights, network, [*grids])
@@ -149,7 +149,7 @@ def _read_tensors(weights: Tensors, described: Described, network: Network) -> d
 
 
 def published_name(name: str, separate: bool) -> str | None:
-    """LeRobot's name of a tensor; None for one that it does not have, the temperature of the spatial softmax."""
+    """LeRobot's name of a tensor; None for the temperature of the spatial softmax, which LeRobot does not have."""
     if name.endswith("pool.temperature"):
         return None
     if not name.startswith("encoder."):
@@ -168,20 +168,20 @@ def published_name(name: str, separate: bool) -> str | None:
 
 
 def _buffers(keys: Iterable[str]) -> set[str]:
-    """The names that statistics among the weights may have."""
+    """The possible names of statistics among the weights."""
     kinds = {name for mode in FORMER_MODES for name in MODES[mode]}
     return {f"{place}.{buffer_name(key)}.{kind}" for place in BUFFERS for key in keys for kind in kinds}
 
 
 def _check_grids(weights: Tensors, network: Network, names: Iterable[str]) -> None:
-    """Whether the spatial softmaxes of the file have our coordinates."""
+    """Check that the spatial softmaxes of the file have our coordinates."""
     pools = [module for name, module in network.named_modules() if name.endswith(".pool")]
     for name, pool in zip(names, pools, strict=True):
         height, width = int(pool.height), int(pool.width)
-        found = weights.read(name, (height * width, 2))  # which bounds the size, too
+        found = weights.read(name, (height * width, 2))  # also bounds the size
         down, across = torch.meshgrid(torch.linspace(-1, 1, height), torch.linspace(-1, 1, width), indexing="ij")
         expected = torch.stack((across.flatten(), down.flatten()), 1)
         if not torch.allclose(found, expected, atol=1e-6):
             raise CheckpointError(
-                f"{weights.path}: {name} holds other coordinates than those of a feature map of {height} x {width}"
+                f"{weights.path}: {name} differs from the coordinates of a {height} x {width} map; save it again"
             )

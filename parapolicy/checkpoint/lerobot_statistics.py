@@ -1,9 +1,9 @@
-"""How a LeRobot folder normalises: its processor files, or in older saves the buffers among the weights.
+"""How a LeRobot folder normalises: by its processor files, or in older saves by buffers among the weights.
 
-The files name classes and other files. A class is never looked up: steps are known here by their registered name, and
-whatever would change a value and is not known is refused.
+The files name classes and other files. A class is never looked up: steps are recognised by their registered name, and
+unknown steps that may change a value are refused.
 
-LeRobot passes over statistics that are missing, and leaves such a value as it is. Here that is an error.
+LeRobot skips missing statistics and leaves the value unnormalised. Here that is an error.
 """
 
 from collections.abc import Callable, Iterator, Mapping
@@ -19,7 +19,7 @@ from parapolicy.errors import CheckpointError
 from parapolicy.normalizer import Affine
 
 PREPROCESSOR, POSTPROCESSOR = "policy_preprocessor.json", "policy_postprocessor.json"
-# The statistics that each mode needs. All but MEAN_STD map the first to -1 and the second to 1.
+# The statistics that each mode needs. Except for MEAN_STD, the first maps to -1 and the second to 1.
 MODES = {
     "MEAN_STD": ("mean", "std"),
     "MIN_MAX": ("min", "max"),
@@ -29,8 +29,8 @@ MODES = {
 TYPES = ("STATE", "VISUAL", "ENV", "ACTION", "REWARD", "LANGUAGE")  # LeRobot's, of features
 FORMER_MODES = ("MEAN_STD", "MIN_MAX")  # of buffers
 FORMER_EPS = 1e-8
-STILL = 2.0**40  # scale of an action that never moved: what the network says then changes no digit
-# Steps that change no value which the policy sees: batches, devices, and words, which a diffusion policy does not read.
+STILL = 2.0**40  # scale of an action that never moved: the network's output then changes no digit of it
+# Steps that change no value that the policy uses: batches, devices, and words, which a diffusion policy does not read.
 PASSIVE = ("to_batch_processor", "device_processor", "tokenizer_processor")
 FLOATS = (None, "float32", "float")
 
@@ -45,27 +45,27 @@ class Value(NamedTuple):
 
 
 class Processing(NamedTuple):
-    """One affine map per key, ``"action"`` included, and the names under which observations are given: {key: name}."""
+    """One affine map per key, ``"action"`` included, and the observations' names used by callers: {key: name}."""
 
     maps: dict[str, Affine]
     given: dict[str, str]
 
 
 def has_processors(folder: Path) -> bool:
-    """Whether a folder has either of the processor files, as all from LeRobot 0.4 on have both."""
+    """Whether a folder has either of the processor files. From LeRobot 0.4 on, every folder has both."""
     return any((folder / name).exists() or (folder / name).is_symlink() for name in (PREPROCESSOR, POSTPROCESSOR))
 
 
 def from_processors(folder: Path, values: Mapping[str, Value]) -> Processing:
-    """What the two processor files of a folder do.
+    """The normalisation in the two processor files of a folder.
 
     Args:
         folder: of the policy.
         values: the policy's observations and ``"action"``.
 
     Raises:
-        CheckpointError: a file that is missing or damaged, a step or setting that is not supported, or a statistic
-            that is missing or does not fit.
+        CheckpointError: a file is missing or damaged, a step or setting is not supported, or a statistic is missing or
+            does not fit.
     """
     renamed: dict[str, str] = {}
     maps: dict[str, Affine] = {}
@@ -93,19 +93,19 @@ def from_processors(folder: Path, values: Mapping[str, Value]) -> Processing:
 
 
 def from_buffers(weights: Tensors, values: Mapping[str, Value], modes: Mapping[str, str]) -> Processing:
-    """What the buffers among the weights of LeRobot up to 0.3.3 do.
+    """The normalisation in the buffers among the weights of LeRobot up to 0.3.3.
 
     Args:
         weights: the open weights file.
         values: the policy's observations and ``"action"``.
-        modes: of each of them.
+        modes: normalisation mode of each of them.
 
     Raises:
-        CheckpointError: a mode that is not supported, or a statistic that is missing or does not fit.
+        CheckpointError: a mode is not supported, or a statistic is missing or does not fit.
     """
 
     def statistic(key: str, name: str, shape: tuple[int, ...]) -> Tensor:
-        # unnormalize_outputs is what acts; of two buffers that share their memory, the file has the other one alone.
+        # LeRobot uses unnormalize_outputs. If two buffers share their memory, the file has only the other one.
         places = ("unnormalize_outputs", "normalize_targets") if key == "action" else ("normalize_inputs",)
         names = [f"{place}.{buffer_name(key)}.{name}" for place in places]
         return weights.read(next((found for found in names if found in weights.shapes), names[0]), shape)
@@ -131,14 +131,14 @@ def _read_steps(folder: Path, name: str) -> tuple[Path, list[tuple[str, dict[str
     content = read_json(path)
     steps = content.get("steps") if isinstance(content, dict) else None
     if not isinstance(steps, list):
-        raise CheckpointError(f"{path} has no list of steps, as LeRobot's processor files have; copy it again")
+        raise CheckpointError(f"{path} has no list of steps, expected a LeRobot processor file; copy it again")
     found = []
     for step in steps:
         registered = step.get("registry_name") if isinstance(step, dict) else None
         if not isinstance(registered, str) or "class" in step:
             raise CheckpointError(
-                f"{path}: the step {cut(step, 150)} names no registered step but a class or nothing. No class that a "
-                "file names is imported here; remove the step, and do in your own program what it does"
+                f"{path}: the step {cut(step, 150)} has no registered name. Classes named in a file are never imported "
+                "here; remove the step, and do its work in your own program"
             )
         config = step.get("config", {})
         if not isinstance(config, dict):
@@ -150,9 +150,9 @@ def _read_steps(folder: Path, name: str) -> tuple[Path, list[tuple[str, dict[str
 def _check_passive(path: Path, name: str, config: Mapping[str, Any]) -> None:
     if name not in PASSIVE:
         raise CheckpointError(
-            f"{path}: the step {cut(repr(name), 100)} is not supported at its place; without it, actions would be "
+            f"{path}: the step {cut(repr(name), 100)} is not supported at its place, and without it actions would be "
             "wrong. Supported: rename_observations_processor, then one normalizer_processor (unnormalizer_processor "
-            f"behind the policy), beside {', '.join(PASSIVE)}. Remove the step, and do in your own program what it does"
+            f"after the policy), besides {', '.join(PASSIVE)}. Remove the step, and do its work in your own program"
         )
     if name == "device_processor" and config.get("float_dtype") not in FLOATS:
         raise CheckpointError(
@@ -163,22 +163,22 @@ def _check_passive(path: Path, name: str, config: Mapping[str, Any]) -> None:
 
 def _require(path: Path, found: object, name: str) -> None:
     if not found:
-        raise CheckpointError(f"{path} has no step {name}: nothing says how to normalise; save the policy again")
+        raise CheckpointError(f"{path} has no step {name}, which says how to normalise; save the policy again")
 
 
 def _texts(path: Path, name: str, value: Any) -> dict[str, str]:
     if not isinstance(value, dict) or not all(isinstance(text, str) for text in value.values()):
-        raise CheckpointError(f"{path}: {name} is {cut(repr(value), 100)}, expected texts by texts")
+        raise CheckpointError(f"{path}: {name} is {cut(repr(value), 100)}, expected a map from texts to texts")
     return value
 
 
 class _Step:
-    """The settings and statistics of a (un)normalizer step."""
+    """The settings of a normalizer or unnormalizer step."""
 
     def __init__(self, path: Path, config: Mapping[str, Any]) -> None:
         known = {"eps", "features", "norm_map", "normalize_observation_keys"}
         if unknown := sorted(config.keys() - known):
-            raise CheckpointError(f"{path}: a normaliser has the settings {cut(unknown)}, which are not supported")
+            raise CheckpointError(f"{path}: a normalizer has the settings {cut(unknown)}, which are not supported")
         self.path = path
         self.modes = _texts(path, "norm_map", config.get("norm_map"))
         for kind, mode in self.modes.items():
@@ -190,7 +190,7 @@ class _Step:
                 )
         eps = config.get("eps", FORMER_EPS)
         if not isinstance(eps, int | float) or isinstance(eps, bool) or not 0 <= eps <= 1:
-            raise CheckpointError(f"{path}: eps is {cut(repr(eps), 60)}, expected a small number from 0 on")
+            raise CheckpointError(f"{path}: eps is {cut(repr(eps), 60)}, expected a small number of at least 0")
         self.eps = float(eps)
         self.only = config.get("normalize_observation_keys")
         if self.only is not None and not isinstance(self.only, list):
@@ -198,7 +198,7 @@ class _Step:
         self.features = config.get("features")
 
     def type_of(self, key: str) -> str:
-        """LeRobot's type of an observation as the step has it."""
+        """The step's LeRobot type of an observation."""
         feature = self.features.get(key) if isinstance(self.features, dict) else None
         kind = feature.get("type") if isinstance(feature, dict) else None
         if kind not in TYPES:
@@ -244,7 +244,9 @@ def _statistics(folder: Path, path: Path, state: Any) -> Iterator[Statistic]:
 
         def statistic(key: str, name: str, shape: tuple[int, ...]) -> Tensor:
             full = f"{key}.{name}"
-            if len(shape) == 3 and tensors.shapes.get(full) == shape[:1]:  # of an image, without the axes of length 1
+            if (
+                len(shape) == 3 and tensors.shapes.get(full) == shape[:1]
+            ):  # of an image, saved without the axes of length 1
                 return tensors.read(full, shape[:1]).reshape(shape)
             return tensors.read(full, shape)
 
@@ -255,17 +257,17 @@ def _affine(key: str, mode: str, value: Value, statistic: Statistic, eps: float,
     """The map of one key, in float32 as LeRobot computes it.
 
     Args:
-        always: eps is added to every range, as LeRobot up to 0.3.3 does, and not only where the range is 0.
+        always: eps is added to every range, as in LeRobot up to 0.3.3, and not only to ranges of 0.
     """
     if mode == "IDENTITY":
         return Affine(torch.ones(value.shape), torch.zeros(value.shape))
     first, second = (statistic(key, name, value.shape) for name in MODES[mode])
     if mode == "MEAN_STD":
-        if key == "action":  # unnormalised by std alone
+        if key == "action":  # LeRobot unnormalises by std, without eps
             return Affine(torch.where(second == 0, STILL, 1 / second), torch.zeros(value.shape), first)
         return Affine(1 / (second + eps), torch.zeros(value.shape), first)
     size = second - first
-    if key == "action" and always:  # unnormalised by the range alone
+    if key == "action" and always:  # LeRobot unnormalises by the range, without eps
         scale = torch.where(size == 0, STILL, 2 / size)
     else:
         scale = 2 / (size + eps if always else torch.where(size == 0, eps, size))

@@ -1,12 +1,12 @@
 """The native checkpoint: a folder with ``config.json`` and ``model.safetensors``.
 
-Neither file can carry code. Loading is strict in both directions: every tensor that the configuration calls for must
-be there with its shape, and nothing else may be. Shapes are compared before memory is allocated, so a hostile
-configuration cannot ask for a network larger than the weights beside it.
+Neither file can contain code. Loading is strict in both directions: every tensor of the configuration must exist with
+its shape, and no others. Shapes are compared before memory is allocated, so a hostile configuration cannot ask for a
+network larger than the weights beside it.
 
-Each file names the other: ``config.json`` has the SHA-256 digest of the weights file (what ``sha256sum`` prints), the
-weights' metadata have the digest of the spec, in which the order of the observations counts and the layout as text
-does not. A damaged or edited file is refused. Files from before the digests have neither, and load.
+Each file has a digest of the other: ``config.json`` has the SHA-256 of the weights file (as printed by ``sha256sum``),
+and the weights' metadata have the digest of the spec, which depends on the order of the observations but not on the
+text's layout. A damaged or edited file is refused. Files from before the digests have neither, and load.
 """
 
 import hashlib
@@ -30,7 +30,7 @@ from parapolicy.normalizer import Affine, Normalizer
 from parapolicy.spec import PolicySpec
 
 FORMAT, VERSION = "parapolicy", 2
-READABLE = (1, 2)  # version 1 has its observations in a map, whose order counts
+READABLE = (1, 2)  # version 1 has the observations in a map, whose order counts
 CONFIG, WEIGHTS = "config.json", "model.safetensors"
 WEIGHTS_DIGEST, SPEC_DIGEST = "weights_sha256", "spec_sha256"
 
@@ -38,7 +38,7 @@ WEIGHTS_DIGEST, SPEC_DIGEST = "weights_sha256", "spec_sha256"
 def write_checkpoint(
     folder: str | os.PathLike[str], spec: PolicySpec, network: Mapping[str, Tensor], normalizer: Normalizer
 ) -> None:
-    """Write a policy folder; each file appears whole or not at all."""
+    """Write a policy folder. Each file is written whole or not at all."""
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
     tensors = {f"network.{name}": value for name, value in network.items()}
@@ -67,7 +67,7 @@ def read(folder: str | os.PathLike[str]) -> tuple[PolicySpec, Network, Normalize
     """Read a policy folder onto the CPU.
 
     Raises:
-        CheckpointError: a file is missing, truncated, of another format, or does not match the other one.
+        CheckpointError: a file is missing, truncated or of another format, or the two files do not match.
     """
     folder = Path(folder)
     config = _read_config(folder)
@@ -76,7 +76,7 @@ def read(folder: str | os.PathLike[str]) -> tuple[PolicySpec, Network, Normalize
         with torch.device("meta"):
             network = build_network(spec)
     except (ValueError, TypeError, AttributeError, RuntimeError, ArithmeticError) as error:
-        raise CheckpointError(f"{folder / CONFIG} describes no policy: {cut(error)}") from error
+        raise CheckpointError(f"{folder / CONFIG} does not describe a policy: {cut(error)}") from error
 
     expected = {f"network.{name}": tuple(value.shape) for name, value in network.state_dict().items()}
     centres = {f"normalizer.{key}.centre": shape for key, shape in spec.normalizer_shapes.items()}
@@ -101,7 +101,7 @@ def _read_config(folder: Path) -> dict[str, Any]:
     for name in (CONFIG, WEIGHTS):
         if not (folder / name).is_file():
             raise CheckpointError(
-                f"no checkpoint at {str(folder)!r}: {name} is missing. Expected a folder with {CONFIG} and {WEIGHTS}, "
+                f"no checkpoint at {str(folder)!r}: {name} is missing, expected a folder with {CONFIG} and {WEIGHTS}, "
                 "such as checkpoints/pusht_lowdim"
             )
     config = read_json(path)
@@ -134,10 +134,10 @@ def _read_weights(
             saved = (weights.metadata() or {}).get(SPEC_DIGEST)
             if saved not in (None, spec_digest):
                 raise CheckpointError(
-                    f"{folder / CONFIG} is not what {WEIGHTS} was saved with ({SPEC_DIGEST} differs): copy the folder "
-                    "again, or undo the edit. To change a policy on purpose, load it unchanged as policy, then "
-                    "parapolicy.save_policy(replace(policy, spec=replace(policy.spec, control_hz=20)), folder), with "
-                    "replace of dataclasses"
+                    f"{folder / CONFIG} differs from the one that {WEIGHTS} was saved with ({SPEC_DIGEST} differs); "
+                    "copy the folder again, or undo the edit. To change a policy on purpose, load it unchanged as "
+                    "policy, then parapolicy.save_policy(replace(policy, spec=replace(policy.spec, control_hz=20)), "
+                    "folder), with replace of dataclasses"
                 )
             found = {name: weights.get_slice(name) for name in weights.keys()}  # noqa: SIM118
             expected = {**expected, **{name: shape for name, shape in optional.items() if name in found}}
@@ -145,15 +145,15 @@ def _read_weights(
             both = saved is not None and weights_digest is not None
             if not (weights_digest == _file_digest(path) if both else saved is weights_digest):
                 raise CheckpointError(
-                    f"{path} is not the file that {CONFIG} was saved with ({WEIGHTS_DIGEST} is missing or differs): it "
-                    "is damaged, or belongs to another policy; copy both files again"
+                    f"{path} differs from the file that {CONFIG} was saved with ({WEIGHTS_DIGEST} is missing or "
+                    "differs): it is damaged, or belongs to another policy; copy both files again"
                 )
-            # Cloned: matrix products round by the alignment of their factors, which in a file depends on its header.
+            # Cloned: rounding of matrix products depends on memory alignment, which in a file depends on its header.
             tensors = {name: weights.get_tensor(name).clone() for name in expected}
     except CheckpointError:
         raise
     except (SafetensorError, ValueError, OSError) as error:
-        raise CheckpointError(f"{path} is damaged or no safetensors file ({cut(error)}); copy it again") from error
+        raise CheckpointError(f"{path} is damaged or not a safetensors file ({cut(error)}); copy it again") from error
     for name, tensor in tensors.items():
         if not torch.isfinite(tensor).all():
             raise CheckpointError(f"{path}: {name} holds a value that is not finite; the training run diverged")
@@ -161,7 +161,7 @@ def _read_weights(
 
 
 def _check_tensors(path: Path, found: Mapping[str, Any], expected: Mapping[str, tuple[int, ...]]) -> None:
-    """Compare names, shapes and types; nothing is read yet."""
+    """Compare names, shapes and types before reading."""
     missing, unknown = sorted(expected.keys() - found.keys()), sorted(found.keys() - expected.keys())
     if missing or unknown:
         raise CheckpointError(
@@ -171,13 +171,13 @@ def _check_tensors(path: Path, found: Mapping[str, Any], expected: Mapping[str, 
     for name, shape in expected.items():
         given, kind = tuple(found[name].get_shape()), found[name].get_dtype()
         if given != shape:
-            raise CheckpointError(f"{path}: {name} has shape {cut(given, 60)}, {CONFIG} calls for {shape}")
+            raise CheckpointError(f"{path}: {name} has shape {cut(given, 60)}, expected {shape} from {CONFIG}")
         if kind != "F32":
-            raise CheckpointError(f"{path}: {name} is of type {kind}, expected F32")
+            raise CheckpointError(f"{path}: {name} has type {kind}, expected F32")
 
 
 def _spec_digest(spec: PolicySpec) -> str:
-    """SHA-256 of a spec, whatever the order of its maps and whether a whole number is written 1 or 1.0."""
+    """SHA-256 of a spec. The order of maps, and writing a whole number as 1 or 1.0, do not change it."""
     text = json.dumps(_whole(spec.to_dict()), sort_keys=True, separators=(",", ":"), allow_nan=False)
     return hashlib.sha256(text.encode()).hexdigest()
 

@@ -1,10 +1,10 @@
-"""Reads what ``torch.save`` pickled, without ever running anything.
+"""Reads what ``torch.save`` pickled, without running anything.
 
 A pickle is a program for a small stack machine (the standard library's ``pickletools`` describes its instructions).
-This file is such a machine that knows only how to build values: no instruction imports, calls or sets an attribute.
-A global is a name, and only names on a list are taken; what may stand in for calling one is written here, by hand:
-an ordered dictionary becomes a dictionary, a tensor a :class:`TensorRef` that knows where its numbers lie. Everything
-else is refused by name. Numbers of instructions, bytes and sizes are bounded before anything is built.
+This file is such a machine that can only build values: no instruction imports, calls or sets an attribute. A global is
+a name, and only listed names are accepted. Calls of listed names are replaced by functions written here: an ordered
+dictionary becomes a dictionary, a tensor a :class:`TensorRef` to its numbers in the file. Everything else is refused by
+name. Numbers of instructions, bytes and sizes are bounded before anything is built.
 """
 
 import pickle
@@ -18,7 +18,7 @@ from parapolicy.checkpoint.inert import STORAGES, Global, Instance, Storage, Uns
 from parapolicy.checkpoint.stand_ins import CALLS, NUMPY, OMEGACONF, TORCH, Budget, OrderedValues
 
 MAX_OPCODES = 500_000  # published checkpoints have up to 41,000; bounds time (about 1 s) and memory (about 40 MB)
-MAX_KEY_PARTS = 16  # values in a dictionary's key that is a tuple
+MAX_KEY_PARTS = 16  # values in a tuple that is a dictionary's key
 
 _MARK = object()
 
@@ -26,15 +26,15 @@ _MARK = object()
 def unpickle(archive: Archive, listed: Mapping[str, str]) -> Any:
     """The object in a file of ``torch.save``, as plain values, :class:`Instance` and lazy :class:`TensorRef`.
 
-    Containers may be shared, or contain themselves: do not walk them without counting.
+    Containers may be shared or contain themselves: bound any walk through them.
 
     Args:
         archive: the open file.
-        listed: names that the format may use beside torch's own, such as :data:`OMEGACONF`.
+        listed: names that the format may use besides torch's own, such as :data:`OMEGACONF`.
 
     Raises:
         CheckpointError: a global that is not listed, an instruction or value that ``torch.save`` never writes, a tensor
-            outside of its storage, or more of anything than is bounded here.
+            outside of its storage, or a size beyond the bounds.
     """
     machine = _Machine(archive, {**TORCH, **listed})
     try:
@@ -46,12 +46,12 @@ def unpickle(archive: Archive, listed: Mapping[str, str]) -> Any:
 
 
 def refuse_unknown(path: Path) -> NoReturn:
-    """Raise the CheckpointError that says what a file is which no reader recognises."""
+    """Raise a CheckpointError that describes a file of torch.save that no reader recognises."""
     with Archive(path) as archive:
         value = unpickle(archive, {**OMEGACONF, **NUMPY})
-        found = f"a dictionary with the keys {list(value)[:5]!r:.150}" if isinstance(value, dict) else "no dictionary"
+        found = f"a dictionary with the keys {list(value)[:5]!r:.150}" if isinstance(value, dict) else "another object"
         raise archive.error(
-            f"a file of torch.save that holds {found}, which no reader here knows; expected a checkpoint of "
+            f"a file of torch.save with {found}, which no reader recognises; expected a checkpoint of "
             "real-stanford/diffusion_policy ('cfg', 'state_dicts') or of robomimic ('algo_name', 'model')"
         )
 
@@ -76,7 +76,7 @@ class _Machine:
             if handler is None:
                 raise UnsafeValue(f"the instruction {chr(code)!r}, which torch.save never writes")
             handler(self)
-        raise UnsafeValue(f"more than {MAX_OPCODES} instructions: no checkpoint needs as many")
+        raise UnsafeValue(f"more than {MAX_OPCODES} instructions, more than any checkpoint needs")
 
     # Reading from the pickle and the stack.
 
@@ -117,7 +117,7 @@ class _Machine:
     def set_items(self, items: list[Any]) -> None:
         target = self.stack[-1]
         if type(target) not in (dict, OrderedValues) or len(items) % 2:
-            raise UnsafeValue("items set on something that is no dictionary")
+            raise UnsafeValue("items set on a value that is not a dictionary")
         for key, value in zip(items[::2], items[1::2], strict=True):
             if _count_parts(key) > MAX_KEY_PARTS:
                 raise UnsafeValue(f"a dictionary's key of type {type(key).__name__}")
@@ -125,7 +125,7 @@ class _Machine:
 
     def append(self, items: list[Any]) -> None:
         if type(self.stack[-1]) is not list:
-            raise UnsafeValue("items appended to something that is no list")
+            raise UnsafeValue("items appended to a value that is not a list")
         self.stack[-1].extend(items)
 
     def get(self, index: int) -> None:
@@ -140,15 +140,15 @@ class _Machine:
         full = f"{module!s:.100}.{name!s:.100}"
         if full not in self.listed:
             raise UnsafeValue(
-                f"the global {full!r}, which no checkpoint of this format needs: the file may run programs where it is "
-                "loaded as its author's code does, or it is of another version; ask for its weights as safetensors"
+                f"the global {full!r}, which no checkpoint of this format needs: loading it with its author's code may "
+                "run programs, or it is of another version; ask for its weights as safetensors"
             )
         self.stack.append(self.globals.setdefault(full, Global(full)))
 
     def stack_global(self) -> None:
         name, module = self.pop(), self.pop()
         if not isinstance(name, str) or not isinstance(module, str):
-            raise UnsafeValue("a global whose name is no text")
+            raise UnsafeValue("a global whose name is not a text")
         self.find_global(module, name)
 
     def reduce(self) -> None:
@@ -169,16 +169,16 @@ class _Machine:
     def build(self) -> None:
         state, target = self.pop(), self.stack[-1]
         if isinstance(target, OrderedValues) and type(state) is dict:
-            return  # a state dict's _metadata: versions of modules, which play no part
+            return  # a state dict's _metadata: versions of modules, not needed
         if not isinstance(target, Instance) or target.state is not None or type(state) not in (dict, tuple):
-            raise UnsafeValue(f"a state for a {type(target).__name__}, which takes none")
+            raise UnsafeValue(f"a state for a {type(target).__name__}, which has none")
         target.state = state
 
     def storage(self) -> None:
-        """A storage, from ("storage", its type, its key, the device that it was on, its number of elements)."""
+        """A storage, from ("storage", its type, its key, its device, its number of elements)."""
         pid = self.pop()
         if type(pid) is not tuple or len(pid) != 5 or pid[0] != "storage" or not isinstance(pid[1], Global):
-            raise UnsafeValue("a reference to something that is no storage")
+            raise UnsafeValue("a reference to a value that is not a storage")
         _, kind, key, location, count = pid
         dtype = STORAGES.get(kind.name)
         if dtype is None or type(key) is not str or type(location) is not str or type(count) is not int:
@@ -191,7 +191,7 @@ class _Machine:
 
 
 def _count_parts(key: Any, depth: int = 0) -> int:
-    """How many values a dictionary's key has; more than are allowed where it is of another kind."""
+    """The number of values in a dictionary's key; above the limit if the key has an unsupported type."""
     if key is None or type(key) in (str, bool, float) or (type(key) is int and -(2**63) <= key < 2**63):
         return 1
     if type(key) is not tuple or depth == 4 or len(key) > MAX_KEY_PARTS:
@@ -225,7 +225,7 @@ def _long(size: struct.Struct) -> Callable[[_Machine], None]:
 
 
 def _last(count: int) -> Callable[[_Machine], None]:
-    """A tuple of the last values."""
+    """Make a tuple of the last ``count`` values."""
 
     def collect(m: _Machine) -> None:
         items = [m.pop() for _ in range(count)]

@@ -1,6 +1,6 @@
-"""What a robomimic diffusion policy is, from the config and metadata in its checkpoint.
+"""The spec of a robomimic diffusion policy, from the config and metadata in its checkpoint.
 
-robomimic ignores the sizes that its config gives for the UNet, so that they are taken from the tensors.
+robomimic ignores the UNet's sizes in its config, so they are taken from the tensors.
 """
 
 from collections.abc import Mapping
@@ -16,12 +16,12 @@ from parapolicy.spec import Feature, PolicySpec
 Shapes = Mapping[str, tuple[int, ...]]
 
 UNET, ENCODER = "policy.noise_pred_net", "policy.obs_encoder.nets.obs.obs_nets"
-GROUPS, OWN_DIMS = 8, [256, 512, 1024]  # of the UNet, always; the config's numbers are not used
+GROUPS, OWN_DIMS = 8, [256, 512, 1024]  # always, in robomimic's UNet; the config's numbers are not used
 BACKBONES = {"ResNet18Conv": "resnet18", "ResNet50Conv": "resnet50"}
 POOLS = ("SpatialSoftmax", "SpatialMeanPool")
-TRAINING_ONLY = ("ColorRandomizer", "GaussianNoiseRandomizer")  # change nothing at evaluation
+TRAINING_ONLY = ("ColorRandomizer", "GaussianNoiseRandomizer")  # no effect at evaluation
 CONVERSIONS = {"rot_axis_angle": "axis_angle", "rot_euler": "euler"}
-# As diffusers 0.11.1 takes the network's output, which robomimic is pinned to. Its DDIM takes a 'sample' for noise.
+# Predictions that diffusers 0.11.1, robomimic's version, handles. Its DDIM treats a 'sample' as noise.
 PREDICTIONS = {"ddpm": ("epsilon", "sample", "v_prediction"), "ddim": ("epsilon", "v_prediction")}
 SCHEDULERS: dict[str, dict[str, Any]] = {
     "ddpm": {"_class_name": "DDPMScheduler", "variance_type": "fixed_small"},
@@ -30,12 +30,12 @@ SCHEDULERS: dict[str, dict[str, Any]] = {
 
 
 class Described(NamedTuple):
-    """What the config and metadata say.
+    """The contents of the config and metadata.
 
     Attributes:
         spec: the policy.
-        normalized: observations that are normalised, which is all of them or none.
-        actions: the parts of the action and the numbers of each.
+        normalized: whether observations are normalised: all of them or none.
+        actions: the parts of the action, and the count of numbers in each.
         actions_normalized: whether the config normalises actions.
     """
 
@@ -50,9 +50,9 @@ def describe(path: Path, payload: Mapping[str, Any], config: Mapping[str, Any], 
 
     Args:
         path: the checkpoint.
-        payload: what it holds.
+        payload: its content.
         config: its config, decoded.
-        shapes: of the tensors that act.
+        shapes: of the tensors in use.
 
     Raises:
         CheckpointError: another algorithm, or a setting that is missing, contradictory or not supported.
@@ -60,11 +60,9 @@ def describe(path: Path, payload: Mapping[str, Any], config: Mapping[str, Any], 
     settings, metadata = Settings(path, config, "config: "), Settings(path, payload).inner("shape_metadata")
     algo, train = settings.inner("algo"), settings.inner("train")
     if config.get("algo_name") != "diffusion_policy":
-        raise settings.wrong("algo_name", "expected 'diffusion_policy', the only algorithm that is read here")
+        raise settings.wrong("algo_name", "expected 'diffusion_policy', the only supported algorithm")
     if not algo.inner("unet").get("enabled", bool):
-        raise algo.inner("unet").wrong(
-            "enabled", "expected true: robomimic has no other diffusion policy than the UNet"
-        )
+        raise algo.inner("unet").wrong("enabled", "expected true: the UNet is robomimic's only diffusion policy")
     observation = _observation(settings, metadata)
     action_dim = metadata.get("ac_dim", int)
     if not is_shape([action_dim]):
@@ -75,7 +73,8 @@ def describe(path: Path, payload: Mapping[str, Any], config: Mapping[str, Any], 
     normalized = train.get("hdf5_normalize_obs", bool, False)
     if normalized and cameras:
         raise train.wrong(
-            "hdf5_normalize_obs", f"with the cameras {cameras}: robomimic itself cannot run such a policy"
+            "hdf5_normalize_obs",
+            f"with the cameras {cameras}, expected false: robomimic itself cannot run such a policy",
         )
     if cameras:
         camera = _camera(settings.inner("observation", "encoder", "rgb"), shapes, cameras)
@@ -83,7 +82,7 @@ def describe(path: Path, payload: Mapping[str, Any], config: Mapping[str, Any], 
     low_dim = settings.inner("observation", "encoder", "low_dim")
     for name in ("core_class", "obs_randomizer_class"):
         if low_dim.values.get(name) not in (None, [], [None], *TRAINING_ONLY):
-            raise low_dim.wrong(name, "expected null: numbers go into the condition as they are")
+            raise low_dim.wrong(name, "expected null: low_dim encoders are not supported")
     scheduler, inference = _schedule(algo)
     horizon = algo.inner("horizon")
     try:
@@ -101,12 +100,12 @@ def describe(path: Path, payload: Mapping[str, Any], config: Mapping[str, Any], 
             action_parts=parts,
         )
     except ValueError as error:
-        raise CheckpointError(f"{path} describes no policy: {cut(error)}") from error
+        raise CheckpointError(f"{path} does not describe a policy: {cut(error)}") from error
     return Described(spec, normalized, actions, actions_normalized)
 
 
 def _observation(settings: Settings, metadata: Settings) -> dict[str, Feature]:
-    """The features in the order of ``all_shapes``, which is that of the condition."""
+    """The features in the order of ``all_shapes``, which is the order in the condition."""
     kinds: dict[str, str] = {}
     for kind, keys in settings.inner("observation", "modalities").get("obs", dict).items():
         if not isinstance(keys, list) or not all(isinstance(key, str) for key in keys):
@@ -130,7 +129,7 @@ def _observation(settings: Settings, metadata: Settings) -> dict[str, Feature]:
         fits = is_shape(shape, picture=kinds[key] == "rgb")
         if not isinstance(key, str) or not fits or (kinds[key] == "rgb" and (len(shape) != 3 or shape[0] != 3)):
             raise CheckpointError(
-                f"{settings.path}: {key} is {kinds[key]} of shape {cut(shape, 60)}, which does not fit"
+                f"{settings.path}: {key} is {kinds[key]} with shape {cut(shape, 60)}, which does not fit"
             )
         image = kinds[key] == "rgb"
         features[key] = Feature((*shape[1:], shape[0]) if image else tuple(shape), "image" if image else "state")
@@ -140,7 +139,7 @@ def _observation(settings: Settings, metadata: Settings) -> dict[str, Feature]:
 def _actions(
     train: Settings, action_dim: int, payload: Mapping[str, Any]
 ) -> tuple[list[dict[str, Any]], dict[str, int], bool]:
-    """The action's parts (none where nothing is converted), the numbers of each, and whether any is normalised."""
+    """The action's parts (empty if nothing is converted), their sizes, and whether any is normalised."""
     keys, config = train.get("action_keys", list, ["actions"]), train.get("action_config", dict, {})
     stored = payload.get("action_normalization_stats")
     parts: list[dict[str, Any]] = []
@@ -165,19 +164,19 @@ def _actions(
         parts.append({"key": key, "size": sizes[key], "convert": convert})
     if stored is not None and sum(sizes.values()) != action_dim:
         raise CheckpointError(
-            f"{train.path}: action_normalization_stats have {cut(sizes, 150)} numbers, expected in all {action_dim}, "
+            f"{train.path}: action_normalization_stats have sizes {cut(sizes, 150)}, expected a sum of {action_dim}, "
             "ac_dim of shape_metadata"
         )
     parts = parts if any(part["convert"] for part in parts) else []
     if stored is None and parts:
         raise CheckpointError(
-            f"{train.path}: action_normalization_stats are missing, by which {cut(keys, 100)} are told apart"
+            f"{train.path}: action_normalization_stats are missing, which give the sizes of {cut(keys, 100)}"
         )
     return parts, sizes, normalized
 
 
 def _width(statistics: Any) -> int:
-    """How many numbers a part of the action has, by its statistics (1, n)."""
+    """The size of a part of the action, from its statistics (1, n)."""
     offset = statistics.get("offset") if isinstance(statistics, dict) else None
     if isinstance(offset, list) and len(offset) == 1 and isinstance(offset[0], list):
         return len(offset[0])
@@ -188,7 +187,7 @@ def _width(statistics: Any) -> int:
 
 
 def _network(path: Path, shapes: Shapes, action_dim: int) -> dict[str, Any]:
-    """The UNet's sizes, by its tensors."""
+    """The UNet's sizes, from its tensors."""
 
     def shape(name: str, rank: int) -> tuple[int, ...]:
         found = shapes.get(f"{UNET}.{name}", ())
@@ -202,7 +201,7 @@ def _network(path: Path, shapes: Shapes, action_dim: int) -> dict[str, Any]:
     blocks = [shape(f"down_modules.{i}.0.blocks.0.block.0.weight", 3) for i in range(max(levels, 1))]
     if blocks[0][1] != action_dim:
         raise CheckpointError(
-            f"{path}: the network's actions have {blocks[0][1]} numbers, shape_metadata says ac_dim {action_dim}"
+            f"{path}: the network's actions have {blocks[0][1]} numbers, expected shape_metadata's ac_dim, {action_dim}"
         )
     film = shape("down_modules.0.0.cond_encoder.1.weight", 2)
     return {
@@ -217,13 +216,13 @@ def _network(path: Path, shapes: Shapes, action_dim: int) -> dict[str, Any]:
 
 
 def _warnings(network: Mapping[str, Any]) -> dict[str, Any]:
-    """robomimic's own class always has the same sizes. Of another one, no tensor tells the number of groups."""
+    """Warn of sizes that robomimic's class never has: no tensor then tells the number of groups."""
     if network["down_dims"] == OWN_DIMS:
         return {}
     text = (
         f"the UNet has {network['down_dims']} channels, robomimic's own always {OWN_DIMS}; the number of groups of its "
     )
-    return {"warnings": [f"{text}GroupNorms is not in the file, {network['n_groups']} are assumed"]}
+    return {"warnings": [f"{text}GroupNorms is not in the file and is taken as {network['n_groups']}"]}
 
 
 def _camera(rgb: Settings, shapes: Shapes, cameras: list[str]) -> dict[str, Any]:
@@ -262,7 +261,7 @@ def _camera(rgb: Settings, shapes: Shapes, cameras: list[str]) -> dict[str, Any]
 
 
 def _crop(rgb: Settings) -> list[int] | None:
-    """What the randomisers do at evaluation: at most one crop, of the middle."""
+    """The randomisers' effect at evaluation: at most one centre crop."""
     classes, kwargs = (rgb.values.get(name) for name in ("obs_randomizer_class", "obs_randomizer_kwargs"))
     pairs = zip(*(v if isinstance(v, list) else [v] for v in (classes, kwargs)), strict=False)
     crops = []
@@ -281,13 +280,13 @@ def _crop(rgb: Settings) -> list[int] | None:
 
 
 def _schedule(algo: Settings) -> tuple[dict[str, Any], dict[str, Any]]:
-    """The scheduler's config, and how it is run."""
+    """The scheduler's config, and the arguments of ``make_schedule``."""
     named = [name for name in SCHEDULERS if algo.inner(name).get("enabled", bool)]
     if not named:
         raise algo.inner("ddpm").wrong("enabled", "and ddim is not enabled either; expected one of both")
     own = algo.inner(named[0])
     train_steps, steps = own.get("num_train_timesteps", int), own.get("num_inference_timesteps", int)
-    steps = min(steps, train_steps) if named[0] == "ddpm" else steps  # as diffusers 0.11.1
+    steps = min(steps, train_steps) if named[0] == "ddpm" else steps  # as in diffusers 0.11.1
     if not 1 <= steps <= train_steps:
         raise own.wrong("num_inference_timesteps", f"expected 1 to {train_steps}, num_train_timesteps")
     config = {

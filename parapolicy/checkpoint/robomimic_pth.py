@@ -1,7 +1,7 @@
-"""A diffusion policy as robomimic saves it (0.5 on): a ``.pth`` file of ``torch.save``, read without running anything.
+"""A diffusion policy as saved by robomimic 0.5 or newer: a ``.pth`` file of ``torch.save``, read without running code.
 
-The averaged weights act where the file has them. Every tensor must be there with its shape, and nothing else may be;
-tensors that robomimic stores under two names must be equal.
+Averaged weights are used if the file has them. Every tensor must exist with its shape, and no others; tensors that
+robomimic stores under two names must be equal.
 """
 
 import dataclasses
@@ -24,11 +24,18 @@ from parapolicy.normalizer import Affine, Normalizer
 from parapolicy.spec import PolicySpec
 
 UNSCALED = (
-    "the config normalises actions, but the file has no action_normalization_stats: the network's output, -1 to 1, is "
-    "taken for the action, as robomimic takes it"
+    "the config normalises actions, but the file has no action_normalization_stats: the network's output, from -1 to "
+    "1, is used as the action, as robomimic does"
 )
 FLOATS = (torch.float32, torch.float64, torch.float16, torch.bfloat16)
-PLACES = {"conv1": 0, "bn1": 1, "layer1": 4, "layer2": 5, "layer3": 6, "layer4": 7}  # in the backbone's Sequential
+PLACES = {
+    "conv1": 0,
+    "bn1": 1,
+    "layer1": 4,
+    "layer2": 5,
+    "layer3": 6,
+    "layer4": 7,
+}  # indices in the backbone's Sequential
 
 
 def recognises(path: Path) -> bool:
@@ -56,7 +63,7 @@ def read(path: Path) -> tuple[PolicySpec, Network, Normalizer]:
             with torch.device("meta"):
                 network = build_network(described.spec)
         except (ValueError, TypeError, RuntimeError, ArithmeticError) as error:
-            raise archive.error(f"it describes no policy: {cut(error)}") from error
+            raise archive.error(f"it does not describe a policy: {cut(error)}") from error
         averaged = payload["model"].get("ema") is not None
         maps = _normalizer(archive, payload, described, averaged)
         spec = described.spec
@@ -81,29 +88,29 @@ def _config(archive: Archive, payload: Mapping[str, Any]) -> dict[str, Any]:
     try:
         config = parse_json(text)
     except (ValueError, RecursionError) as error:
-        raise archive.error(f"its config is no JSON text ({cut(error)}); copy it again") from error
+        raise archive.error(f"its config is not a JSON text ({cut(error)}); copy it again") from error
     if not isinstance(config, dict):
         raise archive.error(f"its config is {cut(repr(config), 60)}, expected a map")
     return config
 
 
 def _weights(archive: Archive, payload: Mapping[str, Any], config: Mapping[str, Any]) -> dict[str, TensorRef]:
-    """The weights that act: the averaged ones where there are any."""
+    """The weights in use: the averaged ones if there are any."""
     model = payload.get("model")
     if not isinstance(model, dict) or "nets" not in model:
-        raise archive.error("its model has no 'nets', as robomimic's have")
+        raise archive.error("its model has no 'nets', expected a robomimic model")
     algo = config.get("algo")
     ema = algo.get("ema") if isinstance(algo, dict) else None
     enabled = ema.get("enabled") if isinstance(ema, dict) else False
     if bool(enabled) != (model.get("ema") is not None):
         raise archive.error(
             f"config: algo.ema.enabled is {cut(enabled, 60)}, but the file {'has no' if enabled else 'has'} averaged "
-            "weights (model.ema): which ones act is not known; save it again"
+            "weights (model.ema), so the weights in use are unknown; save it again"
         )
     name = "ema" if enabled else "nets"
     found = model[name]
     if not isinstance(found, dict) or not all(isinstance(v, TensorRef) for v in found.values()):
-        raise archive.error(f"model.{name} holds other things than tensors")
+        raise archive.error(f"model.{name} holds values that are not tensors")
     return {str(key): value for key, value in found.items()}
 
 
@@ -112,9 +119,9 @@ def _normalizer(
 ) -> dict[str, Affine]:
     """One map per observation and for the action.
 
-    Published files without averaged weights exist that lack the action's statistics although their config normalises
-    actions. robomimic then takes the network's output as it is, and so do we, with a warning in the spec. With averaged
-    weights no such file is known, and the statistics were lost.
+    Some published files without averaged weights lack the action's statistics although their config normalises actions.
+    robomimic then uses the network's output unchanged, and so do we, with a warning in the spec. No such file with
+    averaged weights is known; there, the statistics must have been lost.
     """
     maps = {}
     for key, shape in described.spec.normalizer_shapes.items():
@@ -142,13 +149,13 @@ def _normalizer(
 
 
 def _affine(archive: Archive, name: str, stored: Any, key: str, shape: tuple[int, ...]) -> Affine:
-    """``(value - offset) / scale`` of one key; both are stored with a leading axis of length 1."""
+    """The map ``(value - offset) / scale`` of one key; both are stored with a leading axis of length 1."""
     own = stored.get(key) if isinstance(stored, dict) else None
     if not isinstance(own, dict) or not {"scale", "offset"} <= own.keys():
         raise archive.error(f"{name} lack scale and offset of {key}")
     scale, offset = (_numbers(archive, f"{name}.{key}.{part}", own[part], shape) for part in ("scale", "offset"))
     if not scale.all():
-        raise archive.error(f"{name}.{key}.scale holds a 0, by which nothing can be divided")
+        raise archive.error(f"{name}.{key}.scale holds a 0, expected divisors; save it again")
     return Affine(1 / scale, torch.zeros(shape), offset)
 
 
@@ -162,14 +169,14 @@ def _numbers(archive: Archive, name: str, value: Any, shape: tuple[int, ...]) ->
         else:
             numbers = torch.tensor(_nested(value, (1, *shape)), dtype=torch.float32).reshape(1, *shape)
     except (UnsafeValue, ValueError, TypeError, OverflowError) as error:
-        raise archive.error(f"{name} is no list of numbers of shape {(1, *shape)} ({cut(error, 100)})") from error
+        raise archive.error(f"{name} is not a list of numbers of shape {(1, *shape)} ({cut(error, 100)})") from error
     if tuple(numbers.shape) != (1, *shape) or not torch.isfinite(numbers).all():
         raise archive.error(f"{name} has shape {tuple(numbers.shape)}, expected {(1, *shape)} and finite numbers")
     return numbers[0].clone()
 
 
 def _nested(value: Any, shape: tuple[int, ...]) -> list[float]:
-    """The numbers of a nested list, whose lengths are looked at before it is walked."""
+    """The numbers of a nested list, whose lengths are checked before it is walked."""
     if not shape:
         if type(value) not in (int, float):
             raise ValueError(f"a {type(value).__name__}")
@@ -182,7 +189,7 @@ def _nested(value: Any, shape: tuple[int, ...]) -> list[float]:
 def _read_tensors(
     archive: Archive, references: Mapping[str, TensorRef], network: Network, spec: PolicySpec
 ) -> dict[str, Tensor]:
-    """The network's tensors, by our names; all others of the file are accounted for."""
+    """The network's tensors, by our names. Any other tensor of the file must be a known one."""
     cameras = [key for key, feature in spec.observation.items() if feature.kind == "image"]
     own = {name: tuple(value.shape) for name, value in network.state_dict().items()}
     theirs = {name: _published(name, cameras) for name in own}
@@ -199,13 +206,13 @@ def _read_tensors(
             f"its weights do not match its config: missing tensors {cut(some(missing), 150)}, unexpected tensors "
             f"{cut(some(unknown), 150)}"
         )
-    for name, names in theirs.items():  # all shapes, before anything is read
+    for name, names in theirs.items():  # check all shapes before reading
         for published in names:
             found = references[published].shape
             if found != own[name] and not (own[name] == () and found == (1,)):
                 raise archive.error(f"{published} has shape {cut(found, 60)}, expected {own[name]}")
             if references[published].dtype not in FLOATS:
-                raise archive.error(f"{published} is of type {references[published].dtype}, expected float32")
+                raise archive.error(f"{published} has type {references[published].dtype}, expected float32")
     _check_grids(archive, references, grids)
     tensors = {}
     for name, (first, *others) in theirs.items():
@@ -220,7 +227,7 @@ def _read_tensors(
 
 
 def _published(name: str, cameras: list[str]) -> list[str]:
-    """robomimic's names of a tensor; those of a camera's backbone and pooling stand twice."""
+    """robomimic's names of a tensor: two for tensors of a camera's backbone and pooling, else one."""
     if not name.startswith("encoder."):
         return [f"{UNET}.{name}"]
     _, _, number, part, rest = name.split(".", 4)
@@ -237,11 +244,13 @@ def _published(name: str, cameras: list[str]) -> list[str]:
 def _check_grids(
     archive: Archive, references: Mapping[str, TensorRef], grids: Mapping[str, tuple[str, Any, Any]]
 ) -> None:
-    """Whether the spatial softmaxes of the file have our coordinates."""
+    """Check that the spatial softmaxes of the file have our coordinates."""
     for name, (axis, height, width) in grids.items():
         if references[name].shape != (1, height * width):
             raise archive.error(f"{name} has shape {references[name].shape}, expected {(1, height * width)}")
         down, across = torch.meshgrid(torch.linspace(-1, 1, height), torch.linspace(-1, 1, width), indexing="ij")
         expected = (across if axis == "x" else down).flatten()
         if not torch.allclose(references[name].load()[0].float(), expected, atol=1e-6):
-            raise archive.error(f"{name} holds other coordinates than those of a feature map of {height} x {width}")
+            raise archive.error(
+                f"{name} differs from the coordinates of a feature map of {height} x {width}; save it again"
+            )

@@ -1,4 +1,4 @@
-"""What stands in for the globals that a checkpoint's pickle may name. The arguments come from the file."""
+"""Replacements for the globals that a checkpoint's pickle may call. The arguments come from the file."""
 
 import sys
 from collections.abc import Callable
@@ -18,10 +18,10 @@ from parapolicy.checkpoint.inert import (
 
 Text = TypeVar("Text", str, bytes)
 
-BUILT_IN = ("dict", "list", "int", "long", "str", "unicode", "float", "bool", "tuple")  # types that files may refer to
+BUILT_IN = ("dict", "list", "int", "long", "str", "unicode", "float", "bool", "tuple")  # types that files may name
 
-# What each format's files may name beside :data:`TORCH`. "class": an object of it becomes an :class:`Instance`, "name":
-# it is only referred to.
+# The names that each format's files may use besides :data:`TORCH`. "class": an object of it becomes an
+# :class:`Instance`; "name": it is only referred to.
 OMEGACONF = {
     "omegaconf.dictconfig.DictConfig": "class",
     "omegaconf.listconfig.ListConfig": "class",
@@ -52,17 +52,17 @@ TORCH = {
 
 
 class OrderedValues(dict[Any, Any]):
-    """What stands for a collections.OrderedDict, which may carry attributes: they are dropped."""
+    """The replacement of collections.OrderedDict; pickled attributes are dropped."""
 
 
 class Budget:
-    """Bytes that texts may take yet: a small pickle must not ask for many copies of a long one."""
+    """The remaining bytes for texts: a small pickle must not ask for many copies of a long text."""
 
     def __init__(self, left: int) -> None:
         self.left = left
 
     def charge(self, value: Text) -> Text:
-        """The value, accounted for."""
+        """Subtract the value's size from the budget, and return the value."""
         self.left -= sys.getsizeof(value)
         if self.left < 0:
             raise UnsafeValue("texts that need more memory than the file has bytes")
@@ -82,24 +82,24 @@ def _default_dict(budget: Budget, *args: Any) -> dict[Any, Any]:
 
 
 def _encode(budget: Budget, *args: Any) -> bytes:
-    """How protocol 2 writes bytes: as text in latin-1."""
+    """Bytes in pickle protocol 2, which writes them as latin-1 text."""
     if len(args) != 2 or type(args[0]) is not str or args[1] != "latin1":
         raise UnsafeValue("_codecs.encode with other arguments than a text and 'latin1'")
     try:
         return budget.charge(args[0].encode("latin1"))
     except UnicodeEncodeError:
-        raise UnsafeValue("bytes that are no bytes") from None
+        raise UnsafeValue("bytes with a character beyond latin-1") from None
 
 
 def _no_bytes(budget: Budget, *args: Any) -> bytes:
-    """How protocol 2 writes bytes of length 0."""
+    """Bytes of length 0 in pickle protocol 2."""
     if args:
         raise UnsafeValue("bytes with arguments")
     return b""
 
 
 def _load_type(budget: Budget, *args: Any) -> Global:
-    """dill writes built-in types so. The real one also gives types of code and functions."""
+    """A built-in type as dill writes it. dill's own function also gives types of code and functions."""
     if len(args) != 1 or type(args[0]) is not str or args[0] not in BUILT_IN:
         shown = repr(args[0]) if len(args) == 1 and type(args[0]) is str else "something"
         raise UnsafeValue(f"dill's type {shown:.60}, expected one of {BUILT_IN}")
@@ -107,7 +107,7 @@ def _load_type(budget: Budget, *args: Any) -> Global:
 
 
 def _tensor(budget: Budget, *args: Any) -> TensorRef:
-    """A tensor, from its storage, offset, shape, strides, requires_grad, hooks and, at times, an empty dictionary."""
+    """A tensor, from its storage, offset, shape, strides, requires_grad, hooks and, optionally, an empty dictionary."""
     if not 6 <= len(args) <= 7 or not isinstance(args[0], Storage):
         raise UnsafeValue("a tensor without its storage")
     if any(type(part) not in (dict, OrderedValues) or part for part in args[5:]):
@@ -117,7 +117,7 @@ def _tensor(budget: Budget, *args: Any) -> TensorRef:
 
 def _parameter(budget: Budget, *args: Any) -> TensorRef:
     if len(args) != 3 or not isinstance(args[0], TensorRef) or type(args[2]) is not OrderedValues or args[2]:
-        raise UnsafeValue("a parameter that is no plain tensor")
+        raise UnsafeValue("a parameter that is not a plain tensor")
     return args[0]
 
 

@@ -1,8 +1,8 @@
 """Checkpoints of real-stanford/diffusion_policy (Chi et al., RSS 2023): the ``.ckpt`` files of its ``train.py``.
 
-A file holds the configuration, state dicts (``model``, and ``ema_model`` where an average of the weights is what
-acts), and the optimiser's state, which is not read. What the published code does at evaluation is repeated, also where
-it is odd: see the comments. What would change its answers and is not supported is refused.
+A file holds the configuration, state dicts (``model``, and ``ema_model`` if averaged weights are in use), and the
+optimiser's state, which is not read. The published code's behaviour at evaluation is reproduced, also where it is odd:
+see the comments. Settings that would change the chunks and are not supported are refused.
 """
 
 from collections.abc import Mapping
@@ -39,12 +39,12 @@ from parapolicy.normalizer import Affine, Normalizer
 from parapolicy.spec import Feature, PolicySpec
 
 NORMALIZER = "normalizer.params_dict."
-STATISTICS = ("min", "max", "mean", "std")  # of the data, which play no part
+STATISTICS = ("min", "max", "mean", "std")  # of the data; not needed
 MODEL_CLASSES = {"ConditionalUnet1D", "TransformerForDiffusion"}
 
 
 class _Family(NamedTuple):
-    """One published policy class: how to find its network and encoder, and the arguments that it has for itself."""
+    """One published policy class: how to find its network and encoder, and its additional arguments."""
 
     find_network: Any
     find_encoder: Any
@@ -76,7 +76,7 @@ FAMILIES = {
 
 
 def recognises(path: Path) -> bool:
-    """Whether a file is one of torch.save and names the state dicts of a workspace."""
+    """Whether a file is of torch.save and names the state dicts of a workspace."""
     return holds(path, b"state_dicts", b"cfg")
 
 
@@ -84,8 +84,8 @@ def read(path: Path) -> tuple[PolicySpec, Network, Normalizer]:
     """Read a file onto the CPU.
 
     Raises:
-        CheckpointError: a damaged or hostile file, another policy than a diffusion policy, or one whose answers could
-            not be repeated.
+        CheckpointError: a damaged or hostile file, not a diffusion policy, or a policy whose chunks cannot be
+            reproduced.
     """
     with Archive(path) as archive:
         saved, weights = _open(archive)
@@ -95,12 +95,12 @@ def read(path: Path) -> tuple[PolicySpec, Network, Normalizer]:
             with torch.device("meta"):
                 network = build_network(spec)
         except (ValueError, TypeError, AttributeError, RuntimeError, ArithmeticError) as error:
-            raise archive.error(f"its config gives no network: {error}") from error
+            raise archive.error(f"its config does not describe a network: {error}") from error
         normalizer = _read_normalizer(saved, spec)
         if saved.tensors:
             raise archive.error(
-                f"{weights} has tensors that are unknown here: {sorted(saved.tensors)[:4]}; the policy's class was "
-                "changed, and would act otherwise"
+                f"{weights} has unknown tensors {sorted(saved.tensors)[:4]}; the policy's class was changed, so its "
+                "chunks would be wrong here"
             )
         _fill(archive, network, found, encoder)
         check_masks(saved, found, network)
@@ -110,7 +110,7 @@ def read(path: Path) -> tuple[PolicySpec, Network, Normalizer]:
 
 
 def _open(archive: Archive) -> tuple[Saved, str]:
-    """The configuration and the state dict that acts, with its name."""
+    """The configuration and the state dict in use, with its name."""
     payload = unpickle(archive, OMEGACONF)
     states = payload.get("state_dicts") if isinstance(payload, dict) else None
     if not isinstance(states, dict) or "cfg" not in payload:
@@ -123,11 +123,11 @@ def _open(archive: Archive) -> tuple[Saved, str]:
     tensors = states.get(weights)
     if not isinstance(tensors, dict):
         raise archive.error(
-            f"training.use_ema says that {weights} acts, but it has {list(states)[:4]!r:.100} alone; save it again"
+            f"training.use_ema asks for {weights}, but the file has only {list(states)[:4]!r:.100}; save it again"
         )
     for name, ref in tensors.items():
         if not isinstance(name, str) or not isinstance(ref, TensorRef):
-            raise archive.error(f"{weights} holds {name!r:.80}, which is no tensor; save it again")
+            raise archive.error(f"{weights} holds {name!r:.80}, which is not a tensor; save it again")
     return Saved(archive, config, dict(tensors)), weights
 
 
@@ -156,7 +156,7 @@ def _describe(
     except CheckpointError:
         raise
     except (ValueError, TypeError) as error:
-        raise saved.archive.error(f"its config describes no policy: {error}") from error
+        raise saved.archive.error(f"its config does not describe a policy: {error}") from error
 
 
 def _describe_family(
@@ -190,7 +190,7 @@ def _describe_family(
     if family.find_network is find_unet and lowdim and not only_executed:
         first += not config.flag("policy.oa_step_convention", False)
     latency = config.known("n_latency_steps")
-    if type(latency) is int and latency:  # the published runners drop that many of the executed actions
+    if type(latency) is int and latency:  # the published runners drop that many executed actions
         provenance["n_latency_steps"] = latency
     spec = PolicySpec(
         observation=observation,
@@ -210,7 +210,7 @@ def _describe_family(
 
 
 def _vector_length(saved: Saved, key: str, path: str) -> int:
-    """Numbers of a key, from the normaliser's tensors, or from the configuration where one pair is for all of them."""
+    """Size of a key, from the normaliser's tensors, or from the configuration if one pair serves all numbers."""
     scale = saved.tensors.get(f"{NORMALIZER}{key}.scale")
     length = scale.shape[0] if scale is not None and len(scale.shape) == 1 else 1
     if length == 1:
@@ -233,7 +233,7 @@ def _read_normalizer(saved: Saved, spec: PolicySpec) -> Normalizer:
         for name in STATISTICS:
             found.pop(f"input_stats.{name}", None)
         unknown |= {f"{NORMALIZER}{key}.{name}": ref for name, ref in found.items()}
-    saved.take(NORMALIZER)  # keys of the data set that the policy does not observe
+    saved.take(NORMALIZER)  # for keys of the data set that the policy does not observe
     saved.tensors.update(unknown)
     try:
         return Normalizer(maps)
@@ -242,7 +242,7 @@ def _read_normalizer(saved: Saved, spec: PolicySpec) -> Normalizer:
 
 
 def _spread(saved: Saved, name: str, ref: TensorRef, shape: tuple[int, ...]) -> Tensor:
-    """One number for each of a key's, or one for all of them: (D,) or (1,) -> the key's shape."""
+    """Expand one number per number of the key, or one for all: (D,) or (1,) -> the key's shape."""
     lengths = {1} if len(shape) == 3 else {1, shape[0]}
     if ref.dtype is not torch.float32 or len(ref.shape) != 1 or ref.shape[0] not in lengths:
         raise saved.archive.error(
@@ -253,12 +253,12 @@ def _spread(saved: Saved, name: str, ref: TensorRef, shape: tuple[int, ...]) -> 
 
 
 def _encoder_name(settings: Mapping[str, Any]) -> str:
-    # The published transformer has an "encoder" of its own.
+    # The published transformer also has an "encoder".
     return "obs_encoder" if settings["name"] == "transformer1d" else "encoder"
 
 
 def _fill(archive: Archive, network: Network, found: FoundNetwork, encoder: FoundEncoder | None) -> None:
-    """Load the network's tensors, after all names, shapes and types have been compared."""
+    """Load the network's tensors, after comparing all names, shapes and types."""
     refs = dict(found.tensors)
     if encoder is not None:
         refs |= {f"{_encoder_name(found.settings)}.{name}": ref for name, ref in encoder.tensors.items()}
@@ -276,8 +276,8 @@ def _fill(archive: Archive, network: Network, found: FoundNetwork, encoder: Foun
             given = ()
         if given != shape or ref.dtype is not torch.float32:
             raise archive.error(
-                f"{name} has shape {ref.shape} and type {ref.dtype}, its config calls for {shape} and torch.float32; "
-                "copy it again"
+                f"{name} has shape {ref.shape} and type {ref.dtype}, expected {shape} and torch.float32 from its "
+                "config; copy it again"
             )
     tensors = {}
     for name, ref in refs.items():

@@ -1,4 +1,4 @@
-"""The picture encoders in checkpoints of real-stanford/diffusion_policy: their settings and tensors."""
+"""The image encoders in checkpoints of real-stanford/diffusion_policy: their settings and tensors."""
 
 import re
 from collections.abc import Mapping
@@ -14,18 +14,18 @@ from parapolicy.spec import Feature
 
 # Blocks in each of the four layers, and whether they are bottlenecks.
 RESNETS = {((2, 2, 2, 2), False): "resnet18", ((3, 4, 6, 3), False): "resnet34", ((3, 4, 6, 3), True): "resnet50"}
-# robomimic and UMI keep the layers of a ResNet in a sequence.
+# robomimic and UMI store the layers of a ResNet in a Sequential.
 RESNET_SEQUENCE = {"0": "conv1", "1": "bn1", "4": "layer1", "5": "layer2", "6": "layer3", "7": "layer4"}
 
 
 class FoundEncoder(NamedTuple):
-    """An encoder as found in the tensors.
+    """An encoder, as read from the tensors.
 
     Attributes:
-        observation: in the order of its features.
-        settings: of :class:`parapolicy.networks.vision.ObservationEncoder`.
-        tensors: by their names in our encoder.
-        places: of each camera, tensors that follow from the settings, for :func:`check_places`.
+        observation: in the order of the encoder's features.
+        settings: arguments of :class:`parapolicy.networks.vision.ObservationEncoder`.
+        tensors: by our encoder's names.
+        places: for each camera, tensors that follow from the settings; for :func:`check_places`.
     """
 
     observation: dict[str, Feature]
@@ -35,10 +35,10 @@ class FoundEncoder(NamedTuple):
 
 
 def read_shapes(saved: Saved, at: str) -> dict[str, Feature]:
-    """What a policy observes, from ``shape_meta`` at a path of the configuration, in its order."""
+    """A policy's observations, from ``shape_meta`` at a path of the configuration, in its order."""
     features = {}
     for key in saved.config.keys(f"{at}.obs"):
-        # Other entries of a key may be expressions, which play no part.
+        # Other entries of a key are not needed, and may be expressions.
         shape = saved.config.get(f"{at}.obs.{key}.shape", None)
         kind = saved.config.get(f"{at}.obs.{key}.type", "low_dim")
         if not isinstance(shape, list) or not all(type(n) is int and 0 < n < 2**20 for n in shape):
@@ -62,8 +62,8 @@ def find_robomimic_encoder(saved: Saved) -> FoundEncoder:
     crop = config.get("policy.crop_shape", [76, 76])
     if crop is not None and not config.flag("policy.eval_fixed_crop", False):
         raise archive.error(
-            "policy.eval_fixed_crop is off: the published code then crops at random at evaluation, too, so that its "
-            "answers cannot be repeated. Train with eval_fixed_crop: True, or save with it on to crop the middle"
+            "policy.eval_fixed_crop is off: the published code then crops at random also at evaluation, so its chunks "
+            "cannot be reproduced. Train with eval_fixed_crop: True, or save with it on to crop the middle"
         )
     cameras, tensors, places = {}, dict[str, TensorRef](), {}
     images = [key for key, feature in observation.items() if feature.kind == "image"]
@@ -100,7 +100,7 @@ def find_robomimic_encoder(saved: Saved) -> FoundEncoder:
 
 
 def find_image_encoder(saved: Saved) -> FoundEncoder:
-    """``MultiImageObsEncoder``: ResNets of torchvision, one for each camera or one for all."""
+    """``MultiImageObsEncoder``: ResNets of torchvision, one per camera or one for all."""
     config, archive = saved.config, saved.archive
     at = "policy.obs_encoder"
     kind = config.text(f"{at}._target_", "").rpartition(".")[2]
@@ -117,7 +117,7 @@ def find_image_encoder(saved: Saved) -> FoundEncoder:
     images = [key for key, feature in observation.items() if feature.kind == "image"]
     shared = config.flag(f"{at}.share_rgb_model", False)
     saved.take("obs_encoder._dummy_variable")
-    crops = config.flag(f"{at}.random_crop", True)  # at evaluation the middle; off: no crop at all, as published
+    crops = config.flag(f"{at}.random_crop", True)  # at evaluation a centre crop; off: no crop at all, as published
     cameras, tensors = {}, dict[str, TensorRef]()
     backbone: dict[str, TensorRef] = {}
     for i, key in enumerate(images):
@@ -125,7 +125,7 @@ def find_image_encoder(saved: Saved) -> FoundEncoder:
             _check_rgb_model(saved, f"{at}.rgb_model", key)
             backbone = saved.take(f"obs_encoder.key_model_map.{'rgb' if shared else key}.")
             tensors |= placed(i, {f"backbone.{name}": ref for name, ref in without_counts(backbone).items()})
-        if not shared:  # a shared one keeps its BatchNorm in the published code
+        if not shared:  # the published code keeps BatchNorm in a shared model
             saved.agree(f"{at}.use_group_norm", norm_of(backbone) == "group")
         size, resize = list(observation[key].shape[:2]), _for_camera(saved, f"{at}.resize_shape", key)
         cameras[key] = {
@@ -142,7 +142,7 @@ def find_image_encoder(saved: Saved) -> FoundEncoder:
 
 
 def check_places(saved: Saved, found: FoundEncoder, encoder: Any) -> None:
-    """Raise CheckpointError unless the positions of the spatial softmax are those of the pictures' size."""
+    """Raise CheckpointError unless the positions of the spatial softmax fit the images' size."""
     for key, refs in found.places.items():
         camera = encoder.cameras[encoder.place[key]]
         across = np.linspace(-1, 1, camera.pool.width), np.linspace(-1, 1, camera.pool.height)
@@ -150,13 +150,13 @@ def check_places(saved: Saved, found: FoundEncoder, encoder: Any) -> None:
             expected = torch.from_numpy(grid.reshape(1, -1)).float()
             if ref.shape != tuple(expected.shape) or not torch.allclose(ref.load().float(), expected, atol=1e-6):
                 raise saved.archive.error(
-                    f"the spatial softmax of {key!r:.60} is for pictures of another size than shape_meta and "
-                    "crop_shape say; copy the checkpoint again"
+                    f"the spatial softmax of {key!r:.60} is for another picture size than shape_meta and crop_shape "
+                    "give; copy the checkpoint again"
                 )
 
 
 def _check_rgb_model(saved: Saved, at: str, key: str) -> None:
-    """The backbone must be what the published ``get_resnet`` makes."""
+    """Check that the backbone is made by the published ``get_resnet``."""
     target = saved.config.known(f"{at}._target_")
     if target is None:
         at = f"{at}.{key}"
@@ -170,37 +170,37 @@ def _check_rgb_model(saved: Saved, at: str, key: str) -> None:
 
 
 def _for_camera(saved: Saved, path: str, key: str) -> Any:
-    """A size that is given for all cameras, or for each."""
+    """A size given for all cameras, or for each."""
     value = saved.config.get(path, None)
     if isinstance(value, dict):
         if key not in value:
-            raise saved.archive.error(f"{path} has none for {key!r:.60} in its config")
+            raise saved.archive.error(f"{path} has no size for {key!r:.60} in its config")
         return value[key]
     return value
 
 
 def _drop_copies(archive: Archive, key: str, tensors: dict[str, TensorRef]) -> None:
-    """robomimic has backbone and pooling in the state dict twice, under two names of one module."""
+    """Drop copies: robomimic's state dict has backbone and pooling twice, under two names of one module."""
     for name in [name for name in tensors if re.match(r"nets\.[01]\.", name)]:
         original = name.replace("nets.0.", "backbone.", 1) if name[5] == "0" else name.replace("nets.1.", "pool.", 1)
         copy = tensors.pop(name)
         if original not in tensors or not tensors[original].equals(copy):
             raise archive.error(
-                f"the encoder of {key!r:.60} has {original} and {name}, which are one tensor in the published code, "
-                "with different values; copy the checkpoint again"
+                f"the encoder of {key!r:.60} has different values in {original} and {name}, which are one tensor in "
+                "the published code; copy the checkpoint again"
             )
     for name in [name for name in tensors if name.endswith(".num_batches_tracked")]:
         tensors.pop(name)
 
 
 def _split(tensors: Mapping[str, TensorRef], prefix: str) -> list[tuple[str, str]]:
-    """("4", "0.conv1.weight") of each name with the prefix."""
+    """Split each name with the prefix, without it, into first part and rest, such as ("4", "0.conv1.weight")."""
     parts = [name[len(prefix) :].partition(".") for name in tensors if name.startswith(prefix)]
     return [(first, rest) for first, _, rest in parts]
 
 
 def without_counts(tensors: Mapping[str, TensorRef]) -> dict[str, TensorRef]:
-    """Without how many batches BatchNorm saw, which plays no part."""
+    """The tensors without BatchNorm's counts of batches, which are not needed."""
     return {name: ref for name, ref in tensors.items() if not name.endswith(".num_batches_tracked")}
 
 
@@ -209,7 +209,7 @@ def norm_of(backbone: Mapping[str, TensorRef]) -> str:
 
 
 def resnet_of(archive: Archive, key: str, backbone: Mapping[str, TensorRef], levels: int = 4) -> str:
-    """Which ResNet has these tensors, of its first ``levels`` layers."""
+    """The name of the ResNet whose first ``levels`` layers have these tensors."""
     counts = []
     for level in range(1, levels + 1):
         count = 0

@@ -1,6 +1,6 @@
-"""The networks in checkpoints of real-stanford/diffusion_policy: their arguments and their tensors' names here.
+"""The networks in checkpoints of real-stanford/diffusion_policy: their arguments and their tensors by our names.
 
-Every dimension is read off the tensors; where the configuration says it, too, both must agree.
+Every size is read from the tensors; if the configuration has it too, both must agree.
 """
 
 import re
@@ -13,16 +13,16 @@ from parapolicy.checkpoint.archive import Archive
 from parapolicy.checkpoint.hydra_config import Config
 from parapolicy.checkpoint.inert import TensorRef
 
-FINAL_GROUPS = 8  # of the UNet's last GroupNorm, whatever the configuration says
+FINAL_GROUPS = 8  # of the UNet's last GroupNorm, for every configuration
 
 
 class Saved(NamedTuple):
-    """What a reader of one checkpoint works with.
+    """An open checkpoint.
 
     Attributes:
         archive: the open file, for errors.
         config: its configuration.
-        tensors: the state dict that acts; names are taken out as they are used, so that what is left is unknown.
+        tensors: the state dict in use. Names are removed when they are used; those left at the end are unknown.
     """
 
     archive: Archive
@@ -30,29 +30,29 @@ class Saved(NamedTuple):
     tensors: dict[str, TensorRef]
 
     def take(self, prefix: str) -> dict[str, TensorRef]:
-        """Take out what begins with a prefix, without it."""
+        """Remove and return the tensors whose names begin with a prefix, by their names without it."""
         names = [name for name in self.tensors if name.startswith(prefix)]
         return {name[len(prefix) :]: self.tensors.pop(name) for name in names}
 
     def agree(self, path: str, value: Any) -> None:
-        """Raise CheckpointError where the configuration has another value than the tensors."""
+        """Raise CheckpointError if the configuration's value differs from that of the tensors."""
         said = self.config.known(path)
         if said is not None and said != value:
             raise self.archive.error(
-                f"{path} is {said!r:.80} in its config, but its tensors are for {value}: file and config do not belong "
-                "together; copy the checkpoint again"
+                f"{path} is {said!r:.80} in its config, but its tensors are for {value}: file and config do not match; "
+                "copy the checkpoint again"
             )
 
 
 class FoundNetwork(NamedTuple):
-    """A network as found in the tensors.
+    """A network, as read from the tensors.
 
     Attributes:
-        settings: of ``PolicySpec.network``, without an encoder.
+        settings: for ``PolicySpec.network``, without an encoder.
         width: numbers of one step of the sequence.
-        tensors: by their names in our network.
-        lengths: positions that are used of a longer table, by its name.
-        masks: tensors that must be what the settings say: name -> expected, before minus infinity.
+        tensors: by our network's names.
+        lengths: name of a table -> number of its positions that are used.
+        masks: tensors that must follow from the settings: name -> expected (True where not minus infinity).
     """
 
     settings: dict[str, Any]
@@ -63,7 +63,7 @@ class FoundNetwork(NamedTuple):
 
 
 class Finder(Protocol):
-    """Reads a network off its tensors."""
+    """Finds a network's settings from its tensors."""
 
     def __call__(self, saved: Saved, at: str, horizon: int, n_obs_steps: int) -> FoundNetwork: ...
 
@@ -73,7 +73,7 @@ def find_unet(saved: Saved, at: str, horizon: int, n_obs_steps: int) -> FoundNet
 
     Args:
         saved: the checkpoint.
-        at: where its arguments stand in the configuration.
+        at: path of its arguments in the configuration.
         horizon, n_obs_steps: of the policy.
     """
     tensors = saved.take("model.")
@@ -134,7 +134,7 @@ def find_transformer(saved: Saved, at: str, horizon: int, n_obs_steps: int) -> F
         "n_layer": _count_layers(tensors, "decoder.layers") if has_decoder else mixing,
         "n_head": saved.config.count(f"{at}.n_head", 12 if lowdim else 4),
         "n_emb": size_of(saved, tensors, "input_emb.weight", 0, 2),
-        "n_cond_layers": mixing if has_decoder else 0,  # an encoder-only network does not look at it
+        "n_cond_layers": mixing if has_decoder else 0,  # an encoder-only network ignores it
         "causal_attn": "mask" in tensors,
         "time_as_condition": has_decoder,
         "condition": "cross" if crosses else "inpaint",
@@ -147,10 +147,10 @@ def find_transformer(saved: Saved, at: str, horizon: int, n_obs_steps: int) -> F
         lengths["cond_pos_emb"] = 1 + n_obs_steps * crosses
     for name, length in lengths.items():
         there = size_of(saved, tensors, name, 1, 3)
-        # Without masks, the published network takes the first positions of a longer table; its masks would not fit.
+        # Without masks, the published network uses the first positions of a longer table; masks would not fit.
         if there < length or (there > length and settings["causal_attn"]):
             raise saved.archive.error(
-                f"{name} has {there} positions, but its config (horizon, n_obs_steps, pred_action_steps_only) asks for "
+                f"{name} has {there} positions, but its config (horizon, n_obs_steps, pred_action_steps_only) needs "
                 f"{length}, which the published code cannot run either; copy the checkpoint again"
             )
     masks: dict[str, TensorRef] = {name: tensors.pop(name) for name in ("mask", "memory_mask") if name in tensors}
@@ -158,7 +158,7 @@ def find_transformer(saved: Saved, at: str, horizon: int, n_obs_steps: int) -> F
 
 
 def check_masks(saved: Saved, found: FoundNetwork, network: Any) -> None:
-    """Raise CheckpointError unless the file's masks are those that the settings stand for."""
+    """Raise CheckpointError unless the file's masks follow from the settings."""
     for name in ("mask", "memory_mask"):
         seen = getattr(network, name, None)
         ref = found.masks.get(name)
@@ -176,7 +176,7 @@ def _count_layers(tensors: Mapping[str, TensorRef], prefix: str) -> int:
 
 
 def size_of(saved: Saved, tensors: Mapping[str, TensorRef], name: str, axis: int, rank: int) -> int:
-    """One axis of a tensor of known rank."""
+    """The length of one axis of a tensor, whose rank is checked."""
     if name not in tensors:
         raise saved.archive.error(f"it lacks the tensor {name!r} of its network; save the checkpoint again")
     shape = tensors[name].shape

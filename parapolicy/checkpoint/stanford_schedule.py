@@ -1,14 +1,14 @@
-"""How a checkpoint of real-stanford/diffusion_policy was published to be sampled."""
+"""The published schedule of a checkpoint of real-stanford/diffusion_policy."""
 
 from typing import Any
 
 from parapolicy.checkpoint.stanford_networks import Saved
 
-# Arguments of every policy class there, and what hydra adds.
+# Arguments of every published policy class, and those that hydra adds.
 POLICY_KEYS = frozenset(("noise_scheduler", "num_inference_steps"))
 POLICY_KEYS |= {"_target_", "_convert_", "_recursive_", "_partial_"}
 STEP_KEYS = frozenset(("horizon", "n_action_steps", "n_obs_steps"))
-# What diffusers 0.11.1, which the published code is pinned to, takes where a configuration says nothing.
+# Defaults of diffusers 0.11.1, to which the published code is pinned.
 DEFAULTS: dict[str, Any] = {
     "num_train_timesteps": 1000,
     "beta_start": 0.0001,
@@ -29,8 +29,8 @@ def read_schedule(saved: Saved, keys: frozenset[str], former: bool = True) -> tu
 
     Args:
         saved: the checkpoint.
-        keys: arguments of the policy's class beside :data:`POLICY_KEYS`. All others reach the scheduler's step.
-        former: whether diffusers 0.11.1 ran, unless the settings show that a newer one did; False: 0.18.2, to which UMI
+        keys: arguments of the policy's class besides :data:`POLICY_KEYS`. All others reach the scheduler's step.
+        former: True: diffusers 0.11.1 was used, unless the settings show a newer version. False: 0.18.2, to which UMI
             is pinned, and whose policy has no :data:`STEP_KEYS`.
 
     Raises:
@@ -47,15 +47,15 @@ def read_schedule(saved: Saved, keys: frozenset[str], former: bool = True) -> tu
     scheduler = {"_class_name": name, **DEFAULTS, **OWN_DEFAULTS[name], **settings}
     if former and name == "DDIMScheduler" and scheduler["prediction_type"] == "sample":
         raise error(
-            "its scheduler is DDIM with prediction_type 'sample', which diffusers 0.11.1 takes for 'epsilon' in a part "
-            "of its step: what it does there is no sampler. Take DDPM"
+            "its scheduler is DDIM with prediction_type 'sample', which diffusers 0.11.1 treats as 'epsilon' in a part "
+            "of its step, so that the result is not a sampler; take DDPM"
         )
     count = config.count("policy.noise_scheduler.num_train_timesteps", DEFAULTS["num_train_timesteps"])
     steps = config.get("policy.num_inference_steps", None)
     steps = count if steps is None else config.count("policy.num_inference_steps")
     if steps > count:
         raise error(f"policy.num_inference_steps is {steps}, expected at most {count}, num_train_timesteps")
-    # A setting that 0.11.1 does not have shows that a newer one ran, whose DDPM spaces its steps otherwise.
+    # A setting that 0.11.1 does not have shows a newer version, whose DDPM spaces its steps differently.
     newer = not former or settings.keys() - FORMER - OWN_DEFAULTS[name].keys()
     inference: dict[str, Any] = {"steps": steps, "spacing": "diffusers" if newer else "diffusers-0.11"}
     for key in sorted(set(config.keys("policy")) - POLICY_KEYS - (STEP_KEYS if former else set()) - keys):

@@ -19,14 +19,14 @@ from parapolicy.spec import Feature
 
 AT = "policy.obs_encoder"
 MODELS = "obs_encoder.key_model_map."
-# Widths and heads of timm's transformers; nothing in a file says how many heads there are.
+# Widths and heads of timm's transformers; files do not contain the number of heads.
 TRANSFORMERS = {"tiny": (192, 3), "small": (384, 6), "base": (768, 12), "large": (1024, 16), "huge": (1280, 16)}
 _TRANSFORMER = re.compile(
     r"vit_(?P<size>tiny|small|base|large|huge)_patch\d+_(?:(?P<clip>clip_)(?P<quick>quickgelu_)?\d+|"
     r"(?:reg(?P<registers>\d+)_)?(?P<dino>dinov2)|\d+)(?:\.\w+)?"
 )
 _RESNET = re.compile(r"(resnet18|resnet34|resnet50)(?:\.\w+)?")
-# Names of the tensors that put a feature map together, there and here.
+# Names of the tensors of feature aggregation, theirs -> ours.
 AGGREGATIONS = {
     "avg": {},
     "max": {},
@@ -37,7 +37,7 @@ AGGREGATIONS = {
         for name in ("positional_embedding", *(f"{p}_proj.{kind}" for p in "qkvc" for kind in ("weight", "bias")))
     },
 }
-# Transforms that are drawn at random, their ranges, and what changes nothing.
+# Random transforms: their range arguments, and the values that change nothing.
 NEUTRAL = {
     "ColorJitter": {"brightness": 1.0, "contrast": 1.0, "saturation": 1.0, "hue": 0.0},
     "RandomRotation": {"degrees": 0.0},
@@ -50,7 +50,9 @@ def find_timm_encoder(saved: Saved, observation: dict[str, Feature], warnings: l
     if kind != "TimmObsEncoder":
         raise error(f"{AT}._target_ is {kind!r:.80}, expected TimmObsEncoder; other encoders are not supported")
     if config.get(f"{AT}.global_pool") != "":
-        raise error(f"{AT}.global_pool is {config.get(f'{AT}.global_pool')!r:.40}, expected '', as the code asks for")
+        raise error(
+            f"{AT}.global_pool is {config.get(f'{AT}.global_pool')!r:.40}, expected '', as in the published code"
+        )
     images = [key for key, feature in observation.items() if feature.kind == "image"]
     shared = config.flag(f"{AT}.share_rgb_model", False)
     saved.take("obs_encoder._dummy_variable")
@@ -81,13 +83,13 @@ def find_timm_encoder(saved: Saved, observation: dict[str, Feature], warnings: l
             assert resnet is not None
             backbone, renamed = _find_resnet(saved, key, resnet[1], model)
         cameras[key] = {"encoder": "timm", "backbone": backbone, "aggregation": aggregation, **pictures}
-        if i == 0 or not shared:  # the head is one for all cameras
+        if i == 0 or not shared:  # all cameras share the head
             tensors |= placed(i, {f"backbone.{name}": ref for name, ref in renamed.items()} | heads)
     return FoundEncoder(observation, {"cameras": cameras, "shared": shared, "layout": "key"}, tensors)
 
 
 def _drop_copies(saved: Saved, models: dict[str, dict[str, TensorRef]]) -> None:
-    """A shared model stands in the file once for each camera."""
+    """Drop copies: the file has a shared model once per camera."""
     first, *others = models
     for key in others:
         copies = models[key]
@@ -106,8 +108,8 @@ def _check_aggregation(saved: Saved, transformer: bool, aggregation: Any) -> Non
         return
     if aggregation == "transformer":
         raise saved.archive.error(
-            f"{AT}.feature_aggregation is 'transformer': the published code lets the elements of a batch attend to "
-            "each other there, so that an answer depends on what it is computed with. Train with another one of "
+            f"{AT}.feature_aggregation is 'transformer', where the published code lets the elements of a batch attend "
+            "to each other, so that a chunk depends on the rest of its batch. Train with another one of "
             f"{[*AGGREGATIONS]}"
         )
     raise saved.archive.error(f"{AT}.feature_aggregation is {aggregation!r:.60}, expected one of {[*AGGREGATIONS]}")
@@ -123,8 +125,8 @@ def _find_transformer(saved: Saved, key: str, name: re.Match[str], model: dict[s
     patch, there = (size_of(saved, model, "patch_embed.proj.weight", axis, 4) for axis in (3, 0))
     if there != width or not depth:
         raise error(
-            f"the backbone of {key!r:.60} has {depth} blocks and {there} numbers to a token, but {name[0]!r:.60} "
-            f"has {width}; copy the checkpoint again"
+            f"the backbone of {key!r:.60} has {depth} blocks and {there} numbers per token, but {name[0]!r:.60} has "
+            f"{width}; copy the checkpoint again"
         )
     registers = int(name["registers"] or 0)
     settings = {
@@ -177,7 +179,7 @@ def _find_resnet(
 
 
 def _find_transforms(saved: Saved, image: Feature, images: list[str], warnings: list[str]) -> dict[str, Any]:
-    """What is done to pictures at the middle of what the published code draws: its crop, resize and antialiasing."""
+    """The crop, resize and antialiasing of pictures, with the published code's random draws at their middle."""
     config, error = saved.config, saved.archive.error
     transforms = config.get(f"{AT}.transforms")
     height, width, _ = image.shape
@@ -187,7 +189,7 @@ def _find_transforms(saved: Saved, image: Feature, images: list[str], warnings: 
     if not isinstance(transforms, list) or not all(isinstance(each, dict) for each in transforms) or not transforms:
         raise error(f"{AT}.transforms is {transforms!r:.80}, expected a list of transforms, or null")
     drawn, rest = [], list(transforms)
-    if "_target_" not in rest[0]:  # the published shorthand: a square, scaled back to the picture's height
+    if "_target_" not in rest[0]:  # the published shorthand: a square crop, scaled back to the picture's height
         first = rest.pop(0)
         ratio = first.get("ratio")
         if first.get("type") != "RandomCrop" or type(ratio) not in (int, float) or not 0 < ratio <= 1:
@@ -211,8 +213,8 @@ def _find_transforms(saved: Saved, image: Feature, images: list[str], warnings: 
         _check_range(saved, images)
     if drawn:
         warnings.append(
-            f"the published code changes pictures at random at evaluation, too ({', '.join(drawn)}), so that its "
-            "answers scatter; here the middle is cut out, and nothing is turned or tinted"
+            f"the published code changes pictures at random also at evaluation ({', '.join(drawn)}), so its chunks "
+            "scatter; here the middle is cropped, without rotation or tint"
         )
     if settings["resize"] == (settings["crop"] or [height, width]):
         settings["resize"] = None
@@ -220,7 +222,7 @@ def _find_transforms(saved: Saved, image: Feature, images: list[str], warnings: 
 
 
 def _may_change_nothing(each: dict[str, Any], neutral: dict[str, float]) -> bool:
-    """Whether all ranges hold what changes nothing: a single number stands for a range around that."""
+    """Whether all ranges contain the value that changes nothing. A single number means a range around that value."""
     ranges = [(each[name], value) for name, value in neutral.items() if name in each]
     return not each.get("expand", False) and all(
         isinstance(given, int | float)
@@ -232,7 +234,7 @@ def _may_change_nothing(each: dict[str, Any], neutral: dict[str, float]) -> bool
 def _find_resize(saved: Saved, each: dict[str, Any], height: int, width: int) -> dict[str, Any]:
     unknown = sorted(each.keys() - {"_target_", "size", "antialias"})
     size = each.get("size")
-    if type(size) is int and size > 0:  # of the shorter side
+    if type(size) is int and size > 0:  # the length of the shorter side
         short = min(height, width)
         size = [int(size * height / short), int(size * width / short)]
     fits = isinstance(size, list) and len(size) == 2 and all(type(side) is int and side > 0 for side in size)
@@ -242,14 +244,14 @@ def _find_resize(saved: Saved, each: dict[str, Any], height: int, width: int) ->
 
 
 def _check_range(saved: Saved, images: list[str]) -> None:
-    """ColorJitter cuts off what is outside of 0 to 1, also where it changes nothing."""
+    """Refuse ColorJitter on normalised pictures: it always clips values to 0 to 1."""
     for key in images:
         refs = [saved.tensors.get(f"normalizer.params_dict.{key}.{name}") for name in ("scale", "offset")]
         if any(ref is None or ref.dtype is not torch.float32 for ref in refs):
-            continue  # refused where the normaliser is read
+            continue  # refused when the normaliser is read
         scale, offset = (ref.load() for ref in refs if ref is not None)
         if (scale != 1).any() or (offset != 0).any():
             raise saved.archive.error(
-                f"the normaliser of {key!r:.60} is not the identity, and ColorJitter, which the published code runs at "
-                "evaluation, cuts off what is outside of 0 to 1; train with get_image_identity_normalizer"
+                f"the normaliser of {key!r:.60} is not the identity, but ColorJitter, which the published code runs at "
+                "evaluation, clips values to 0 to 1; train with get_image_identity_normalizer"
             )

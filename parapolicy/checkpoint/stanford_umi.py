@@ -1,7 +1,7 @@
 """Checkpoints of the Universal Manipulation Interface (Chi et al., RSS 2024): ``DiffusionUnetTimmPolicy``.
 
-They are files of real-stanford/diffusion_policy with another encoder: backbones of timm, a number of observed steps for
-each key, and a condition in which the steps of a key stand together.
+They are files of real-stanford/diffusion_policy with another encoder: backbones of timm, a separate number of observed
+steps for each key, and a condition ordered by key, then by step.
 """
 
 from typing import Any
@@ -19,14 +19,14 @@ KNOWN_POSES = ("relative", "abs")  # of parapolicy.pose, which needs scipy
 
 
 def describe(saved: Saved, provenance: dict[str, Any]) -> tuple[PolicySpec, FoundNetwork, FoundEncoder]:
-    """What a policy is, its network and its encoder.
+    """The spec, network and encoder of a checkpoint.
 
     Raises:
         CheckpointError: a setting that is not supported, or that does not fit the tensors.
     """
     config, error = saved.config, saved.archive.error
     if not config.flag("policy.obs_as_global_cond", True):
-        raise error("policy.obs_as_global_cond is off, which the published code refuses, too; train with it on")
+        raise error("policy.obs_as_global_cond is off, which the published code refuses too; train with it on")
     observation, warnings = _find_observation(saved)
     n_obs_steps = max(feature.steps or 1 for feature in observation.values())
     horizon = config.count("policy.shape_meta.action.horizon")
@@ -37,7 +37,7 @@ def describe(saved: Saved, provenance: dict[str, Any]) -> tuple[PolicySpec, Foun
     scheduler, inference = read_schedule(saved, POLICY_KEYS, former=False)
     warnings += _frames(saved, observation, provenance)
     warnings.append(
-        f"all {horizon} actions of a chunk count as executed; the published robot code asks for the next chunk after 6"
+        f"all {horizon} actions of a chunk count as executed; the published robot code requests the next chunk after 6"
     )
     spec = PolicySpec(
         observation=observation,
@@ -60,7 +60,7 @@ def describe(saved: Saved, provenance: dict[str, Any]) -> tuple[PolicySpec, Foun
 
 
 def _find_observation(saved: Saved) -> tuple[dict[str, Feature], list[str]]:
-    """What the policy sees, in the order of its features: the cameras sorted, then the other keys sorted."""
+    """The policy's observations in the order of the features: the cameras sorted, then the other keys sorted."""
     meta = "policy.shape_meta"
     said = saved.config.known(f"{AT}.shape_meta.obs")
     if said is not None and said != saved.config.known(f"{meta}.obs"):
@@ -75,13 +75,13 @@ def _find_observation(saved: Saved) -> tuple[dict[str, Feature], list[str]]:
     if not seen or shapes[seen[0]].kind != "image":
         raise saved.archive.error(f"{meta}.obs has no camera in its config, expected type 'rgb'")
     if len({shapes[key].shape[:2] for key in seen if shapes[key].kind == "image"}) > 1:
-        raise saved.archive.error("its cameras differ in height or width, which the published code refuses, too")
+        raise saved.archive.error("its cameras differ in height or width, which the published code refuses too")
     found = {key: shapes[key]._replace(steps=saved.config.count(f"{meta}.obs.{key}.horizon")) for key in seen}
-    return found, [f"the policy does not see {ignored} (ignore_by_policy); leave them out"] if ignored else []
+    return found, [f"the policy does not use {ignored} (ignore_by_policy); leave them out"] if ignored else []
 
 
 def _frames(saved: Saved, observation: dict[str, Feature], provenance: dict[str, Any]) -> list[str]:
-    """What the file says of time and of the frames of poses; into provenance, and as warnings."""
+    """Add the file's timing and pose frames to provenance, and return warnings about them."""
     warnings = []
     spacing = {
         key: saved.config.known(f"policy.shape_meta.{at}.down_sample_steps")
@@ -91,7 +91,7 @@ def _frames(saved: Saved, observation: dict[str, Feature], provenance: dict[str,
     if len(numbers) > 1:
         warnings.append(
             f"its keys are sampled at different rates, down_sample_steps {spacing}: give predict histories with these "
-            "spacings; ObservationHistory, Controller and the server space all keys alike"
+            "spacings; ObservationHistory, Controller and the server use one spacing for all keys"
         )
     elif numbers:
         provenance["down_sample_steps"] = numbers.pop()
@@ -104,10 +104,10 @@ def _frames(saved: Saved, observation: dict[str, Feature], provenance: dict[str,
         provenance["pose_repr"] = poses
     if poses and set(poses.values()) <= set(KNOWN_POSES):
         warnings.append(
-            f"its poses are {poses}: parapolicy.pose makes observations of a robot's poses, and poses of actions"
+            f"its poses are {poses}: parapolicy.pose converts a robot's poses to observations, and actions to poses"
         )
     elif poses:
         warnings.append(
-            f"its poses are {poses}, of which parapolicy.pose knows {KNOWN_POSES} alone; convert them yourself"
+            f"its poses are {poses}, but parapolicy.pose supports only {KNOWN_POSES}; convert them yourself"
         )
     return warnings

@@ -1,4 +1,4 @@
-"""How a network call is computed: engines by name."""
+"""Engines by name: how a network call is computed."""
 
 import torch
 
@@ -24,18 +24,19 @@ ENGINES = (
 
 
 def make_engine(name: str, device: torch.device) -> Engine:
-    """This process's engine by name; :func:`parapolicy.load_policy` joins those of several processes.
+    """An engine of this process by name; :func:`parapolicy.load_policy` makes the one of several processes.
 
-    ``auto`` is ``fused_bfloat16`` on a CPU with instructions for it, ``fused`` on other CPUs, and else ``compiled``.
+    ``auto`` is ``fused_bfloat16`` on a CPU with bfloat16 instructions, ``fused`` on other CPUs, and ``compiled``
+    elsewhere.
 
     Raises:
-        ValueError: an unknown name, ``sharded``, which is of several processes, ``cuda_graph`` without CUDA, or
-            ``fused`` or ``openvino`` with it, or ``openvino`` where it is not installed.
+        ValueError: an unknown name; ``sharded``, which needs several processes; ``cuda_graph`` without CUDA; ``fused``
+            or ``openvino`` with CUDA; or ``openvino`` if it is not installed.
     """
     if name not in ENGINES:
         raise ValueError(f"engine is {name!r}, expected one of {list(ENGINES)}")
     if name == "sharded":
-        raise ValueError("engine 'sharded' joins several processes: load_policy(…, engine='sharded') under torchrun")
+        raise ValueError("engine 'sharded' needs several processes: load_policy(…, engine='sharded') under torchrun")
     if name == "auto" and device.type == "cpu":
         return Fused(torch.bfloat16 if torch.cpu._is_avx512_bf16_supported() else torch.float32, told=True)
     if name == "eager":
@@ -43,10 +44,10 @@ def make_engine(name: str, device: torch.device) -> Engine:
     dtype = torch.bfloat16 if name.endswith("_bfloat16") else torch.float32
     if name == "openvino" or name.startswith("fused"):
         if device.type != "cpu":
-            raise ValueError(f"engine {name!r} is for CPUs, and the policy is on {device}; take 'cuda_graph'")
+            raise ValueError(f"engine {name!r} needs a CPU, but the policy is on {device}; take 'cuda_graph'")
         return OpenVino() if name == "openvino" else Fused(dtype)
     if name == "cuda_graph":
         if device.type != "cuda":
-            raise ValueError(f"engine 'cuda_graph' needs a CUDA device, and the policy is on {device}; take 'compiled'")
+            raise ValueError(f"engine 'cuda_graph' needs a CUDA device, but the policy is on {device}; take 'compiled'")
         return CudaGraph()
     return Compiled(dtype)

@@ -1,4 +1,4 @@
-"""What an engine is, and the plainest one."""
+"""The interface of engines, and the eager engine."""
 
 import contextlib
 import time
@@ -16,7 +16,7 @@ from parapolicy.samplers import Rounds, Sample, Sampler
 
 @dataclass(frozen=True)
 class Deadline:
-    """True from a time of ``time.monotonic()`` on. An engine may watch the time without calling this."""
+    """A stop function: True from a time of ``time.monotonic()`` on. An engine may watch the time without calling it."""
 
     time: float
 
@@ -34,7 +34,7 @@ class Engine(ABC):
     name: str
 
     def exclusive(self) -> contextlib.AbstractContextManager[Any]:
-        """Held from :meth:`bind` to a chunk's last round. An engine whose chunks share memory returns its lock."""
+        """A context held from :meth:`bind` to a chunk's last round. Engines whose chunks share memory return a lock."""
         return contextlib.nullcontext()
 
     @abstractmethod
@@ -45,7 +45,7 @@ class Engine(ABC):
         """
 
     def rounds(self, sampler: Sampler, denoiser: Denoiser, noise: Tensor) -> Rounds:
-        """The sampler's rounds for noise (T + 1, B, S), made as this engine runs them."""
+        """The sampler's rounds for noise (T + 1, B, S), in the form that this engine runs."""
         return sampler.rounds(denoiser.schedule, noise)
 
     def run(
@@ -59,12 +59,13 @@ class Engine(ABC):
         """Draw a batch of samples: the one loop over rounds.
 
         Args:
-            denoiser: of what :meth:`bind` gave.
+            sampler: whose rounds are run.
+            denoiser: on the result of :meth:`bind`.
             noise: (T + 1, B, S): [0] is the first state, [j + 1] the noise of step j.
-            stop: asked after every round; True ends sampling there with the best estimate so far. One round is
-                always run. None: never.
-            guess: (B, T, S) what the estimates u_j may turn out to be, from the chunk before; None: a cold start.
-                It changes what sampling costs, not what is sampled.
+            stop: called after every round. If it returns True, sampling ends with the best estimate so far. At least
+                one round is always run. None: never stop.
+            guess: (B, T, S) expected values of the estimates u_j, from the previous chunk; None: a cold start. It
+                changes the cost of sampling, not the distribution of the result.
         """
         rounds = self.rounds(sampler, denoiser, noise)
         rounds.begin(noise, guess)
@@ -80,7 +81,7 @@ class Bound:
 
     Attributes:
         forward: as :meth:`parapolicy.networks.Network.forward`.
-        steps, condition: what it takes of both.
+        steps, condition: the embeddings of the schedule's steps and of the batch.
     """
 
     forward: Callable[[Tensor, Embedding, Embedding, Tensor, Tensor], Tensor]
@@ -92,7 +93,7 @@ class Bound:
 
 
 class Eager(Engine):
-    """The network as it was trained: the reference."""
+    """Runs the network as it was trained; the reference for other engines."""
 
     name = "eager"
 

@@ -1,11 +1,11 @@
-"""Does another runtime compute the same function? Compared on random rows before anything relies on it."""
+"""Comparing another runtime's outputs with the network's on random rows before the runtime is used."""
 
 from collections.abc import Callable, Sequence
 
 from torch import Tensor
 
-ROWS = (1, 3, 16)  # numbers of rows that are compared; those of the examples of a conversion are easily built into it
-TOLERANCE = 1e-4  # of the largest number of an output, in float32
+ROWS = (1, 3, 16)  # batch sizes that are compared: a conversion may have fixed the size of its example
+TOLERANCE = 1e-4  # relative to an output's largest number, in float32
 
 Function = Callable[..., Sequence[Tensor]]
 
@@ -15,10 +15,11 @@ def check_equal(name: str, expected: Function, found: Function, draw: Callable[[
 
     Args:
         name: of ``found``, for the error.
+        expected, found: the two functions.
         draw: number of rows -> inputs of both.
 
     Returns:
-        The largest difference that was found, as a part of the largest number of the same output.
+        The largest difference found, relative to the largest number of the same output.
 
     Raises:
         ValueError: an output of another shape, one that is not finite, or a difference beyond ``TOLERANCE``.

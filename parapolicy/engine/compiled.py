@@ -1,4 +1,4 @@
-"""The network rewritten and compiled: fewer and larger pieces of work."""
+"""The network rewritten and compiled into fewer and larger kernels."""
 
 import threading
 from collections.abc import Mapping
@@ -14,18 +14,18 @@ from parapolicy.engine.lowered import lower
 from parapolicy.networks import Embedding, Network, map_embedding
 from parapolicy.samplers import Rounds, Sampler
 
-ROWS = 4  # numbers of network rows from here on are rounded up to its multiples
+ROWS = 4  # larger batches are padded to a multiple of this many rows
 
 
 class Compiled(Engine):
     """The network in its lowered form, compiled by torch for any number of rows; see :mod:`parapolicy.engine.lowered`.
 
-    The first call compiles; see :class:`parapolicy.compiling.Compiling`. Threads may share it: a bound chunk holds all
-    that it is computed with.
+    The first call compiles; see :class:`parapolicy.compiling.Compiling`. Threads may share the engine: a bound chunk
+    holds all data that it is computed from.
 
     Args:
-        dtype: what the factors of matrix products are rounded to. ``torch.bfloat16`` multiplies faster where the
-            device has instructions for it, and rounds more.
+        dtype: what the factors of matrix products are rounded to. ``torch.bfloat16`` is faster on devices with
+            bfloat16 instructions, and less exact.
     """
 
     def __init__(self, dtype: torch.dtype = torch.float32) -> None:
@@ -43,7 +43,7 @@ class Compiled(Engine):
         return Bound(lowered.forward, steps, map_embedding(_twice, lowered.network.embed_condition(observation)))
 
     def rounds(self, sampler: Sampler, denoiser: Denoiser, noise: Tensor) -> Rounds:
-        # Compiled rounds differ by roundings from the plain ones that larger batches take.
+        # Compiled rounds differ from uncompiled ones, which larger batches use, by rounding errors.
         return sampler.rounds(denoiser.schedule, noise, compiled=not denoiser.reproducible)
 
 
@@ -57,7 +57,10 @@ class Lowered:
 
     def __init__(self, source: Network, dtype: torch.dtype) -> None:
         self.source = source
-        with torch.inference_mode(False), torch.no_grad():  # weights outlive the mode of the first call
+        with (
+            torch.inference_mode(False),
+            torch.no_grad(),
+        ):  # weights must outlive the first call's inference mode
             self.network = lower(source, dtype).requires_grad_(False)
         self._forward, self._called = Compiling(self.network), False
         self._timesteps: Tensor | None = None
@@ -70,13 +73,13 @@ class Lowered:
 
     def forward(self, x: Tensor, steps: Embedding, condition: Embedding, step: Tensor, element: Tensor) -> Tensor:
         """The network's forward pass; see :meth:`parapolicy.networks.Network.forward`."""
-        # Filled up, because torch compiles anew for a single row, and oneDNN prepares for every number of them.
+        # Padded: torch would compile again for a single row, and oneDNN prepares for every batch size.
         fill = 1 if len(x) == 1 else -len(x) % ROWS if len(x) > 2 else 0
         if fill:
             x = functional.pad(x, (0, 0) * (x.ndim - 1) + (0, fill))
             step, element = functional.pad(step, (0, fill)), functional.pad(element, (0, fill))
             return self.forward(x, steps, condition, step, element)[:-fill]
-        if not self._called:  # one graph for every number of rows, steps and elements, and only those vary
+        if not self._called:  # one graph for all numbers of rows, steps and elements; other sizes are constant
             self._called = True
             for value in (x, step, element):
                 torch._dynamo.mark_dynamic(value, 0)
@@ -92,5 +95,5 @@ def _mark_dynamic(value: Tensor) -> Tensor:
 
 
 def _twice(values: Tensor) -> Tensor:
-    """A single entry two times over: torch compiles anew for it."""
+    """Repeat a single entry: torch would compile again for a size of 1."""
     return torch.cat((values, values)) if len(values) == 1 else values

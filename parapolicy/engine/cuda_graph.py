@@ -1,4 +1,4 @@
-"""Whole sampling rounds as one CUDA graph: a round of small kernels costs one launch instead of a few hundred."""
+"""Whole sampling rounds as one CUDA graph: one launch per round instead of a few hundred small kernels."""
 
 import dataclasses
 import threading
@@ -20,10 +20,11 @@ CACHED = 8  # schedules and batch sizes whose graphs are cached at a time
 
 
 class CudaGraph(Engine):
-    """The compiled network; samplers that work on fixed memory have their rounds captured and replayed.
+    """The compiled network; rounds of samplers that work on fixed memory are captured and replayed.
 
-    The first chunk of a batch size runs eagerly: warm-up must not be captured. The second one captures. Between rounds
-    the host reads one flag. Graphs work on memory of their own: one chunk at a time, and other threads wait.
+    The first chunk of a batch size runs eagerly: warm-up must not be captured. The second one is captured. Between
+    rounds the host reads one flag. A graph has its own memory, so one chunk is sampled at a time and other threads
+    wait.
     """
 
     name = "cuda_graph"
@@ -37,14 +38,14 @@ class CudaGraph(Engine):
         return self._lock
 
     def bind(self, network: Network, timesteps: Tensor, observation: Mapping[str, Tensor]) -> "Bound":
-        """As :meth:`parapolicy.engine.Engine.bind`; the same memory for every chunk of a schedule and batch size.
+        """As :meth:`parapolicy.engine.Engine.bind`; chunks of the same schedule and batch size share memory.
 
         Raises:
             ValueError: the network is not on a CUDA device.
         """
         if timesteps.device.type != "cuda":
             raise ValueError(
-                f"engine 'cuda_graph' needs a CUDA device, and the policy is on {timesteps.device}; take 'compiled'"
+                f"engine 'cuda_graph' needs a CUDA device, but the policy is on {timesteps.device}; take 'compiled'"
             )
         bound = self.compiled.bind(network, timesteps, observation)
         key = id(network), id(timesteps), tuple(len(value) for value in observation.values())
@@ -59,7 +60,7 @@ class CudaGraph(Engine):
     def rounds(self, sampler: Sampler, denoiser: Denoiser, noise: Tensor) -> Rounds:
         bound = denoiser.evaluate
         assert isinstance(bound, Bound)
-        if denoiser.held is not None:  # a graph would go on reading this chunk's memory
+        if denoiser.held is not None:  # a graph would keep reading this chunk's held numbers
             return sampler.rounds(denoiser.schedule, noise)
         key = sampler, denoiser.reproducible, denoiser.max_batch, noise.shape
         if key not in bound.cached:
@@ -69,11 +70,11 @@ class CudaGraph(Engine):
 
 
 class Bound:
-    """The network at one schedule and batch size, with the rounds captured on it.
+    """The network at one schedule and batch size, with its captured rounds.
 
     Args:
-        key: held, so that no other object has its id.
-        bound: computes; its condition is copied.
+        key: kept alive, so that no other object gets its id.
+        bound: computes the network; its condition is copied.
     """
 
     def __init__(self, key: Any, bound: base.Bound) -> None:
@@ -82,7 +83,7 @@ class Bound:
         self.cached: dict[Hashable, Rounds] = {}
 
     def update(self, condition: Embedding) -> None:
-        """Take a new chunk's condition into the memory that graphs read."""
+        """Copy a new chunk's condition into the memory that graphs read."""
         for mine, value in zip(embedding_tensors(self.bound.condition), embedding_tensors(condition), strict=True):
             mine.copy_(value)
 
@@ -111,7 +112,7 @@ class Captured(Rounds):
             return
         if self.graph is None:
             graph = torch.cuda.CUDAGraph()
-            with torch.cuda.graph(graph):  # records, and changes nothing
+            with torch.cuda.graph(graph):  # records only; no value changes
                 self.rounds.advance(denoiser)
             self.graph = graph
         self.graph.replay()

@@ -44,14 +44,14 @@ class Bound:
 class Fused(Engine):
     """The conditional UNet or the transformer in C++, from the wheel or compiled in seconds at the first use.
 
-    See ``fused.cpp``. A call is shared by as many threads as torch has; see ``work_sharing.h``. A row's result is the
-    same to the bit whatever the number of rows and threads. For other networks, and without library and compiler,
-    :class:`parapolicy.engine.Compiled` takes its place, with one warning.
+    See ``fused.cpp``. A call uses as many threads as torch; see ``work_sharing.h``. A row's result is the same to the
+    bit for all numbers of rows and threads. For other networks, and without a library and a compiler, it uses
+    :class:`parapolicy.engine.Compiled` instead and warns once.
 
     Args:
-        dtype: what the factors of products are rounded to. ``torch.bfloat16`` is for processors with an instruction
-            for it; on others float32 takes its place, with one warning.
-        told: leave the warnings out, for a caller who did not ask for this engine.
+        dtype: what the factors of products are rounded to. ``torch.bfloat16`` needs a processor with bfloat16
+            instructions; on others it uses float32 and warns once.
+        told: suppress the warnings, for a caller who did not ask for this engine.
     """
 
     def __init__(self, dtype: torch.dtype = torch.float32, told: bool = False) -> None:
@@ -83,14 +83,14 @@ class Fused(Engine):
         stop: Callable[[], bool] | None = None,
         guess: Tensor | None = None,
     ) -> Sample:
-        """As :meth:`parapolicy.engine.Engine.run`, in C++ as a whole where the sampler has a native loop."""
+        """As :meth:`parapolicy.engine.Engine.run`; entirely in C++ if the sampler has a native loop."""
         bound, sample = denoiser.evaluate, None
         if isinstance(bound, Bound):
             sample = sample_natively(bound.network, bound.steps, bound.condition, sampler, denoiser, noise, stop)
         return super().run(sampler, denoiser, noise, stop, guess) if sample is None else sample
 
     def _find(self, network: Network) -> FusedNetwork | None:
-        """The network in C++; None where there is none."""
+        """The network in C++, or None if it has no native form."""
         if self._fallback is not None:
             return None
         if self._fused is None or self._fused[0] is not network:
@@ -106,11 +106,11 @@ class Fused(Engine):
 
     def _find_dtype(self) -> torch.dtype:
         if self.dtype == torch.bfloat16 and not load_library().parapolicy_multiplies_bfloat16():
-            self._warn("fused", "this processor, or the compiler, has no instruction for products of bfloat16")
+            self._warn("fused", "this processor or the compiler has no bfloat16 product instructions")
             self.dtype = torch.float32
         return self.dtype
 
     def _warn(self, substitute: str, reason: object) -> None:
         if not self.told:
-            told = f"engine {self.name!r} does not work here, so {substitute!r} takes its place: {reason}"
+            told = f"engine {self.name!r} does not work here, so {substitute!r} is used instead: {reason}"
             warnings.warn(told, stacklevel=4)

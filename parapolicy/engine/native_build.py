@@ -1,6 +1,6 @@
-"""How the C++ of the engine ``fused`` is compiled, by ``setup.py`` for a wheel and at the first use on a machine.
+"""Compiling the C++ of the engine ``fused``, by ``setup.py`` for a wheel or at the first use on a machine.
 
-It imports nothing of the package: ``setup.py`` runs it where neither the package nor torch is installed.
+It imports nothing of the package: ``setup.py`` runs it without the package and torch.
 """
 
 import hashlib
@@ -24,15 +24,15 @@ HEADERS = (
     "plan_file.h",
     "parapolicy_fused.h",
 )
-# No -ffast-math: sums keep their order, and what is not finite stays so.
+# No -ffast-math: sums keep their order, and values that are not finite stay so.
 COMMON = ("-O3", "-ffp-contract=fast", "-fopenmp-simd", "-std=c++17", "-shared", "-fPIC", "-pthread")
 NATIVE = "-mcpu=native" if platform.machine() in ("aarch64", "arm64") else "-march=native"
 FLAGS = (*COMMON, NATIVE)
-PATIENCE = 300  # seconds of compiling
+PATIENCE = 300  # timeout of the compiler, s
 
 AVX2 = frozenset(["abm", "avx", "avx2", "bmi1", "bmi2", "f16c", "fma", "movbe", "xsave"])
 AVX512 = AVX2 | frozenset(["avx512bw", "avx512cd", "avx512dq", "avx512f", "avx512vl"])
-# The libraries of a wheel, best first: flags, and what the processor must have, in the words of /proc/cpuinfo.
+# The libraries of a wheel, best first: compiler flags, and the processor flags of /proc/cpuinfo that it needs.
 VARIANTS: Mapping[str, tuple[tuple[str, ...], frozenset[str]]] = {
     "x86-64-v4-avx512bf16": ((*COMMON, "-march=x86-64-v4", "-mavx512bf16"), AVX512 | {"avx512_bf16"}),
     "x86-64-v4": ((*COMMON, "-march=x86-64-v4"), AVX512),
@@ -46,13 +46,13 @@ def find_compiler() -> str | None:
 
 
 def digest_sources(*more: str) -> str:
-    """Names a library: 16 digits of the SHA-256 of the C++ sources and of what else it depends on."""
+    """A library's name: 16 digits of the SHA-256 of the C++ sources and of ``more`` that it depends on."""
     sources = [(FOLDER / name).read_text(encoding="utf-8") for name in (*SOURCES, *HEADERS)]
     return hashlib.sha256("\n".join([*sources, *more]).encode()).hexdigest()[:16]
 
 
 def prebuilt_path(variant: str) -> Path:
-    """Where a wheel has a variant. The name holds the digest of sources and flags: others find no file."""
+    """The path of a variant in a wheel. The digest in its name keeps libraries of other sources or flags from use."""
     flags, _ = VARIANTS[variant]
     return PREBUILT / f"fused-{variant}-{digest_sources(*flags)}.so"
 
@@ -61,12 +61,12 @@ def compile_library(compiler: str, flags: tuple[str, ...], path: Path) -> None:
     """Compile the sources into a shared library.
 
     Raises:
-        OSError: the compiler fails; the message has its words.
+        OSError: the compiler fails; the message ends with its output.
     """
     command = [compiler, *flags, *(str(FOLDER / source) for source in SOURCES), "-o", str(path)]
     try:
         done = subprocess.run(command, capture_output=True, text=True, timeout=PATIENCE)
     except subprocess.TimeoutExpired as error:
-        raise OSError(f"{compiler} did not finish within {PATIENCE} s") from error
+        raise OSError(f"{compiler} did not finish within {PATIENCE} s; set CXX to another compiler") from error
     if done.returncode:
-        raise OSError(f"{compiler} fails: {done.stderr[-500:]}")
+        raise OSError(f"{compiler} failed: {done.stderr[-500:]}")

@@ -1,4 +1,4 @@
-"""The library of the engine ``fused``: a wheel's binary, or compiled once into the user's own cache folder."""
+"""The library of the engine ``fused``: a wheel's binary, or compiled once into the user's cache folder."""
 
 import ctypes
 import functools
@@ -23,18 +23,18 @@ from parapolicy.files import cache_folder, replacing
 
 @functools.cache
 def load_library(flags: tuple[str, ...] = FLAGS) -> ctypes.CDLL:
-    """The library for this processor: the wheel's, or compiled at the first use on a machine, in some seconds.
+    """The library for this processor: the wheel's, or one compiled at the first use on a machine, in some seconds.
 
-    What is compiled is kept by source, compiler, flags and processor. Nothing of a policy goes into it.
+    Compiled libraries are cached by source, compiler, flags and processor. They contain nothing of a policy.
 
     Raises:
-        OSError: there is no C++ compiler, or it fails; the message has its words.
+        OSError: there is no C++ compiler, or it fails; the message ends with its output.
     """
     if flags == FLAGS and (prebuilt := _find_prebuilt(_processor())) is not None:
         return _declared(prebuilt)
     compiler = find_compiler()
     if compiler is None:
-        raise OSError("there is no C++ compiler; install g++, or set CXX")
+        raise OSError("there is no C++ compiler; install g++ or set CXX")
     name = f"fused-{digest_sources(*flags, _version(compiler), _processor())}.so"
     try:
         path = cache_folder() / name
@@ -43,21 +43,26 @@ def load_library(flags: tuple[str, ...] = FLAGS) -> ctypes.CDLL:
             with replacing(path, f"{os.getpid()}.partial") as partial:
                 compile_library(compiler, flags, partial)
         return _declared(ctypes.CDLL(str(path)))
-    except (RuntimeError, PermissionError, FileNotFoundError, NotADirectoryError):  # no home, or no writing there
+    except (
+        RuntimeError,
+        PermissionError,
+        FileNotFoundError,
+        NotADirectoryError,
+    ):  # no home folder, or it cannot be written
         with tempfile.TemporaryDirectory(prefix="parapolicy-") as folder:
             path = Path(folder) / name
             compile_library(compiler, flags, path)
-            return _declared(ctypes.CDLL(str(path)))  # stays loaded when the file is gone
+            return _declared(ctypes.CDLL(str(path)))  # stays loaded when the file is deleted
 
 
 def _find_prebuilt(processor: str) -> ctypes.CDLL | None:
-    """The wheel's best library for a processor, described as in /proc/cpuinfo; None where none is for it."""
+    """The wheel's best library for a processor with these /proc/cpuinfo lines; None if no library fits."""
     words = frozenset(processor.split())
     for variant, (_, needed) in VARIANTS.items():
         if needed <= words and (path := prebuilt_path(variant)).is_file():
             try:
                 return ctypes.CDLL(str(path))
-            except OSError:  # linked to a newer C library, or damaged
+            except OSError:  # needs a newer C library, or is damaged
                 continue
     return None
 
@@ -66,11 +71,11 @@ def _version(compiler: str) -> str:
     try:
         return subprocess.run([compiler, "--version"], capture_output=True, text=True, timeout=PATIENCE).stdout
     except (subprocess.TimeoutExpired, OSError) as error:
-        raise OSError(f"the C++ compiler {compiler!r} does not run ({error}); install g++, or set CXX") from error
+        raise OSError(f"the C++ compiler {compiler!r} does not run ({error}); install g++ or set CXX") from error
 
 
 def _processor() -> str:
-    """What the compiler looks at for ``native``."""
+    """The processor's properties that the compiler's ``native`` depends on."""
     try:
         lines = Path("/proc/cpuinfo").read_text().split("\n\n")[0].splitlines()
     except OSError:
@@ -79,7 +84,7 @@ def _processor() -> str:
 
 
 class Network(ctypes.Structure):
-    """A packed network, as the structure of that name in ``fused.h``, which says what the fields are."""
+    """A packed network: the structure of that name in ``fused.h``, which documents the fields."""
 
     _fields_ = (
         ("layers", ctypes.c_void_p),
@@ -95,7 +100,7 @@ class Network(ctypes.Structure):
 
 
 class Films(ctypes.Structure):
-    """FiLM values by step and by batch element, as the structure of that name in ``fused.h``."""
+    """FiLM values by step and by batch element: the structure of that name in ``fused.h``."""
 
     _fields_ = (
         ("by_step", ctypes.c_void_p),

@@ -1,4 +1,4 @@
-"""Whole chunks as one call of C++: the loops of ``sequential`` and ``collocation`` around a native network."""
+"""Whole chunks as one call of C++: the loops of ``sequential`` and ``collocation`` over a native network."""
 
 import ctypes
 import math
@@ -19,14 +19,14 @@ from parapolicy.samplers.collocation import ROUNDS
 from parapolicy.schedule import Schedule
 
 PREDICTIONS = ("epsilon", "sample", "v_prediction", "flow_prediction")  # in the order of chunk.h
-NO_MEMORY, BEYOND_TABLE = -1, -2  # Failure there
+NO_MEMORY, BEYOND_TABLE = -1, -2  # enum Failure of chunk.h
 NO_LIMIT = 2**62
 STOP = ctypes.CFUNCTYPE(ctypes.c_int32)
 POINTER, INTEGER, NUMBER = ctypes.c_void_p, ctypes.c_int64, ctypes.c_double
 
 
 class Struct(ctypes.Structure):
-    """A structure of chunk.h of the same name and fields, and the tensors that it points to."""
+    """A structure of chunk.h with the same name and fields, and the tensors that it points to."""
 
     held: tuple[Any, ...] = ()
 
@@ -71,13 +71,13 @@ def sample_natively(
     noise: Tensor,
     stop: Callable[[], bool] | None,
 ) -> Sample | None:
-    """What the sampler gives, see :meth:`parapolicy.engine.Engine.run`; None where it has no native loop.
+    """A sample as from :meth:`parapolicy.engine.Engine.run`, or None if the sampler has no native loop.
 
-    Rows are computed alone to the bit, so that ``reproducible`` asks for nothing more.
+    Rows are computed independently of each other to the bit, so ``reproducible`` needs nothing more.
 
     Args:
-        network: whose FiLM values follow.
-        steps, condition: (T, F) and (B, F).
+        network: the native network.
+        steps, condition: its FiLM values, (T, F) and (B, F).
     """
     loop, schedule, batch = LOOPS.get(type(sampler)), denoiser.schedule, noise.shape[1]
     if loop is None or network.inpaints:
@@ -109,7 +109,7 @@ def sample_natively(
 
 
 class _Stopping:
-    """Asks a function of Python in a call of C++, or lets C++ watch a deadline without it."""
+    """Calls a Python function from C++, or lets C++ watch a deadline without Python."""
 
     def __init__(self, stop: Callable[[], bool] | None) -> None:
         timed = isinstance(stop, Deadline)
@@ -121,7 +121,7 @@ class _Stopping:
         assert self.function is not None
         try:
             return bool(self.function())
-        except BaseException as error:  # no exception passes through C++; sampling ends, and it is raised behind it
+        except BaseException as error:  # exceptions cannot pass through C++: end sampling, raise afterwards
             self.error = error
             return 1
 
@@ -161,15 +161,15 @@ LOOPS: dict[type[Sampler], Callable[..., Sample]] = {Sequential: _sequential, Co
 
 def _checked(result: int) -> int:
     if result == NO_MEMORY:
-        raise MemoryError("there is no memory for the chunk")
+        raise MemoryError("there is not enough memory for the chunk")
     if result < 0:
-        raise IndexError("a step or element lies beyond its table")
+        raise IndexError("a step or element index is beyond its table")
     return result
 
 
 @lru_cache(maxsize=8)
 def schedule_tables(schedule: Schedule) -> ScheduleTables:
-    """A schedule as C++ reads it."""
+    """A schedule in the form of chunk.h."""
     names = ("A", "B", "C", "S", "alpha", "sigma", "overshoot")
     held = tuple(getattr(schedule, name).detach().float().contiguous() for name in names)
     made = ScheduleTables(
@@ -187,7 +187,7 @@ def schedule_tables(schedule: Schedule) -> ScheduleTables:
 
 @lru_cache(maxsize=8)
 def node_tables(sampler: Collocation, schedule: Schedule) -> Nodes:
-    """The tables of collocation as C++ reads them."""
+    """The tables of collocation in the form of chunk.h."""
     tables = sampler.tables(schedule)
     modes = None if tables.modes is None else tables.modes.contiguous()
     transposed = None if modes is None else modes.T.contiguous()

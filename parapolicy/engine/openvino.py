@@ -13,18 +13,18 @@ from parapolicy.engine.base import Bound, Engine
 from parapolicy.engine.checking import check_equal
 from parapolicy.networks import Embedding, Network, embedding_tensors
 
-PRECISION = {"INFERENCE_PRECISION_HINT": "f32"}  # bfloat16 is its own choice where there are instructions for it
+PRECISION = {"INFERENCE_PRECISION_HINT": "f32"}  # by default OpenVINO uses bfloat16 where the processor has it
 
 
 def import_openvino() -> Any:
-    """OpenVINO without its telemetry, which reports every import and conversion over the network.
+    """Import OpenVINO without its telemetry, which reports every import and conversion over the network.
 
     Raises:
         ValueError: it is not installed.
     """
     silenced = "openvino" not in sys.modules and "openvino_telemetry" not in sys.modules
     if silenced:
-        sys.modules["openvino_telemetry"] = None  # type: ignore[assignment]  # OpenVINO then takes its own stand-in
+        sys.modules["openvino_telemetry"] = None  # type: ignore[assignment]  # OpenVINO then uses its own stand-in
     try:
         import openvino
 
@@ -37,9 +37,9 @@ def import_openvino() -> Any:
 
 
 def convert_rows(module: nn.Module, example: tuple[Tensor, ...]) -> Any:
-    """OpenVINO's model of a module, for any number of rows of each input; to be compared on other numbers of them."""
+    """OpenVINO's model of a module for any number of rows; the caller must compare it at other numbers of rows."""
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # that tracing takes sizes for constants
+        warnings.simplefilter("ignore")  # tracing warns that sizes become constants
         shapes = [[-1, *value.shape[1:]] for value in example]
         return import_openvino().convert_model(module, example_input=example, input=shapes)
 
@@ -47,12 +47,12 @@ def convert_rows(module: nn.Module, example: tuple[Tensor, ...]) -> Any:
 class OpenVino(Engine):
     """The network's forward pass, converted in memory at the first call, for any number of rows.
 
-    A converted network is compared with the eager one on random rows; see :mod:`parapolicy.engine.checking`. What is
-    computed once per schedule and once per chunk stays torch's. A call has as many threads as torch has when the
-    network is converted. Threads may share the engine.
+    A converted network is compared with the eager one on random rows; see :mod:`parapolicy.engine.checking`. The parts
+    computed once per schedule and once per chunk stay torch's. A call uses as many threads as torch had when the
+    network was converted. Threads may share the engine.
 
     Raises:
-        ValueError: OpenVINO is not installed, or, at the first call, it cannot convert the network.
+        ValueError: OpenVINO is not installed, or it cannot convert the network (at the first call).
     """
 
     name = "openvino"
@@ -72,7 +72,7 @@ class OpenVino(Engine):
 
 
 class Converted:
-    """A network as OpenVINO computes it, with the embedding of the newest schedule.
+    """A network converted to OpenVINO, with the embedding of the newest schedule.
 
     Args:
         source: the network as it was trained.
@@ -102,7 +102,7 @@ class Converted:
     @torch.inference_mode(False)
     @torch.no_grad()
     def _convert(self, shape: Sequence[int], steps: Embedding, condition: Embedding) -> Any:
-        """A compiled model for samples of a shape and embeddings like these, with any number of each."""
+        """A compiled model for samples of this shape and embeddings like these, with any number of rows."""
         openvino, generator = import_openvino(), torch.Generator().manual_seed(0)
 
         def normal(*shape: int) -> Tensor:
@@ -123,9 +123,9 @@ class Converted:
         }
         try:
             compiled = openvino.Core().compile_model(convert_rows(module, example), "CPU", settings)
-        except Exception as error:  # of many kinds: the trace's, the converter's and the plugin's
+        except Exception as error:  # many kinds: from tracing, the converter or the plugin
             name = type(self.source).__name__
-            raise ValueError(f"OpenVINO does not take a {name}: {error!s:.300}; take engine 'compiled'") from error
+            raise ValueError(f"OpenVINO does not support {name}: {error!s:.300}; take engine 'compiled'") from error
         request = compiled.create_infer_request()
         check_equal(
             "the network converted for OpenVINO",
@@ -140,7 +140,7 @@ class Forward(nn.Module):
     """A network's forward pass with a plain list of inputs: x, step, element, and the tensors of both embeddings.
 
     Args:
-        steps, condition: embeddings, for how many tensors they hold.
+        steps, condition: embeddings, for their number of tensors.
     """
 
     def __init__(self, network: Network, steps: Embedding, condition: Embedding) -> None:

@@ -1,6 +1,6 @@
-"""A round's network rows split over several processes, each with its own device or cores, by torch.distributed.
+"""A round's network rows split over several processes with torch.distributed, each with its own device or cores.
 
-Rank 0 samples; the others answer its calls. :mod:`parapolicy.launch` starts them.
+Rank 0 samples; the other ranks answer its calls. :mod:`parapolicy.launch` starts them.
 """
 
 import atexit
@@ -31,11 +31,11 @@ START = 120.0  # seconds in which all processes must have started
 
 
 class WorkerLostError(RuntimeError):
-    """A worker died or did not answer in time. No chunk was computed; start the processes anew."""
+    """A worker died or did not answer in time. No chunk was computed; restart the processes."""
 
 
 class Part(Protocol):
-    """What a rank computes with, such as a :class:`parapolicy.Policy`."""
+    """What a rank needs for its computations, such as a :class:`parapolicy.Policy`."""
 
     @property
     def spec(self) -> PolicySpec: ...
@@ -53,9 +53,9 @@ class Groups(NamedTuple):
     """Process groups of all ranks.
 
     Attributes:
-        control: for headers. A robot may pause for any time before the next one: workers wait for it without end,
-            rank 0 at most ``timeout`` for a worker to take it.
-        data: for what follows a header at once, within the timeout.
+        control: for headers. A robot may pause for any time between calls: workers wait for the next header without
+            a timeout, and rank 0 waits at most ``timeout`` for a worker to receive it.
+        data: for the data that follows a header immediately, within the timeout.
     """
 
     control: Any
@@ -63,12 +63,12 @@ class Groups(NamedTuple):
 
 
 class Sharded(Engine):
-    """Rank 0's engine: every rank evaluates an equal part of the rows, of one chunk at a time.
+    """Rank 0's engine: every rank evaluates an equal part of a chunk's rows. One chunk is sampled at a time.
 
     Args:
-        engine: what this rank computes its own part with.
+        engine: computes this rank's own part.
         groups: of all ranks.
-        timeout: seconds after which a silent worker counts as lost, as the data group was made with.
+        timeout: seconds after which a silent worker counts as lost; the same as the data group's.
     """
 
     def __init__(self, engine: Engine, groups: Groups, timeout: float) -> None:
@@ -82,7 +82,7 @@ class Sharded(Engine):
         return self._lock
 
     def bind(self, network: Network, timesteps: Tensor, observation: Mapping[str, Tensor]) -> "Split":
-        """As :meth:`parapolicy.engine.Engine.bind`; it and what it returns raise :class:`WorkerLostError`."""
+        """As :meth:`parapolicy.engine.Engine.bind`; this and calls of the result raise :class:`WorkerLostError`."""
         batch = len(next(iter(observation.values())))
         with self._answered():
             self._announce(BIND, len(timesteps), batch, int(timesteps.is_floating_point()))
@@ -95,10 +95,10 @@ class Sharded(Engine):
         return self.engine.rounds(sampler, denoiser, noise)
 
     def run_split(self, evaluate: Evaluate, x: Tensor, step: Tensor, element: Tensor) -> Tensor:
-        """What ``evaluate`` gives, each rank with its part of the rows."""
+        """The result of ``evaluate``, with each rank computing its part of the rows."""
         share = -(-len(x) // self.ranks)
         rows = _pack(x, step, element)
-        fill = rows[:1].expand(share * self.ranks - len(x), -1)  # the last parts are filled up with the first row
+        fill = rows[:1].expand(share * self.ranks - len(x), -1)  # pads the last parts with the first row
         parts = list(torch.cat((rows, fill)).chunk(self.ranks))
         with self._answered():
             self._announce(EVALUATE, share)
@@ -109,12 +109,12 @@ class Sharded(Engine):
         return torch.cat(gathered)[: len(x)]
 
     def stop(self) -> None:
-        """Let the workers end, after the chunk that is under way; later ones raise :class:`WorkerLostError`."""
+        """End the workers after the present chunk; later chunks raise :class:`WorkerLostError`."""
         held = self._lock.acquire(timeout=self.timeout)
         try:
             with contextlib.suppress(WorkerLostError), self._answered():
                 self._announce(STOP)
-            self.lost = self.lost or f"the {self.ranks} processes were stopped; start them anew"
+            self.lost = self.lost or f"the {self.ranks} processes were stopped; restart them"
         finally:
             if held:
                 self._lock.release()
@@ -132,14 +132,14 @@ class Sharded(Engine):
         except RuntimeError as error:
             self.lost = (
                 f"one of {self.ranks} processes died or did not answer within {self.timeout:g} s; no chunk was "
-                f"computed; start the processes anew ({str(error).splitlines()[0]})"
+                f"computed; restart the processes ({str(error).splitlines()[0]})"
             )
             raise WorkerLostError(self.lost) from error
 
 
 @dataclasses.dataclass(frozen=True)
 class Split:
-    """Rank 0's ``evaluate``, with the other ranks' help."""
+    """Rank 0's ``evaluate``, split over all ranks."""
 
     sharded: Sharded
     evaluate: Evaluate
@@ -150,11 +150,11 @@ class Split:
 
 @torch.inference_mode()
 def _answer(part: Part, groups: Groups) -> None:
-    """The other ranks' work: compute what rank 0 sends, until it says stop or is gone."""
+    """The loop of the other ranks: answer rank 0's calls until it sends stop or ends."""
     spec, device = part.spec, part.device
     evaluate: Evaluate | None = None
     header = torch.empty(4, dtype=torch.int64)
-    with contextlib.suppress(RuntimeError):  # rank 0 is gone: it has said why
+    with contextlib.suppress(RuntimeError):  # rank 0 has ended and reported why
         while True:
             dist.broadcast(header, 0, groups.control)
             command, count, batch, floating = header.tolist()
@@ -175,8 +175,8 @@ def _answer(part: Part, groups: Groups) -> None:
 
 
 def _pack(x: Tensor, step: Tensor, element: Tensor) -> Tensor:
-    """One tensor (N, S + 2) to send, because each one that is sent takes its time; float32 holds numbers of steps and
-    elements exactly."""
+    """Pack the arguments of a call into one tensor (N, S + 2), because each message costs time. float32 holds step and
+    element indices exactly."""
     return torch.cat((x.flatten(1), step[:, None].to(x.dtype), element[:, None].to(x.dtype)), 1)
 
 
@@ -186,15 +186,15 @@ def _unpack(rows: Tensor, shape: tuple[int, ...]) -> tuple[Tensor, Tensor, Tenso
 
 
 def join(part: Part, timeout: float = 10.0) -> Sharded:
-    """Under ``torchrun``: rank 0 gets its engine; the other ranks answer until it ends, and then end too.
+    """Join the processes of ``torchrun``. Rank 0 gets its engine; the other ranks answer until it ends, then exit.
 
     Args:
-        part: this rank's.
+        part: of this rank.
         timeout: seconds after which a silent rank counts as lost.
 
     Raises:
         ValueError: not under ``torchrun``.
-        SystemExit: on the other ranks, when rank 0 is done.
+        SystemExit: on the other ranks, when rank 0 has ended.
     """
     if "RANK" not in os.environ or "WORLD_SIZE" not in os.environ:
         raise ValueError(
@@ -209,10 +209,10 @@ def join(part: Part, timeout: float = 10.0) -> Sharded:
 
 
 def take_part(part: Part, address: str, rank: int, processes: int, timeout: float) -> Sharded | None:
-    """Meet the other ranks. Rank 0 gets its engine; on the others this returns None when rank 0 has ended.
+    """Connect to the other ranks. Rank 0 gets its engine; the other ranks get None when rank 0 has ended.
 
     Raises:
-        ValueError: on rank 0, where another rank has other weights, another spec, engine or version; that rank ends.
+        ValueError: on rank 0, if another rank has other weights or another spec, engine or version; the others end.
     """
     _warm_up(part)
     mine = _digests(part)
@@ -222,7 +222,7 @@ def take_part(part: Part, address: str, rank: int, processes: int, timeout: floa
     differences = (torch.stack(everyone) != everyone[0]).any(2).nonzero().tolist()
     if differences and rank == 0:
         listed = ", ".join(f"rank {other} has {COMPARED[what]}" for other, what in differences)
-        raise ValueError(f"the processes do not fit together: {listed}; start all with the same checkpoint and engine")
+        raise ValueError(f"the processes differ: {listed}; start all with the same checkpoint and engine")
     if differences:
         return None
     if rank == 0:
@@ -232,7 +232,7 @@ def take_part(part: Part, address: str, rank: int, processes: int, timeout: floa
 
 
 def connect(address: str, rank: int, processes: int, device: torch.device, timeout: float) -> Groups:
-    """Meet the other processes; raises torch's ``DistStoreError`` where they do not come within ``START`` seconds."""
+    """Connect to the other processes; raises torch's ``DistStoreError`` if they do not connect within ``START`` s."""
     dist.init_process_group("gloo", address, timedelta(seconds=START), processes, rank)
     limit = timedelta(seconds=timeout)
     data = dist.new_group(backend="nccl" if device.type == "cuda" else "gloo", timeout=limit)
@@ -240,7 +240,7 @@ def connect(address: str, rank: int, processes: int, device: torch.device, timeo
 
 
 def _digests(part: Part) -> Tensor:
-    """What all ranks must have in common, (len(COMPARED), 32) uint8."""
+    """Digests that must be equal on all ranks, (len(COMPARED), 32) uint8."""
     code = [path.read_text("utf-8") for path in sorted(Path(__file__).parents[1].rglob("*.py"))]
     facts = (part.network.state_dict(), part.spec.to_dict(), part.engine.name, code, torch.__version__)
     return torch.tensor([list(bytes.fromhex(digest(fact))) for fact in facts], dtype=torch.uint8)
@@ -248,10 +248,10 @@ def _digests(part: Part) -> Tensor:
 
 @torch.inference_mode()
 def _warm_up(part: Part) -> None:
-    """Have the engine compile, where it does, before anybody waits for an answer."""
+    """Let the engine compile, if it does, before any call waits for an answer."""
     spec, device = part.spec, part.device
     observation = {key: torch.zeros(1, *shape, device=device) for key, shape in spec.obs_shapes.items()}
     evaluate = part.engine.bind(part.network, part.schedule.timesteps, observation)
     rows = torch.zeros(4, dtype=torch.int64, device=device)
-    # Not the same tensor twice, for which dynamo would compile a graph of its own.
+    # Two tensors: dynamo would compile a separate graph for the same tensor passed twice.
     evaluate(torch.zeros(4, *spec.sample_shape, device=device), rows, rows.clone())

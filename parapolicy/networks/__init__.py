@@ -1,4 +1,4 @@
-"""Networks by name. Each file holds one; other packages add theirs under the entry point ``parapolicy.networks``."""
+"""Networks by name. Other packages add theirs under the entry point ``parapolicy.networks``."""
 
 from importlib.metadata import entry_points
 from typing import Any
@@ -22,10 +22,10 @@ __all__ = [
 
 
 def build_network(spec: PolicySpec) -> Network:
-    """The network that ``spec.network`` names, with fresh weights, on torch's current default device.
+    """The network named in ``spec.network``, with new weights, on torch's current default device.
 
     Raises:
-        ValueError: an unknown name or argument, or a spec that this network cannot take.
+        ValueError: an unknown name or argument, or a spec that this network does not support.
     """
     arguments: dict[str, Any] = dict(spec.network)
     name = arguments.pop("name", None)

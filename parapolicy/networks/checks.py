@@ -2,18 +2,18 @@
 
 from typing import Any
 
-MAX_SIDE, MAX_FEATURES = 4096, 2**16  # beyond what anyone trains; a larger number is a damaged config
+MAX_SIDE, MAX_FEATURES = 4096, 2**16  # more than any real network; a larger number means a damaged config
 
 
 def check_count(name: str, value: Any, most: int = MAX_FEATURES) -> int:
-    """A whole number from 1 on; raises ValueError for anything else."""
+    """Return a whole number from 1 to ``most``; raise ValueError for anything else."""
     if not isinstance(value, int) or isinstance(value, bool) or not 1 <= value <= most:
         raise ValueError(f"{name} is {value!r}, expected a whole number from 1 to {most}")
     return value
 
 
 def check_size(name: str, value: Any) -> tuple[int, int] | None:
-    """(height, width), or None; raises ValueError for anything else."""
+    """Return (height, width) or None; raise ValueError for anything else."""
     if value is None:
         return None
     if not isinstance(value, list | tuple) or len(value) != 2:
@@ -23,7 +23,7 @@ def check_size(name: str, value: Any) -> tuple[int, int] | None:
 
 
 def check_flag(name: str, value: Any) -> bool:
-    """True or false; raises ValueError for anything else."""
+    """Return True or False; raise ValueError for anything else."""
     if not isinstance(value, bool):
         raise ValueError(f"{name} is {value!r}, expected true or false")
     return value

@@ -1,4 +1,4 @@
-"""The residual networks of He et al. (CVPR 2016) up to their last feature map, with torchvision's names of tensors."""
+"""The residual networks of He et al. (CVPR 2016) up to the last feature map, with torchvision's tensor names."""
 
 from collections.abc import Callable
 
@@ -8,7 +8,7 @@ from torch import Tensor, nn
 from parapolicy.networks.checks import check_count
 
 Norm = Callable[[int], nn.Module]
-# Whether blocks are bottlenecks, and their number at each of the four resolutions.
+# Name -> whether blocks are bottlenecks, and the number of blocks at each of the four resolutions.
 SIZES = {"resnet18": (False, (2, 2, 2, 2)), "resnet34": (False, (3, 4, 6, 3)), "resnet50": (True, (3, 4, 6, 3))}
 LEVELS = 4
 STRIDE = 32  # of the last feature map, in pixels
@@ -17,7 +17,7 @@ GROUP = 16  # channels that GroupNorm normalises together
 
 
 class FrozenBatchNorm(nn.Module):
-    """BatchNorm2d at evaluation: its statistics are those of training, and do not change."""
+    """BatchNorm2d at evaluation: its statistics are those of training and constant."""
 
     running_mean: Tensor
     running_var: Tensor
@@ -33,7 +33,7 @@ class FrozenBatchNorm(nn.Module):
 
 
 def group_norm(channels: int) -> nn.Module:
-    """GroupNorm over groups of 16 channels, which Diffusion Policy puts in BatchNorm's place."""
+    """GroupNorm over groups of 16 channels, which Diffusion Policy uses instead of BatchNorm."""
     return nn.GroupNorm(channels // GROUP, channels)
 
 
@@ -88,17 +88,19 @@ class ResNet(nn.Module):
         name: one of ``SIZES``.
         in_channels: of the pictures.
         norm: one of ``NORMS``.
-        levels: resolutions, 1 to 4, of which the first have the smaller strides: 4, 8, 16, 32.
+        levels: number of resolutions, 1 to 4, with strides 4, 8, 16, 32 in this order.
         width: channels of the first level, a multiple of 16; 64 in the published networks.
 
     Raises:
-        ValueError: an unknown name or norm, or a number of levels or a width that is not possible.
+        ValueError: an unknown name or norm, or a number of levels or a width out of range.
     """
 
     def __init__(self, name: str, in_channels: int, norm: str, levels: int = LEVELS, width: int = WIDTH) -> None:
         super().__init__()
         if name not in SIZES or norm not in NORMS:
-            raise ValueError(f"backbone is {name!r} with norm {norm!r}, expected one of {[*SIZES]} and of {[*NORMS]}")
+            raise ValueError(
+                f"backbone is {name!r} with norm {norm!r}, expected one of {[*SIZES]} with one of {[*NORMS]}"
+            )
         check_count("levels", levels, LEVELS)
         if check_count("width", width, MAX_WIDTH) % GROUP:
             raise ValueError(f"width is {width}, expected a multiple of {GROUP}, the channels of a group")

@@ -1,4 +1,4 @@
-"""Pictures through backbones of timm, as the Universal Manipulation Interface has them (Chi et al., RSS 2024)."""
+"""Image encoders with backbones of timm, as in the Universal Manipulation Interface (Chi et al., RSS 2024)."""
 
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -12,11 +12,11 @@ from parapolicy.networks.resnet import ResNet
 from parapolicy.networks.vit import VisionTransformer
 from parapolicy.spec import Feature
 
-HEAD_CHANNELS = 64  # of each head of the attention that pools a feature map
+HEAD_CHANNELS = 64  # per head of the attention that pools a feature map
 
 
 class Mean(nn.Module):
-    """The mean over the picture: (N, C, h, w) -> (N, C), like all of these."""
+    """The mean over the picture. Like all aggregations here: (N, C, h, w) -> (N, C)."""
 
     def forward(self, x: Tensor) -> Tensor:
         return x.mean((2, 3))
@@ -28,7 +28,7 @@ class Maximum(nn.Module):
 
 
 class SoftAttention(nn.Module):
-    """A mean with weights that add up to 1, a softmax over the picture of one linear map of each place."""
+    """A weighted mean. The weights are a softmax over the picture of a linear map at each place."""
 
     def __init__(self, channels: int) -> None:
         super().__init__()
@@ -51,12 +51,12 @@ class SpatialEmbedding(nn.Module):
 
 
 class AttentionPool(nn.Module):
-    """The mean attends to all places and to itself (Radford et al., ICML 2021)."""
+    """Attention pooling: the mean attends to all places and to itself (Radford et al., ICML 2021)."""
 
     def __init__(self, channels: int, places: int) -> None:
         super().__init__()
         if channels % HEAD_CHANNELS:
-            raise ValueError(f"attention_pool_2d takes multiples of {HEAD_CHANNELS} channels, not {channels}")
+            raise ValueError(f"attention_pool_2d has {channels} channels, expected a multiple of {HEAD_CHANNELS}")
         self.positional_embedding = nn.Parameter(torch.randn(places + 1, channels) / channels**0.5)
         self.q_proj, self.k_proj, self.v_proj, self.c_proj = (nn.Linear(channels, channels) for _ in range(4))
 
@@ -84,17 +84,17 @@ AGGREGATIONS: dict[str, Any] = {
 class TimmEncoder(nn.Module):
     """One camera's pictures -> features.
 
-    The published code crops, turns and tints pictures at random, at evaluation, too. Here the middle is cut out, and
+    The published code crops, rotates and tints pictures at random, also at evaluation. Here the middle is cropped, and
     nothing else is changed.
 
     Args:
-        image: what the camera gives.
+        image: shape and kind of the camera's image.
         backbone: ``name`` ``vit`` and arguments of :class:`parapolicy.networks.vit.VisionTransformer`, or ``name`` of a
             :class:`parapolicy.networks.resnet.ResNet`, ``norm`` and ``levels``.
         aggregation: of a ResNet's feature map, one of ``AGGREGATIONS``; None for a transformer: its class token.
-        crop: (height, width) of the middle that is cut out first; None: all.
-        resize: (height, width) to which that is scaled, bilinear; None: not.
-        antialias: average over the pixels that a smaller picture's pixel covers when scaling.
+        crop: (height, width) of the middle that is cropped first; None: no crop.
+        resize: (height, width) to which the crop is scaled, bilinear; None: no scaling.
+        antialias: when scaling down, average over the source pixels of each target pixel.
 
     Raises:
         ValueError: a setting of another kind or size.
@@ -119,7 +119,7 @@ class TimmEncoder(nn.Module):
         if self.crop and (self.crop[0] > height or self.crop[1] > width):
             raise ValueError(f"crop is {list(self.crop)}, expected at most the picture's ({height}, {width})")
         cropped = self.crop or (height, width)
-        self.margin = (height - cropped[0]) // 2, (width - cropped[1]) // 2  # on either side, for training
+        self.margin = (height - cropped[0]) // 2, (width - cropped[1]) // 2  # on each side, for training
         size = self.resize or cropped
         if not isinstance(backbone, Mapping):
             raise ValueError(f"backbone is {backbone!r:.80}, expected a name and arguments")

@@ -1,11 +1,11 @@
 """The transformer of Diffusion Policy (Chi et al., RSS 2023, section III-A): ``TransformerForDiffusion``.
 
-The module tree is that of the published code, name for name, so that a published state dict loads with
-``strict=True`` but for ``mask`` and ``memory_mask``, which follow from the arguments. There is no dropout.
+The module tree has the published code's names, so that a published state dict loads with ``strict=True`` once ``mask``
+and ``memory_mask`` are removed; these follow from the arguments. There is no dropout.
 
 The sample's steps are tokens of a decoder. Its memory is one token for the timestep and one for each observed step.
-Where no condition layers mix them, a memory token depends on the timestep or on one observed step alone. Its keys and
-values in every decoder layer are then computed once per schedule or once per chunk.
+Without condition layers that mix them, a memory token depends on the timestep or on one observed step alone. Its keys
+and values in every decoder layer are then computed once per schedule or once per chunk.
 """
 
 from collections.abc import Mapping
@@ -20,7 +20,7 @@ from parapolicy.networks.unet1d import SinusoidalPosEmb
 from parapolicy.networks.vision import ObservationEncoder, build_encoder, encode
 from parapolicy.spec import PolicySpec
 
-MAX_LAYERS, MAX_SIZE = 200, 2**16  # beyond what anyone trains; a larger number is a damaged config
+MAX_LAYERS, MAX_SIZE = 200, 2**16  # more than any real network; a larger number means a damaged config
 CONDITIONS = ("cross", "inpaint")
 
 
@@ -35,13 +35,13 @@ class Attention(nn.Module):
         self.out_proj = nn.Linear(dim, dim)
 
     def project(self, x: Tensor, first: int, last: int) -> Tensor:
-        """Which of 0 queries, 1 keys and 2 values, from ``first`` to before ``last``: (N, L, E) -> (N, L, n E)."""
+        """Projections ``first`` to ``last - 1`` of queries (0), keys (1) and values (2): (N, L, E) -> (N, L, n E)."""
         dim = x.shape[-1]
         part = slice(first * dim, last * dim)
         return functional.linear(x, self.in_proj_weight[part], self.in_proj_bias[part])
 
     def forward(self, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None) -> Tensor:
-        """Projected (N, L, E) and twice (N, M, E) -> (N, L, E). The mask (L, M) is True where L may see M."""
+        """Projected query (N, L, E), key and value (N, M, E) -> (N, L, E). Mask (L, M): True where L may see M."""
         q, k, v = (part.unflatten(-1, (self.heads, -1)).transpose(1, 2) for part in (query, key, value))
         mixed = functional.scaled_dot_product_attention(q, k, v, attn_mask=mask)
         output: Tensor = self.out_proj(mixed.transpose(1, 2).flatten(2))
@@ -49,11 +49,12 @@ class Attention(nn.Module):
 
 
 class Layer(nn.Module):
-    """A layer with the norms in front; parameters as those of torch's Transformer{Encoder,Decoder}Layer.
+    """A layer with the norms before attention; parameters as those of torch's Transformer{Encoder,Decoder}Layer.
 
     Args:
-        dim, heads: length of a token, and heads that share it.
-        cross: attend to a memory, too: a decoder's layer.
+        dim: length of a token.
+        heads: number of heads.
+        cross: also attend to a memory, as in a decoder.
     """
 
     def __init__(self, dim: int, heads: int, cross: bool) -> None:
@@ -67,7 +68,7 @@ class Layer(nn.Module):
     def forward(
         self, x: Tensor, mask: Tensor | None, memory: Tensor | None = None, memory_mask: Tensor | None = None
     ) -> Tensor:
-        """Tokens (N, L, E) -> the same. ``memory``: projected keys and values of each memory token, (N, M, 2 E)."""
+        """Tokens (N, L, E) -> (N, L, E). ``memory``: projected keys and values of each memory token, (N, M, 2 E)."""
         x = x + self.self_attn(*self.self_attn.project(self.norm1(x), 0, 3).chunk(3, -1), mask)
         norm = self.norm2
         if self.multihead_attn is not None and self.norm3 is not None and memory is not None:
@@ -96,16 +97,16 @@ class TransformerForDiffusion(Network):
         horizon: steps of the sequence, H.
         n_obs_steps: observed steps, To.
         cond_dim: numbers of one observed step, Do.
-        n_layer: layers of the decoder, or of the encoder where that is all there is.
+        n_layer: layers of the decoder, or of the encoder if there is no decoder.
         n_head: heads of every attention.
         n_emb: length of a token, E.
         n_cond_layers: layers in which the memory's tokens attend to each other; 0: two linear layers for each token.
-        causal_attn: a step sees no later step, and no later observation.
-        time_as_condition: the timestep is a token of the memory; False: it is the sequence's first token, and there is
-            no memory, which only ``inpaint`` can do.
-        condition: ``cross``: the observation is the rest of the memory. ``inpaint``: it takes the place of columns
-            ``D - Do`` on of the sequence's first To steps (Janner et al., ICML 2022).
-        encoder: makes an observed step's numbers; None: they are the observed states. It stands in the state dict as
+        causal_attn: a step sees no later step and no later observation.
+        time_as_condition: True: the timestep is a token of the memory. False: it is the sequence's first token, and
+            there is no memory; only with ``inpaint``.
+        condition: ``cross``: the observation is the rest of the memory. ``inpaint``: it replaces columns ``D - Do`` on
+            of the sequence's first To steps (Janner et al., ICML 2022).
+        encoder: computes an observed step's numbers; None: they are the observed states. Its name in the state dict is
             ``obs_encoder``.
 
     Raises:
@@ -167,7 +168,7 @@ class TransformerForDiffusion(Network):
 
     @property
     def mask(self) -> Tensor | None:
-        """True where a token of the sequence (L, L) sees another; None: everywhere."""
+        """(L, L), True where a token of the sequence sees another; None: everywhere."""
         if not self.causal:
             return None
         token = torch.arange(self.pos_emb.shape[1], device=self.pos_emb.device)
@@ -175,7 +176,7 @@ class TransformerForDiffusion(Network):
 
     @property
     def memory_mask(self) -> Tensor | None:
-        """True where a token of the sequence (H, M) sees one of the memory; None: everywhere."""
+        """(H, M), True where a token of the sequence sees one of the memory; None: everywhere."""
         if not self.causal or self.inpaints or self.cond_pos_emb is None:
             return None
         token = torch.arange(self.pos_emb.shape[1], device=self.pos_emb.device)
@@ -185,7 +186,7 @@ class TransformerForDiffusion(Network):
 
     @property
     def _mixes(self) -> bool:
-        """Memory tokens of the timestep and of the observation depend on each other."""
+        """Whether memory tokens of the timestep and of the observation depend on each other."""
         return self.n_cond_layers > 0 and not self.inpaints
 
     def embed_steps(self, timesteps: Tensor) -> Tensor:
@@ -204,8 +205,8 @@ class TransformerForDiffusion(Network):
         return {} if self.obs_encoder is None else self.obs_encoder.margins
 
     def embed_condition(self, observation: Mapping[str, Tensor]) -> Tensor:
-        """{key: (B, To, …)} -> what stands in the sequence (B, To, Do), the observed steps' tokens (B, To, E), or their
-        keys and values in each layer (B, n_layer, To, 2 E)."""
+        """{key: (B, To, …)} -> for inpainting, the observed steps (B, To, Do); else the observed steps' tokens
+        (B, To, E), or their keys and values in each layer (B, n_layer, To, 2 E)."""
         observed = encode(self.obs_encoder, observation).unflatten(1, (self.n_obs_steps, -1))
         if self.cond_obs_emb is None or self.cond_pos_emb is None:
             return observed
@@ -219,7 +220,7 @@ class TransformerForDiffusion(Network):
         return torch.stack([layer.multihead_attn.project(memory, 1, 3) for layer in layers], 1)
 
     def forward(self, x: Tensor, steps: Embedding, condition: Embedding, step: Tensor, element: Tensor) -> Tensor:
-        """(N, H, D) -> the same."""
+        """(N, H, D) -> (N, H, D)."""
         assert isinstance(steps, Tensor)
         assert isinstance(condition, Tensor)
         if self.inpaints:
@@ -275,6 +276,6 @@ def _check_arguments(
         raise ValueError(f"condition is {condition!r}, expected one of {CONDITIONS}")
     if not time_as_condition and (condition != "inpaint" or n_cond_layers):
         raise ValueError(
-            f"time_as_condition is false, condition {condition!r} and n_cond_layers {n_cond_layers}: without a memory, "
-            "expected 'inpaint' and 0"
+            f"time_as_condition is false with condition {condition!r} and n_cond_layers {n_cond_layers}, "
+            "expected 'inpaint' and 0, because there is no memory"
         )

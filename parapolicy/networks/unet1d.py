@@ -1,7 +1,6 @@
 """The conditional 1-D UNet of Diffusion Policy (Chi et al., RSS 2023, section III-A).
 
-The module tree is that of the published code, name for name, so that a published state dict loads with
-``strict=True``.
+The module tree has the published code's names, so that a published state dict loads with ``strict=True``.
 """
 
 import itertools
@@ -17,7 +16,7 @@ from parapolicy.networks.base import Embedding, Network, check_condition, overwr
 from parapolicy.networks.vision import ObservationEncoder, build_encoder, encode
 from parapolicy.spec import PolicySpec
 
-MAX_LEVELS, MAX_SIZE = 12, 2**20  # beyond what anyone trains; a larger number is a damaged config
+MAX_LEVELS, MAX_SIZE = 12, 2**20  # more than any real network; a larger number means a damaged config
 CONDITIONS = ("global", "local", "inpaint")
 
 
@@ -112,7 +111,7 @@ def _check_sizes(step_dim: Any, down_dims: Any, kernel_size: Any, n_groups: Any,
     if kernel_size % 2 == 0:
         raise ValueError(f"kernel_size is {kernel_size}, expected an odd number: an even one changes the horizon")
     if step_dim < 4 or step_dim % 2:
-        raise ValueError(f"diffusion_step_embed_dim is {step_dim}, expected an even number from 4 on")
+        raise ValueError(f"diffusion_step_embed_dim is {step_dim}, expected an even number of at least 4")
     if any(dim % n_groups for dim in down_dims):
         raise ValueError(f"down_dims is {list(down_dims)}, expected multiples of n_groups, {n_groups}")
     if down_dims[0] % final_groups:
@@ -130,12 +129,12 @@ class ConditionalUnet1D(Network):
         kernel_size: of the main convolutions; odd.
         n_groups: groups of every GroupNorm.
         cond_predict_scale: FiLM with scale and bias (True) or bias only (False).
-        encoder: makes the condition vector; None: it is the observed states, flattened.
-        condition: ``global``: every step of the sequence sees the whole condition vector. ``local``: its first To steps
-            see an observed step each. ``inpaint``: an observed step takes the place of columns ``D - Do`` on of each of
-            them (Janner et al., ICML 2022).
-        n_obs_steps: observed steps To, for the latter two.
-        final_groups: groups of the last GroupNorm; None: ``n_groups``. The published code has always 8.
+        encoder: computes the condition vector; None: it is the observed states, flattened.
+        condition: ``global``: every step of the sequence sees the whole condition vector. ``local``: each of its first
+            To steps sees one observed step. ``inpaint``: each of its first To steps has columns ``D - Do`` on replaced
+            by an observed step (Janner et al., ICML 2022).
+        n_obs_steps: observed steps To, for ``local`` and ``inpaint``.
+        final_groups: groups of the last GroupNorm; None: ``n_groups``. The published code always has 8.
 
     Raises:
         ValueError: an argument of another kind or size.
@@ -177,7 +176,7 @@ class ConditionalUnet1D(Network):
         self.diffusion_step_encoder = nn.Sequential(
             SinusoidalPosEmb(step_dim), nn.Linear(step_dim, step_dim * 4), nn.Mish(), nn.Linear(step_dim * 4, step_dim)
         )
-        # The second one's output goes nowhere in the published code either, but its weights are in the files.
+        # The second layer's output is unused in the published code too, but the files have its weights.
         local = [residual(global_cond_dim // n_obs_steps, dims[1]) for _ in range(2)] if condition == "local" else None
         self.local_cond_encoder = None if local is None else nn.ModuleList(local)
         self.mid_modules = nn.ModuleList([residual(dims[-1], dims[-1]), residual(dims[-1], dims[-1])])
@@ -207,7 +206,9 @@ class ConditionalUnet1D(Network):
         check_condition(spec, condition_dim // spec.n_obs_steps, arguments.get("condition"))
         network = cls(spec.sample_shape[1], condition_dim, encoder=built, n_obs_steps=spec.n_obs_steps, **arguments)
         if spec.horizon % network.horizon_multiple:
-            raise ValueError(f"horizon is {spec.horizon}, 'unet1d' takes multiples of {network.horizon_multiple}")
+            raise ValueError(
+                f"horizon is {spec.horizon}, expected a multiple of {network.horizon_multiple} for 'unet1d'"
+            )
         return network
 
     def embed_steps(self, timesteps: Tensor) -> Tensor:
@@ -228,7 +229,7 @@ class ConditionalUnet1D(Network):
         return condition if self.condition == "global" else condition.unflatten(1, (self.n_obs_steps, -1))
 
     def forward(self, x: Tensor, steps: Embedding, condition: Embedding, step: Tensor, element: Tensor) -> Tensor:
-        """(N, H, D) -> the same. H must be a multiple of ``2 ** (levels - 1)``."""
+        """(N, H, D) -> (N, H, D). H must be a multiple of ``2 ** (levels - 1)``."""
         assert isinstance(steps, Tensor)
         assert isinstance(condition, Tensor)
         cond, observed = steps[step], condition[element]

@@ -1,8 +1,8 @@
-"""From pictures and states to the condition vector: the encoders of published visuomotor policies.
+"""From images and states to the condition vector: the encoders of published visuomotor policies.
 
-They differ in what they do to a picture before and after a residual network, which is all settings here:
-Diffusion Policy's two (Chi et al., RSS 2023), robomimic's (Mandlekar et al., CoRL 2021) and LeRobot's. Backbones of
-timm are in :mod:`parapolicy.networks.timm_encoder`.
+They differ in the processing of an image before and after a residual network, which are settings here: Diffusion
+Policy's two encoders (Chi et al., RSS 2023), robomimic's (Mandlekar et al., CoRL 2021) and LeRobot's. Backbones of timm
+are in :mod:`parapolicy.networks.timm_encoder`.
 """
 
 import math
@@ -26,8 +26,8 @@ IMAGE_NDIM = 5  # (B, To, C, H, W); features have 3
 
 
 class SpatialSoftmax(nn.Module):
-    """The mean position of each feature map's mass, -1 to 1 (Finn et al., ICRA 2016): (N, C, h, w) -> (N, 2 K), x and y
-    of one map after the other."""
+    """The mean position of each feature map's mass, from -1 to 1 (Finn et al., ICRA 2016): (N, C, h, w) -> (N, 2 K),
+    ordered by map, x before y."""
 
     temperature: Tensor
 
@@ -46,7 +46,7 @@ class SpatialSoftmax(nn.Module):
 
 
 def crop_margin(picture: Sequence[int], scaled: Sequence[int], crop: Sequence[int]) -> tuple[int, int]:
-    """Pixels of a picture, down and across, on either side of the crop of its middle that is made once it is scaled."""
+    """Margins (down, across) of a centre crop made after scaling, in pixels of the original picture."""
     down, across = ((s - c) * p // (2 * s) for p, s, c in zip(picture, scaled, crop, strict=True))
     return down, across
 
@@ -55,17 +55,18 @@ class CameraEncoder(nn.Module):
     """One camera's pictures -> features.
 
     Args:
-        image: what the camera gives.
+        image: shape and kind of the camera's image.
         backbone: ``resnet18``, ``resnet34`` or ``resnet50``.
         norm: its normalisation: ``group`` (16 channels each) or ``batch`` (statistics of training).
-        resize: (height, width) to which pictures are scaled first, bilinear; None: not.
-        crop: (height, width) of the middle that is then cut out; None: all.
-        imagenet: give colours the mean and spread that ImageNet's have, after the normalizer.
+        resize: (height, width) to which pictures are scaled first, bilinear; None: no scaling.
+        crop: (height, width) of the middle that is then cropped; None: no crop.
+        imagenet: after the normalizer, normalise colours by ImageNet's mean and standard deviation.
         keypoints: feature maps of a spatial softmax over the backbone's output; None: its mean over the picture.
-        features: length of a linear layer's output behind that; None: no such layer.
+        features: length of the output of a final linear layer; None: no such layer.
         relu: a ReLU at the end.
-        antialias: average over the pixels that a smaller picture's pixel covers when scaling.
-        crop_offset: where an odd margin puts the crop: ``round``, to even, as torchvision; ``floor``, as robomimic.
+        antialias: when scaling down, average over the source pixels of each target pixel.
+        crop_offset: rounding of the offset for an odd margin: ``round``, to even, as torchvision; ``floor``, as
+            robomimic.
         width, levels: of the backbone; see :class:`parapolicy.networks.resnet.ResNet`.
 
     Raises:
@@ -130,7 +131,7 @@ class CameraEncoder(nn.Module):
             mean, spread = (torch.tensor(v, device=x.device)[:, None, None] for v in IMAGENET)
             x = (x - mean) / spread
         x = self.backbone(x)
-        with torch.autocast(x.device.type, enabled=False):  # places need more digits than bfloat16 has
+        with torch.autocast(x.device.type, enabled=False):  # positions need more digits than bfloat16 has
             x = x.to(self.backbone.conv1.weight.dtype)
             x = x.mean((2, 3)) if self.pool is None else self.pool(x)
             if self.linear is not None:
@@ -138,22 +139,22 @@ class CameraEncoder(nn.Module):
             return x.relu() if self.relu else x
 
 
-# What a camera's setting "encoder" names.
+# The values of a camera's setting "encoder".
 CAMERAS: dict[str, type[CameraEncoder] | type[TimmEncoder]] = {"resnet": CameraEncoder, "timm": TimmEncoder}
 
 
 class ObservationEncoder(nn.Module):
-    """All observations of all steps -> the condition vector; states go into it as they are.
+    """All observations of all steps -> the condition vector; states are passed through unchanged.
 
     Args:
-        spec: what the policy observes; the order of its keys is that of the features.
-        cameras: the settings of each image's encoder: ``encoder``, one of ``CAMERAS``, and its arguments.
-        shared: one encoder for all cameras, whose settings are then all equal.
-        layout: ``step``: all keys of a step, and the steps one after the other. ``key``: all steps of a key, and the
-            keys one after the other, each of which may then have steps of its own number.
+        spec: the policy's observations; features have the order of its keys.
+        cameras: each image's encoder settings: ``encoder``, one of ``CAMERAS``, and its arguments.
+        shared: one encoder for all cameras, whose settings must then be equal.
+        layout: order of the features. ``step``: by step, then by key. ``key``: by key, then by step; keys may then have
+            different numbers of steps.
 
     Raises:
-        ValueError: settings that do not fit the images, or steps that do not fit the layout.
+        ValueError: settings that do not fit the images, or numbers of steps that do not fit the layout.
     """
 
     def __init__(
@@ -188,11 +189,11 @@ class ObservationEncoder(nn.Module):
 
     @property
     def margins(self) -> dict[str, tuple[int, int]]:
-        """Pixels, down and across, that each camera's crop leaves on either side of the picture."""
+        """Margins (down, across) in pixels that each camera's crop leaves on each side of the image."""
         return {key: self._camera(key).margin for key in self.place}
 
     def encode_images(self, observation: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        """The observation with features (B, To, F) in place of images (B, To, C, H, W), and else as it is."""
+        """The observation with features (B, To, F) in place of images (B, To, C, H, W)."""
         encoded = dict(observation)
         for key, value in observation.items():
             if key in self.place and value.ndim == IMAGE_NDIM:
@@ -208,19 +209,19 @@ class ObservationEncoder(nn.Module):
 def build_encoder(
     spec: PolicySpec, settings: Mapping[str, Any] | None, by_step: bool = False
 ) -> ObservationEncoder | None:
-    """The encoder of a policy that observes images; None where it observes states alone.
+    """The encoder of a policy that observes images; None if it observes states only.
 
     Args:
         spec: of the policy.
         settings: arguments of :class:`ObservationEncoder`.
-        by_step: whether the network takes the condition apart into observed steps.
+        by_step: whether the network splits the condition into observed steps.
 
     Raises:
         ValueError: images without settings, settings without images, or settings that do not fit.
     """
     images = [key for key, feature in spec.observation.items() if feature.kind == "image"]
     if settings is None and images:
-        raise ValueError(f"the network has no encoder, and {images} are images; expected {{'cameras': …}}")
+        raise ValueError(f"the network has no encoder, but {images} are images; expected {{'cameras': …}}")
     if settings is None:
         _check_equal_steps(spec)
     if by_step and settings is not None and settings.get("layout", "step") != "step":
@@ -243,4 +244,6 @@ def _build_camera(image: Feature, settings: Any) -> CameraEncoder | TimmEncoder:
 def _check_equal_steps(spec: PolicySpec) -> None:
     steps = {key: feature.steps for key, feature in spec.observation.items() if feature.steps is not None}
     if steps:
-        raise ValueError(f"{steps} are steps of single keys, which only an encoder with layout 'key' takes")
+        raise ValueError(
+            f"keys have their own numbers of steps, {steps}; expected an encoder with layout 'key', or equal numbers"
+        )

@@ -1,4 +1,4 @@
-"""Vision transformers (Dosovitskiy et al., ICLR 2021) as CLIP and DINOv2 have them, with timm's names of tensors."""
+"""The vision transformers (Dosovitskiy et al., ICLR 2021) of CLIP and DINOv2, with timm's tensor names."""
 
 from typing import Any
 
@@ -71,9 +71,9 @@ class VisionTransformer(nn.Module):
     """Pictures (N, C, H, W) -> the class token after the last normalisation, (N, ``channels``).
 
     Args:
-        in_channels: colours of a picture.
+        in_channels: colour channels of a picture.
         size: (height, width) of the pictures.
-        patch: side of a patch, pixels; what is left at the right and at the bottom is not seen.
+        patch: side of a patch, pixels; a remainder at the right and at the bottom is ignored.
         width: length of a token.
         depth: blocks.
         heads: of every attention.
@@ -82,7 +82,7 @@ class VisionTransformer(nn.Module):
         activation: one of ``ACTIVATIONS``.
         norm_pre: a LayerNorm before the first block, as in CLIP; the patches then have no bias.
         layer_scale: factors at the end of every branch, as in DINOv2.
-        registers: tokens that stand for nothing (Darcet et al., ICLR 2024).
+        registers: number of register tokens (Darcet et al., ICLR 2024).
         place_class: whether the class token has a position; with registers, it has none.
 
     Raises:
@@ -116,7 +116,7 @@ class VisionTransformer(nn.Module):
         _check_numbers(width, heads, eps, activation)
         rows, columns = (side // patch for side in size)
         if not rows or not columns:
-            raise ValueError(f"pictures of {size} are smaller than a patch, {patch}")
+            raise ValueError(f"size is {size}, expected at least one patch of {patch} × {patch}")
         self.place_class, self.channels = place_class, width
         self.patch_embed = nn.ModuleDict({"proj": nn.Conv2d(in_channels, width, patch, patch, bias=not norm_pre)})
         self.cls_token = nn.Parameter(torch.zeros(1, 1, width))
@@ -142,7 +142,7 @@ class VisionTransformer(nn.Module):
 
 def _check_numbers(width: int, heads: int, eps: Any, activation: Any) -> None:
     if width % heads:
-        raise ValueError(f"width is {width} with {heads} heads, expected a multiple")
+        raise ValueError(f"width is {width}, expected a multiple of heads, {heads}")
     if not isinstance(eps, float) or not 0 < eps < 1:
         raise ValueError(f"eps is {eps!r}, expected a number above 0 and below 1")
     if activation not in ACTIVATIONS:

@@ -24,7 +24,7 @@ SAMPLERS: dict[str, type[Any]] = {
     "speculative": Speculative,
     "parareal": Parareal,
     "collocation": Collocation,
-    # Other distributions than the policy's, to compare with:
+    # These do not sample the policy's distribution; they are here for comparison:
     "restart": Restart,
     "partial_denoising": PartialDenoising,
     "genetic": Genetic,
@@ -61,7 +61,7 @@ def make_sampler(name: str, **parameters: Any) -> Sampler:
     """A sampler by name.
 
     Raises:
-        ValueError: an unknown name, a parameter that this sampler lacks, or a value that it refuses.
+        ValueError: an unknown name or parameter, or a parameter's value out of range.
     """
     if name not in SAMPLERS:
         raise ValueError(f"sampler is {name!r}, expected one of {list_samplers()}")

@@ -10,8 +10,8 @@ from parapolicy.samplers.semi_implicit import settling_variance
 from parapolicy.samplers.window import Entries, WindowRounds
 from parapolicy.schedule import Schedule
 
-ROUNDING = 1e-6  # residuals this small, of values of order 1, are float32 roundings: nothing to extrapolate
-REGULARIZATION = 1e-3  # of the least-squares fit, as a part of the trace of its normal matrix
+ROUNDING = 1e-6  # smaller residuals, of values of order 1, are float32 rounding errors and not extrapolated
+REGULARIZATION = 1e-3  # of the least-squares fit, relative to the trace of its normal matrix
 
 
 @dataclass(frozen=True)
@@ -25,9 +25,9 @@ class Anderson(Sampler):
     Attributes:
         window: states evaluated per round.
         tolerance: as in :class:`parapolicy.samplers.SemiImplicit`. 0: exact.
-        history: differences that the fit looks at.
-        triangular: fit gamma at every step to the residuals up to that step only, which keeps the causal order of
-            the steps; False: one gamma for the whole window.
+        history: number of past differences in the fit.
+        triangular: True: gamma at each step is fitted to the residuals up to that step only, which keeps the causal
+            order of the steps. False: one gamma for the whole window.
     """
 
     window: int = 20
@@ -81,7 +81,7 @@ class AndersonRounds(WindowRounds):
         self._follow(entries, value, residual, accelerated)
 
     def _remember(self, entries: Entries, value: Tensor, residual: Tensor) -> Tensor:
-        """Note this round's differences; where there are any, (A, W, 1)."""
+        """Record this round's differences. Returns (A, W, 1): whether an entry has any."""
         element, step, valid = entries
         known = (self.seen[element, step] & valid)[..., None]
         risen = _norm(residual * known) > _norm(self.last_r[element, step] * known)  # (A,)
@@ -107,7 +107,7 @@ class AndersonRounds(WindowRounds):
         return torch.einsum("maws,awm->aws", df, gamma[..., 0])
 
     def _follow(self, entries: Entries, value: Tensor, residual: Tensor, accelerated: Tensor) -> None:
-        """The window's states by the accelerated estimates."""
+        """Recompute the window's states from the accelerated estimates."""
         element, step, valid = entries
         before, move = self.x[element, step + 1], self.schedule.transitions(step, self.z[element, step])
         state, previous_u = self.x[element[:, 0], step[:, 0]], self.u[element[:, 0], step[:, 0]]
@@ -115,7 +115,7 @@ class AndersonRounds(WindowRounds):
         rounded = residual.square().mean(2) <= ROUNDING**2  # (A, W)
         changes, states, estimates = [], [], []
         for k in range(step.shape[1]):
-            # At a state that stands still F(u) is final: acceleration never touches what will be accepted.
+            # F(u) is final at a settled state: acceleration must not change what will be accepted.
             plain = (settled | rounded[:, k])[:, None]
             estimate = torch.where(plain, value[:, k], accelerated[:, k])
             state = move(k, state, estimate, previous_u)

@@ -1,4 +1,4 @@
-"""What every sampler is: parameters, and rounds over a batch of flat states."""
+"""Base classes of the samplers: parameters, and rounds over a batch of flat states."""
 
 from abc import ABC, abstractmethod
 from dataclasses import dataclass
@@ -21,12 +21,12 @@ class Sample:
     """A batch of samples and what they cost.
 
     Attributes:
-        x: the last states, (B, S); the best estimate of them where sampling was stopped early.
+        x: final states, (B, S); their best estimate where sampling was stopped early.
         u: the estimates u_j that led there, (B, T, S): a guess for the next chunk.
-        rounds: batched network calls that each element took part in one after the other, (B,) int64.
+        rounds: successive batched network calls that each element took part in, (B,) int64.
         evaluations: network evaluations spent on each element, (B,) int64.
         residual: root mean square change of the estimate of x in its last round, (B,); 0 where x is exact.
-        complete: (B,) bool, False where sampling was stopped before the sampler's own rule did.
+        complete: (B,) bool, False where sampling was stopped early.
         error: (B,) estimated largest absolute error of x, infinite where nothing is known yet; None for samplers that
             do not estimate it.
         rejections: (B,) int64, drafted states that a speculative sampler refused; None for the others.
@@ -67,19 +67,19 @@ class Rounds(ABC):
 
     @abstractmethod
     def result(self) -> Sample:
-        """The samples, estimated as well as the rounds so far allow; the caller's own memory."""
+        """The samples, or their best estimate after the rounds so far. The tensors belong to the caller."""
 
 
 class Sampler(ABC):
-    """An algorithm and its parameters, which are dataclass fields. What it samples is a pure function of denoiser,
-    schedule and noise.
+    """An algorithm and its parameters, which are dataclass fields. A sample is a pure function of denoiser, schedule
+    and noise.
 
     Attributes:
-        keeps_distribution: what it samples follows the schedule's distribution, to its tolerance. Where it does not, no
-            plan and no report takes it for the policy.
-        is_reference: it computes the schedule step by step: what the others are measured against.
-        reuses_noise: it stays exact where the noise of the chunk before is used again.
-        uses_calibration: it samples better on a schedule with a calibration.
+        keeps_distribution: samples follow the schedule's distribution, within the tolerance. Plans never choose a
+            sampler without this; reports recommend one only on request.
+        is_reference: it computes the schedule step by step; the other samplers are compared with it.
+        reuses_noise: samples stay exact when the previous chunk's noise is used again.
+        uses_calibration: a calibrated schedule makes its samples more accurate.
     """
 
     keeps_distribution: ClassVar[bool] = True
@@ -89,7 +89,7 @@ class Sampler(ABC):
 
     @property
     def asked_error(self) -> float | None:
-        """The error of the sample that a sampler with an error estimate was asked for; None for the others."""
+        """The error that the sampler was asked to stay below; None for samplers without an error estimate."""
         return None
 
     @abstractmethod
@@ -99,7 +99,7 @@ class Sampler(ABC):
         Args:
             schedule: the steps.
             noise: (T + 1, B, S), for its shape and device.
-            compiled: compile what lies between two network calls, where the sampler can.
+            compiled: compile the work between two network calls, if the sampler supports it.
         """
 
 

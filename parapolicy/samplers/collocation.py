@@ -1,12 +1,12 @@
 """Collocation: ask the network at a few steps of the schedule, and interpolate its estimates in between.
 
 The estimate u of the clean sample is smooth along a path in s = log(alpha² / sigma²), and the schedule is linear in u
-and in noise that is known beforehand. So u is interpolated in s between the steps where it was asked for, the nodes,
-while state and noise are carried through every step exactly. What the interpolation misses early is forgotten: a state
-of DDPM remembers about one unit of s. Nodes are therefore few early and close at the end.
+and in noise that is known beforehand. The network is asked for u at some steps, the nodes. Between them, u is
+interpolated in s, while state and noise are carried through every step exactly. A state of DDPM remembers about one
+unit of s, so interpolation errors in early steps are forgotten. Nodes are therefore sparse early and dense at the end.
 
-A policy's mean response to its state, where it is known (:class:`parapolicy.schedule.Calibration`), is taken out of
-what is interpolated: in modes v = Q^T x, d_j = Q^T u_j - kappa_j v_j is smoother than u_j.
+Where a policy's mean response to its state is known (:class:`parapolicy.schedule.Calibration`), it is subtracted before
+interpolating: in modes v = Q^T x, d_j = Q^T u_j - kappa_j v_j is smoother than u_j.
 """
 
 import warnings
@@ -21,10 +21,10 @@ from parapolicy.samplers.base import DenoiserLike, Rounds, Sample, Sampler, chec
 from parapolicy.schedule import Schedule
 
 NODES = 24
-BOUND = 0.01  # of the distance from the policy's distribution, as a part of the mean distance between two chunks
-ROUNDS = 4  # most rounds per node: near a bifurcation a state may go to and fro
-LOG_SNR = 14.0  # beyond, nothing changes
-EARLY = -7.0  # before, a state is noise and the network says the mean
+BOUND = 0.01  # largest distance from the policy's distribution, relative to the mean distance between two chunks
+ROUNDS = 4  # per node, at most: near a bifurcation a state may oscillate
+LOG_SNR = 14.0  # bound of |s|; beyond it nothing changes
+EARLY = -7.0  # log-SNR below which a state is noise and the network predicts the mean
 # Density of default nodes in s: rising from DENSITY[0] to the sum around s = DENSITY[2], as calibrated nodes lie.
 DENSITY = 0.2, 2.0, 1.5
 
@@ -33,15 +33,15 @@ DENSITY = 0.2, 2.0, 1.5
 class Collocation(Sampler):
     """The distribution of the whole schedule from 15 to 40 network evaluations.
 
-    What it samples is a draw of the full schedule to within the error of interpolation: close to the sequential chunk
-    of the same noise (on Push-T about 1e-3), except where the policy decides between modes, when it may decide
-    otherwise than the sequential sampler. No estimate of a chunk's error is known, so there is no tolerance.
+    A sample is a draw of the full schedule, up to the interpolation error: close to the sequential chunk of the same
+    noise (on Push-T about 1e-3), except where the policy decides between modes. There it may take another mode than the
+    sequential sampler. No estimate of a chunk's error is known, so there is no tolerance.
 
     Attributes:
-        nodes: how many steps the network is asked at, or which ones, increasing; the last step is one of them.
-            ``auto``: the fewest that the policy's calibration has measured to keep its distribution.
-        window: nodes asked per round, at most. 1 is sequential over the nodes; a few more halve the rounds for a few
-            evaluations more; many save rounds where a batch costs little more than a row.
+        nodes: number of steps at which the network is asked, or these steps, increasing and ending with the last one.
+            ``auto``: the fewest that keep the policy's distribution, as its calibration has measured.
+        window: most nodes asked per round. 1: one node after the other. A few more halve the rounds for a few more
+            evaluations; many save rounds where a batch costs little more than one sample.
         settle: a node is asked again when its state has moved since by more than this many standard deviations of the
             noise there.
     """
@@ -60,7 +60,7 @@ class Collocation(Sampler):
             whole = all(isinstance(n, int) and not isinstance(n, bool) and n >= 0 for n in nodes)
             if not nodes or not whole or list(nodes) != sorted(set(nodes)):
                 raise ValueError(f"nodes is {self.nodes!r}, expected 'auto', their number, or increasing steps from 0")
-            object.__setattr__(self, "nodes", nodes)  # a list, from a configuration, cannot be hashed
+            object.__setattr__(self, "nodes", nodes)  # lists from a configuration cannot be hashed
         check_count("window", self.window)
         if isinstance(self.settle, bool) or not isinstance(self.settle, int | float) or not 0 < self.settle < 100:
             raise ValueError(f"settle is {self.settle!r}, expected a number above 0, such as 0.15")
@@ -69,13 +69,13 @@ class Collocation(Sampler):
         """The rounds of a batch.
 
         Raises:
-            ValueError: nodes that are no steps of the schedule, or do not end with its last one; ``auto`` where no
-                calibration has measured a number of nodes that keeps the distribution.
+            ValueError: nodes that are not steps of the schedule, or do not end with its last one; ``auto`` without a
+                calibration that has measured a number of nodes to keep the distribution.
         """
         return CollocationRounds(self, self.tables(schedule), noise)
 
     def tables(self, schedule: Schedule) -> "Tables":
-        """A schedule between the nodes; raises as :meth:`rounds` does."""
+        """The tables of a schedule at this sampler's nodes; raises as :meth:`rounds` does."""
         return make_tables(schedule, self._nodes(schedule))
 
     def _nodes(self, schedule: Schedule) -> tuple[int, ...]:
@@ -84,7 +84,7 @@ class Collocation(Sampler):
             nodes = (calibration and calibration.fewest_nodes(BOUND)) or 0
             if not nodes:
                 raise ValueError(
-                    "nodes is 'auto', and no number of nodes was measured to keep this policy's distribution; "
+                    "nodes is 'auto', but no number of nodes was measured to keep this policy's distribution; "
                     "run parapolicy calibrate on it, or give a number"
                 )
         if isinstance(nodes, int):
@@ -96,15 +96,17 @@ class Collocation(Sampler):
 
 
 class Tables(NamedTuple):
-    """A schedule between nodes; K nodes, T steps, M modes: S of them, or 1 for all numbers alike.
+    """A schedule between nodes: K nodes, T steps, and M modes (S of them, or 1 if all numbers are treated alike).
 
     Attributes:
         nodes: (K,) int64.
-        modes: (S, S), or None where all numbers are treated alike.
-        kappa, kept: (K, M) what u follows of the state at a node, and what remains of the mean.
-        response: (K, K, M) what d at node k adds to the state at node n; lower triangular, with a diagonal, because u
-            just before a node is interpolated towards it.
-        first, noise: (K, M) and (K, T, M), what the first state and each step's noise add to the state at a node.
+        modes: (S, S), or None if all numbers are treated alike.
+        kappa: (K, M) response of u to the state at a node.
+        kept: (K, M) 1 - alpha kappa, the factor of a constant u in d.
+        response: (K, K, M) what d at node k adds to the state at node n. Lower triangular with a diagonal, because u
+            just before a node is interpolated towards that node.
+        first: (K, M) what the first state adds to the state at a node.
+        noise: (K, T, M) what each step's noise adds to the state at a node.
         sigma: (K,) noise level.
         interpolation: (T, K, M) from d at the nodes to d at every step.
         last: A, B and S of the last step.
@@ -129,7 +131,7 @@ def log_snr(schedule: Schedule) -> Tensor:
 
 
 def default_nodes(schedule: Schedule, count: int) -> tuple[int, ...]:
-    """Nodes by log-SNR alone: where their number is least dense for its place, one is added, until there are enough."""
+    """Nodes from the log-SNR alone: each new node halves the gap that is widest in units of the target density."""
     s, steps = log_snr(schedule).cpu(), len(schedule)
     level, rise, centre = DENSITY
     s = s.clamp(min=EARLY)
@@ -137,7 +139,7 @@ def default_nodes(schedule: Schedule, count: int) -> tuple[int, ...]:
     first = int((s <= EARLY).sum().clamp(max=steps - 1))
     nodes = [steps - 1] if count == 1 else sorted({first, steps - 1})
     while len(nodes) < count:
-        ahead = [-1, *nodes]  # what lies before the first node is filled last
+        ahead = [-1, *nodes]  # the gap before the first node is filled last
         gaps = [(b - a > 1, float(place[b] - place[max(a, 0)]), a, b) for a, b in zip(ahead, nodes, strict=False)]
         _, _, a, b = max(gaps)
         middle = (place[b] + place[max(a, 0)]) / 2
@@ -147,14 +149,14 @@ def default_nodes(schedule: Schedule, count: int) -> tuple[int, ...]:
 
 @lru_cache(maxsize=8)
 def make_tables(schedule: Schedule, nodes: tuple[int, ...]) -> Tables:
-    """The tables of a schedule and its nodes, on its device."""
+    """The tables of a schedule at these nodes, on the schedule's device."""
     steps, device = len(schedule), schedule.A.device
     A, B, C, S = (table.double().cpu() for table in (schedule.A, schedule.B, schedule.C, schedule.S))
     calibration = None if schedule.multistep else schedule.calibration
     if schedule.calibration is None and len(nodes) < steps:
         warnings.warn(
-            f"collocation asks {len(nodes)} of {steps} steps of a schedule without a calibration: how far its chunks "
-            "are from the policy's is not known; parapolicy.calibrate.with_calibration(policy) measures a calibration",
+            f"collocation asks {len(nodes)} of {steps} steps of a schedule without a calibration, so the distance of "
+            "its chunks from the policy is unknown; parapolicy.calibrate.with_calibration(policy) measures one",
             stacklevel=2,
         )
     follow = torch.zeros(steps, 1, dtype=torch.float64)
@@ -175,7 +177,7 @@ def make_tables(schedule: Schedule, nodes: tuple[int, ...]) -> Tables:
         weights[j, k] = (1 - along) * kept[j] / kept[here]
         weights[j, k + 1] = along * kept[j] / kept[there]
 
-    # What a unit added after step j, and the first state, come to in the state before step n.
+    # What a unit added after step j, and a unit of the first state, contribute to the state before step n.
     gain = A[:, None] + B[:, None] * kappa
     added, first = (torch.zeros(steps + 1, steps, gain.shape[1], dtype=torch.float64), torch.ones_like(gain[:1]))
     firsts = [first[0]]
@@ -207,7 +209,7 @@ def make_tables(schedule: Schedule, nodes: tuple[int, ...]) -> Tables:
 
 
 class CollocationRounds(Rounds):
-    """Rounds of :class:`Collocation` on memory of fixed shapes. A guess is not used: it saves nothing here.
+    """Rounds of :class:`Collocation` on memory of fixed shapes. A guess saves nothing here and is ignored.
 
     Args:
         sampler: its parameters.
@@ -223,7 +225,7 @@ class CollocationRounds(Rounds):
         self.window, self.most = min(sampler.window, count), ROUNDS * count
         self.element = torch.arange(batch, device=noise.device)[:, None]
         self.order = torch.arange(count, 0, -1, device=noise.device)
-        # In modes: states by the noise alone, states now, when asked, and what is interpolated.
+        # In modes: states from noise alone, current states, states when the network was asked, and d.
         self.free, self.v, self.v_asked, self.d = (noise.new_zeros(batch, count, size) for _ in range(4))
         self.asked = torch.zeros(batch, count, dtype=torch.bool, device=noise.device)
         self.pending = torch.zeros_like(self.asked)
@@ -249,7 +251,7 @@ class CollocationRounds(Rounds):
     def advance(self, denoiser: DenoiserLike) -> None:
         tables, element = self.tables, self.element
         live = self.pending.any(1)
-        # The first pending nodes; an element that has fewer looks at others, too, and changes nothing there.
+        # The first pending nodes. For an element with fewer, other nodes fill the window and stay unchanged.
         node = (self.pending * self.order).topk(self.window, 1).indices
         chosen = self.pending.gather(1, node)
         v = self.v[element, node]
@@ -260,7 +262,7 @@ class CollocationRounds(Rounds):
         self.v_asked[element, node] = torch.where(keep, v, self.v_asked[element, node])
         self.asked[element, node] |= chosen
 
-        # What was never asked holds the mean of the last node that was.
+        # Nodes that were not asked yet hold the mean of the last node that was.
         last = (self.asked * (len(self.order) + 1 - self.order)).amax(1, keepdim=True) - 1
         held = self.d[element, last] / tables.kept[last]
         self.d.copy_(torch.where(self.asked[..., None], self.d, tables.kept * held))
@@ -280,9 +282,9 @@ class CollocationRounds(Rounds):
         return Sample(self.final.clone(), self._from_modes(u), *costs, complete)
 
     def _ask(self, denoiser: DenoiserLike, v: Tensor, node: Tensor, chosen: Tensor) -> Tensor:
-        """u in modes, (B, W, S), at states v likewise; 0 where a node was not chosen and rows cost time."""
+        """u (B, W, S) at states v (B, W, S), both in modes. On a CPU, nodes not chosen are not evaluated and give 0."""
         x = self._from_modes(v).flatten(0, 1)
-        # Contiguous: a compiler takes one number that is repeated for another kind of tensor, and compiles anew.
+        # Contiguous: torch.compile would compile again for an expanded tensor.
         step, element = self.tables.nodes[node].flatten(), self.element.expand_as(node).flatten().contiguous()
         if not self.sparse or chosen.all():
             u = denoiser(x, step, element)

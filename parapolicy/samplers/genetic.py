@@ -1,4 +1,4 @@
-"""Genetic denoising: a population of samples, of which the likelier ones go on; another distribution, in few rounds."""
+"""Genetic denoising: a population of samples, of which the likelier survive. It samples another distribution."""
 
 from dataclasses import dataclass
 from typing import ClassVar
@@ -16,12 +16,14 @@ class Genetic(Sampler):
     """After the idea of genetic denoising (Clemente et al., NeurIPS 2025); its details may differ from the paper's.
 
     A population is denoised along a schedule of two to five steps with little noise (DDIM with an eta). Before each
-    step its members are drawn anew, the likelier the nearer the noise in their state is to what noise should be; at the
-    end the best one is taken. This prefers the modes of the policy's distribution and does not sample it.
+    step its members are resampled: a member is likelier the closer the mean square of its state's noise is to the
+    expected value or below. At the end the best member is taken. This prefers the modes of the policy's distribution
+    and does not sample it.
 
     Attributes:
         population: members; 1 is the sequential sampler.
-        temperature: of the choice. A member's score is the mean square of its state's noise, over its expected value.
+        temperature: of the resampling. A member's score is the mean square of its state's noise over the expected
+            value; lower is better.
     """
 
     keeps_distribution: ClassVar[bool] = False
@@ -41,7 +43,7 @@ class Genetic(Sampler):
 
 
 class GeneticRounds(Rounds):
-    """Rounds of :class:`Genetic`; a round is a step of the whole population.
+    """Rounds of :class:`Genetic`. One round is one step of the whole population.
 
     Attributes:
         x, u: (B, P, S) states, and estimates at the step before.
@@ -75,7 +77,7 @@ class GeneticRounds(Rounds):
         if population > 1:
             weight = torch.softmax(-self.score / self.sampler.temperature, 1).cumsum(1)
             parent = torch.searchsorted(weight, self.uniform[j]).clamp(max=population - 1)  # (B, P)
-            if j + 1 == len(self.schedule):  # nothing is drawn any more: all are the best one
+            if j + 1 == len(self.schedule):  # the last step takes the best member
                 parent = self.score.argmin(1, keepdim=True).expand_as(parent)
             self.x, self.u, u = self.x[element, parent], self.u[element, parent], u[element, parent]
             self.estimates, self.score = self.estimates[element, parent], self.score[element, parent]

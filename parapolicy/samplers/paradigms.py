@@ -20,8 +20,8 @@ class ParaDiGMS(Sampler):
     Attributes:
         window: states evaluated per round.
         tolerance: a state is settled when its mean squared change is at most tolerance² times the variance of the
-            noise that the *next* step adds (the published rule; it makes the last two states wait until they no
-            longer change at all). 0: exact.
+            noise that the *next* step adds. This is the published rule; under it the last two states must stop
+            changing altogether. 0: exact.
     """
 
     window: int = 20

@@ -19,23 +19,23 @@ from parapolicy.samplers.base import (
 from parapolicy.samplers.semi_implicit import settling_variance
 from parapolicy.schedule import Schedule
 
-# A part of the algorithm: yields a network call's (elements at work, states, steps, batch elements), is sent its
-# estimates, and returns its result.
+# A part of the algorithm. It yields the arguments of a network call (active elements, states, steps, batch elements),
+# is sent the estimates, and returns its result.
 Script = Generator[tuple[Tensor, Tensor, Tensor, Tensor], Tensor, Tensor]
 
 
 @dataclass(frozen=True)
 class Parareal(Sampler):
-    """Blocks of steps, solved finely side by side and joined by a coarse solver: x' = fine(x) + coarse(new x) -
-    coarse(x) at every block's end, sweep after sweep.
+    """Blocks of steps: solved finely in parallel and joined by a coarse solver. Every sweep sets x' = fine(x) +
+    coarse(new x) - coarse(x) at every block's end.
 
-    The coarse solver is the schedule's own recurrence over the block with the estimate held, so that it costs one
-    network call, which is also the fine solver's first. Every sweep makes one more block exact.
+    The coarse solver is the schedule's own recurrence over the block with a constant estimate. It costs one network
+    call, which is also the fine solver's first. Every sweep makes one more block exact.
 
     Attributes:
         tolerance: sampling ends when a sweep changes the result by less than this many standard deviations of the
             last noisy step's noise, in the root mean square. 0: all sweeps, exact.
-        blocks: how many; None: the square root of the number of steps.
+        blocks: number of blocks; None: the square root of the number of steps.
     """
 
     tolerance: float = 0.1
@@ -51,13 +51,13 @@ class Parareal(Sampler):
 
 
 class PararealRounds(Rounds):
-    """Rounds of :class:`Parareal`. The algorithm is one generator, which yields wherever it needs the network.
+    """Rounds of :class:`Parareal`. The algorithm is one generator that yields whenever it needs the network.
 
-    A block's state is x and the estimate before it, which second-order solvers look at: (2, S).
+    A block's state is x and the previous estimate, which second-order solvers use: (2, S).
 
     Attributes:
-        state: (B, K + 1, 2, S) at the blocks' bounds.
-        coarse: (B, K, 2, S) what the coarse solver makes of each block's state.
+        state: (B, K + 1, 2, S) at the bounds of the K blocks.
+        coarse: (B, K, 2, S) the coarse solver's result for each block.
         u: (B, T, S) the estimates.
     """
 
@@ -79,7 +79,7 @@ class PararealRounds(Rounds):
         self.state[:, 0, 0] = noise[0]
         self.coarse = torch.zeros_like(self.state[:, 1:])
         self.evaluated = guess is None  # whether ``u`` at the blocks' starts belongs to ``state``
-        self.chained = 0 if guess is None else self.blocks  # blocks that the first coarse chain has reached the end of
+        self.chained = 0 if guess is None else self.blocks  # blocks that the first coarse chain has finished
         every = torch.arange(batch, device=noise.device)
         self.rounds, self.evaluations = (torch.zeros_like(every) for _ in range(2))
         self.residual = noise.new_zeros(batch)
@@ -102,7 +102,7 @@ class PararealRounds(Rounds):
             self._call = None
 
     def result(self) -> Sample:
-        """Stopped within the first coarse chain, that chain goes on with its last estimate."""
+        """If sampling was stopped within the first coarse chain, the chain continues with its last estimate."""
         every = torch.arange(len(self.state), device=self.state.device)
         held = self.u[:, (self.chained - 1) * self.length][:, None].expand(-1, self.length, -1)
         for i in range(self.chained, self.blocks):
@@ -111,7 +111,7 @@ class PararealRounds(Rounds):
         return Sample(self.state[:, -1, 0], self.u, self.rounds, self.evaluations, self.residual, self.complete)
 
     def _sweep(self, active: Tensor) -> Script:
-        """The whole algorithm, for the elements that are still at work."""
+        """The whole algorithm, for the elements that are not done."""
         if self.evaluated:
             yield from self._chain(active, 0, None)
         for sweep in range(1, self.blocks + 1):
@@ -128,7 +128,7 @@ class PararealRounds(Rounds):
         return active
 
     def _chain(self, active: Tensor, first: int, fine: Tensor | None) -> Script:
-        """The coarse solver from block to block, corrected by the fine solutions (A, K, 2, S) where there are any."""
+        """The coarse solver from block to block, corrected by the fine solutions (A, K, 2, S) if given."""
         if fine is not None:
             self.state[active, first] = fine[:, first - 1]
         for i in range(first, self.blocks):
@@ -142,7 +142,7 @@ class PararealRounds(Rounds):
         return active
 
     def _solve(self, active: Tensor, first: int) -> Script:
-        """The fine solutions of blocks ``first`` and later, side by side, (A, K, 2, S)."""
+        """The fine solutions of blocks ``first`` and later, in parallel, (A, K, 2, S)."""
         count = self.blocks - first
         block = torch.arange(first, self.blocks, device=active.device).repeat(len(active))
         element = active.repeat_interleave(count)  # (A K,)
@@ -168,7 +168,7 @@ class PararealRounds(Rounds):
         return fine
 
     def _solve_block(self, active: Tensor, block: int, state: Tensor, u: Tensor) -> Tensor:
-        """A block's steps from state (A, 2, S) with estimates (A, at least as many, S), without the network."""
+        """The steps of a block from state (A, 2, S) with estimates u (A, at least the block's length, S)."""
         x, previous_u = state.unbind(1)
         start = block * self.length
         for k in range(min(self.length, len(self.schedule) - start)):

@@ -1,9 +1,9 @@
-"""Restarts from the chunk before: few evaluations, and another distribution than the policy's.
+"""Restarts from the previous chunk: few evaluations, but not the policy's distribution.
 
-The chunk before, shifted by the executed actions, is taken for a state near the end of the schedule, so that only the
-last steps remain. What is sampled then depends on that chunk, and follows no distribution that the policy was trained
-for. Both are of our own making after the ideas of the papers: what they do in detail may differ from the papers' own
-code, of which only RTI-DP's settings were looked at. An episode's first chunk runs all steps.
+The previous chunk, shifted by the executed actions, is used as a state near the end of the schedule, so that only the
+last steps remain. The result depends on that chunk and follows no distribution that the policy was trained for. Both
+samplers are our own implementations of the papers' ideas and may differ from the papers' code in detail; only RTI-DP's
+settings were compared with it. An episode's first chunk runs all steps.
 """
 
 from dataclasses import dataclass
@@ -24,7 +24,7 @@ class Restart(Sampler):
 
     Attributes:
         last: steps at the schedule's end that are run.
-        renoise: take the shifted chunk for a clean sample, and noise it to the level where these steps begin. With a
+        renoise: treat the shifted chunk as a clean sample and noise it to the level where these steps begin. With a
             short schedule and ``last`` 2, this is a warm start of two evaluations.
     """
 
@@ -62,17 +62,17 @@ class RestartRounds(SequentialRounds):
 
 @dataclass(frozen=True)
 class PartialDenoising(Sampler):
-    """Partial denoising (Falcon, Chen et al., ICML 2025): go on from a state of the chunk before that still fits.
+    """Partial denoising (Falcon, Chen et al., ICML 2025): continue from a state of the previous chunk that still fits.
 
-    The states of the chunk before are kept by their estimates and noise. A first round estimates the clean sample at
-    several of them for the new observation. Where that agrees with the chunk before, the latest such state is taken;
-    where none agrees, sampling begins with noise. Agreement is judged over the first half of the horizon, which two
-    chunks share.
+    The previous chunk's states are recomputed from its estimates and noise. A first round estimates the clean sample
+    at several of them for the new observation. The latest state whose estimate agrees with the previous chunk is taken;
+    if none agrees, sampling starts from noise. Agreement is judged over the first half of the horizon, where the two
+    chunks overlap.
 
     Attributes:
-        levels: states that are tried, evenly spaced over the schedule.
-        threshold: root mean square difference up to which an estimate agrees.
-        explore: how often sampling begins with noise all the same.
+        levels: number of states tried, evenly spaced over the schedule.
+        threshold: largest root mean square difference of an estimate that agrees, normalised.
+        explore: probability of starting from noise although a state agrees.
     """
 
     keeps_distribution: ClassVar[bool] = False

@@ -18,7 +18,7 @@ from parapolicy.samplers.secant_model import SecantModel
 from parapolicy.samplers.semi_implicit import settling_variance
 from parapolicy.schedule import Schedule
 
-BLOCK = 25  # states whose model is solved at once, which costs their square
+BLOCK = 25  # states solved at once; the cost grows with their square
 
 # Settling thresholds, in standard deviations of the step's noise per unit of tolerance. They apply to the largest
 # change among a state's numbers, because one number may change alone, such as when a gripper closes. A state leaves the
@@ -33,9 +33,9 @@ class Secant(Sampler):
     """Quasi-Newton iteration on the estimates u, which stops by the estimated error of the final sample.
 
     A round evaluates u_j = F_j(x_j) at every state of the window, then recomputes the states one after the other with
-    a linear model of what F_j will say at the new state: u_j + J_j (x_j_new - x_j). J_j is the least-squares fit to
-    what the last rounds saw at steps j - 1, j and j + 1. The correction is zero where a state has not moved, so the
-    fixed point is that of :class:`parapolicy.samplers.SemiImplicit`.
+    a linear model of F_j at the new state: u_j + J_j (x_j_new - x_j). J_j is the least-squares fit to the last rounds'
+    evaluations at steps j - 1, j and j + 1. The correction is zero where a state has not moved, so the fixed point is
+    that of :class:`parapolicy.samplers.SemiImplicit`.
 
     The error is estimated once the window reaches the last step: c r / (1 - r), where c is the final sample's last
     change and r the ratio of its last two.
@@ -45,8 +45,8 @@ class Secant(Sampler):
             evaluations.
         tolerance: largest estimated error of an element of the sample, in normalised units (of Push-T's 512 pixels,
             0.01 is 2.5). 0: exact.
-        history: differences between past rounds that the fit looks at; 0: plain semi-implicit iteration. More than one
-            saves a few rounds in a hundred where the window is the whole schedule, for three times the work of the fit.
+        history: number of past differences in the fit; 0: plain semi-implicit iteration. More than one saves a few
+            percent of the rounds where the window is the whole schedule, for three times the work of the fit.
     """
 
     window: int = 40
@@ -67,21 +67,21 @@ class Secant(Sampler):
 
 
 def _remaining(ratio: Tensor) -> Tensor:
-    """What the geometric series of changes still adds, as a part of the last one; all of it where nothing is known."""
+    """What the geometric series of changes still adds, relative to the last change; 1 where the ratio is unknown."""
     remaining = ratio.clamp(min=0.1) / (1 - ratio.clamp(max=0.9))
     return torch.where(ratio.isnan(), 1.0, remaining)
 
 
 class SecantRounds(Rounds):
-    """Rounds of :class:`Secant` on memory of fixed shapes, so that a round is the same work every time.
+    """Rounds of :class:`Secant` on memory of fixed shapes: every round is the same work.
 
-    All arrays reach one window past the last step. What stands there never comes back: a window that passes the end,
-    or that of an element which is done, works on it and changes nothing else.
+    All arrays extend one window past the last step. Windows that pass the end, and those of elements that are done,
+    work on these extra entries, which influence nothing else.
 
     Args:
-        sampler, schedule: their parameters and steps.
+        sampler, schedule: parameters and steps.
         noise: (T + 1, B, S), for its shape and device.
-        compiled: compile what lies between two network calls, for a single sample.
+        compiled: compile the work between two network calls, for a single sample.
 
     Attributes:
         sparse: leave entries past the end out of the network's calls; on a GPU, padding is cheaper than the
@@ -142,7 +142,7 @@ class SecantRounds(Rounds):
         return step, self.x[self.element, step]
 
     def _correct(self, step: Tensor, before: Tensor, estimates: Tensor) -> None:
-        """What follows from the estimates at these states, and where the window goes next."""
+        """Update states, errors and windows from the estimates at the window's states."""
         x, u, element, tolerance = self.x, self.u, self.element, self.tolerance
         active, valid = self.start < self.steps, step < self.steps
         newest_u = u[element[:, 0], self.end]
@@ -160,7 +160,7 @@ class SecantRounds(Rounds):
         estimated = change * _remaining(change / self.last_change)
         self.error.copy_(torch.where(reaches_end, estimated, self.error))
         self.last_change.copy_(torch.where(reaches_end, change, self.last_change))
-        # Past every leading settled state and the one after it, which depends on settled values only.
+        # Skip every leading settled state and the one after it, which depends on settled values only.
         allowed = tolerance * torch.where(reached, FINAL, SETTLED)
         leading = ((moved <= allowed[:, None]) & valid).long().cumprod(1).sum(1)
         passed = self.start + (leading + 1).clamp(max=len(self.offsets))
@@ -175,7 +175,7 @@ class SecantRounds(Rounds):
         self._done.copy_((self.start >= self.steps).all())
 
     def result(self) -> Sample:
-        """The last states, extrapolated where sampling was stopped early."""
+        """The final states, extrapolated where sampling was stopped early."""
         complete = self.start >= self.steps
         while not bool((self.end >= self.steps).all()):
             self._extrapolate()
@@ -186,7 +186,7 @@ class SecantRounds(Rounds):
         return Sample(x.clone(), u.clone(), *costs, complete, error)
 
     def _evaluate(self, denoiser: DenoiserLike, states: Tensor, step: Tensor) -> Tensor:
-        """The estimates (B, W, S) at states likewise."""
+        """The estimates (B, W, S) at states (B, W, S) and steps (B, W)."""
         valid = step < self.steps
         inputs = states.flatten(0, 1), step.flatten().clamp(max=self.steps - 1), self.entry_element
         if not self.sparse or valid.all():
@@ -197,7 +197,7 @@ class SecantRounds(Rounds):
         return estimates.view_as(states)
 
     def _extrapolate(self) -> None:
-        """Fill a window's states and estimates after ``end``: the guess, moved by what the last one differs from it."""
+        """Fill a window after ``end``: estimates are the guess plus the last estimate's difference from its guess."""
         first = self.end[:, None]
         step = first + self.offsets
         correction = self.u[self.element, first] - self.guess[self.element, first]
@@ -208,7 +208,7 @@ class SecantRounds(Rounds):
         self.x[self.element, step + 1] = torch.baddbmm(still, gain, estimates)
 
     def _follow(self, step: Tensor, before: Tensor, estimates: Tensor) -> Tensor:
-        """The W states (B, W, S) after the window's first, with the model's estimates along the way."""
+        """The W states (B, W, S) after the window's first, by the recurrence with the model's estimates."""
         weights, du = self.model.fit(self.element, step)
         state, previous_u, states = before[:, 0], self.u[self.element[:, 0], self.start], []
         for entries in zip(*(v.split(BLOCK, 1) for v in (step, before, estimates, weights, du)), strict=True):
@@ -229,13 +229,13 @@ class SecantRounds(Rounds):
     ) -> tuple[Tensor, Tensor]:
         """The states after ``state``, and the last estimate.
 
-        The model sees a state through few numbers y, its products with past differences: the estimates are u + du^T y.
-        The schedule is linear, so that each y is a sum of those before it, y = r + L y with a strictly lower
-        triangular L: one substitution instead of a loop. Estimates are clipped only afterwards; at the fixed point,
-        where they are the network's, that changes nothing.
+        The model depends on a state through a few numbers y, its products with past differences: the estimates are
+        u + du^T y. The schedule is linear, so each y is a sum over those before it, y = r + L y with a strictly lower
+        triangular L: one substitution instead of a loop. Estimates are clipped only afterwards. At the fixed point
+        they are the network's own, so clipping changes nothing there.
         """
         still, gain = self._propagate(step, state, previous_u)
-        free = torch.baddbmm(still, gain, estimates)  # the states, if the network said the same again
+        free = torch.baddbmm(still, gain, estimates)  # the states, if the network repeated its estimates
         moved = torch.cat((state[:, None], free[:, :-1]), 1) - before
         r = weights @ moved[..., None]  # (B, K, m, 1)
         sizes = r.shape[1:3]  # (K, m)
@@ -248,8 +248,8 @@ class SecantRounds(Rounds):
         return torch.baddbmm(still, gain, estimates), estimates[:, -1]
 
     def _propagate(self, step: Tensor, state: Tensor, previous_u: Tensor) -> tuple[Tensor, Tensor]:
-        """What the states after steps (B, K) come to without their estimates (B, K, S), and what each estimate adds
-        to each state (B, K, K). ``state`` and ``previous_u`` are those before the first step, (B, S).
+        """The states (B, K, S) after steps (B, K) without the contribution of their estimates, and each estimate's gain
+        on each state, (B, K, K). ``state`` and ``previous_u`` are those before the first step, (B, S).
         """
         spread, gain = self.propagators[:, step[:, :, None], step[:, None]]
         a, c, s = self.tables[:, step][..., None]  # (B, K, 1) each

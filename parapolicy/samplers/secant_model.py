@@ -1,9 +1,9 @@
-"""A linear model of the network at every step, from what the last rounds saw."""
+"""A linear model of the network at every step, fitted to the last rounds' evaluations."""
 
 import torch
 from torch import Tensor
 
-REGULARIZATION = 1e-3  # of the least-squares fit, as a part of the trace of its normal matrix
+REGULARIZATION = 1e-3  # of the least-squares fit, relative to the trace of its normal matrix
 
 
 class SecantModel:
@@ -16,18 +16,18 @@ class SecantModel:
     """
 
     def __init__(self, x: Tensor, steps: int, history: int) -> None:
-        # At every step, states and estimates, newest first; all alike where it has been evaluated once.
+        # States and estimates of every step, newest first; a step evaluated once repeats its only value.
         self.pairs = x.new_zeros(*x.shape[:2], 2, history + 1, x.shape[2])
         self.seen = torch.zeros(x.shape[:2], dtype=torch.bool, device=x.device)
         self.last = steps - 1
 
     def forget(self) -> None:
-        """As if nothing had been evaluated."""
+        """Discard all evaluations."""
         self.seen.zero_()
         self.pairs.zero_()
 
     def record(self, element: Tensor, step: Tensor, states: Tensor, estimates: Tensor) -> None:
-        """Take evaluations at batch elements ``element`` (B, 1) and ``step`` (B, W): states and estimates (B, W, S)."""
+        """Add evaluations at batch elements ``element`` (B, 1) and ``step`` (B, W): states and estimates (B, W, S)."""
         newest = torch.stack((states, estimates), 2)[:, :, :, None]
         past = torch.where(
             self.seen[element, step][..., None, None, None], self.pairs[element, step][:, :, :, :-1], newest
@@ -50,7 +50,7 @@ class SecantModel:
 def eliminate(matrix: Tensor, right: Tensor) -> Tensor:
     """M^-1 R for small positive definite M (..., m, m) and R (..., m, n), by elimination without pivots.
 
-    LAPACK's solvers may wait for the host on a GPU, and torch cannot fuse them with what is around.
+    LAPACK's solvers may wait for the host on a GPU, and torch cannot fuse them with other operations.
     """
     count = matrix.shape[-1]
     system = torch.cat((matrix, right), -1)

@@ -58,7 +58,7 @@ class SemiImplicitRounds(WindowRounds):
 
 
 def settling_variance(schedule: Schedule) -> Tensor:
-    """The variance that each step's result is judged by, (T,); the last step adds none and takes its neighbour's."""
+    """The variance that each step's change is compared with, (T,). The last step adds none and uses its neighbour's."""
     variance = schedule.variance.clone()
     if len(variance) > 1:
         variance[-1] = variance[-2]

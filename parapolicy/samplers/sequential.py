@@ -12,9 +12,9 @@ from parapolicy.schedule import Schedule
 
 @dataclass(frozen=True)
 class Sequential(Sampler):
-    """Ancestral sampling (Ho et al., 2020) or whichever solver the schedule holds; T rounds.
+    """Ancestral sampling (Ho et al., 2020), or the schedule's own solver; T rounds.
 
-    Stopped early, it returns the last estimate of the clean sample. A guess is of no use to it.
+    If stopped early, it returns the last estimate of the clean sample. It ignores a guess.
     """
 
     is_reference: ClassVar[bool] = True
@@ -24,11 +24,11 @@ class Sequential(Sampler):
 
 
 class SequentialRounds(Rounds):
-    """A round is a step.
+    """One round is one step.
 
     Attributes:
-        first: the step that is run first.
-        steps_taken: the next one.
+        first: index of the first step that is run.
+        steps_taken: index of the next step.
     """
 
     def __init__(self, schedule: Schedule) -> None:

@@ -22,17 +22,17 @@ SMALLEST_BLOCK = 16
 
 @dataclass(frozen=True)
 class Speculative(Sampler):
-    """Drafts a block of states with the estimate held, evaluates the network at all of them, and keeps each drafted
-    state with the probability that makes the kept ones exact; the first refused one is reflected and kept too.
+    """Drafts a block of states with a constant estimate, evaluates the network at all of them, and keeps each drafted
+    state with the probability that makes the kept states exact. The first rejected state is reflected and kept.
 
     The result follows the sequential sampler's distribution exactly, but is another draw than the sequential one with
-    the same noise. It can only win where steps add noise: a noiseless schedule is run step by step. A guess must not
-    depend on the noise, so warm starts take fresh noise.
+    the same noise. It saves rounds only where steps add noise: a noiseless schedule is run step by step. A guess must
+    not depend on the noise, so warm starts take fresh noise.
 
     Attributes:
         window: most states drafted per block; a block after a rejection is shorter.
-        calls: network calls per block. 2: the block's draft holds the estimate at its own first state, as published.
-            1: it holds the last estimate of the block before, which depends on the past only and so is as exact.
+        calls: network calls per block. 2: the draft uses the estimate at the block's first state, as published. 1: it
+            uses the last estimate of the previous block, which depends on the past only and is therefore as exact.
     """
 
     reuses_noise: ClassVar[bool] = False
@@ -53,9 +53,10 @@ class SpeculativeRounds(WindowRounds):
     """Rounds of :class:`Speculative`.
 
     Attributes:
-        start: (B,) verified states; the next draft begins there. It is ``end``, too: nothing after it is kept.
+        start: (B,) number of verified states; the next draft begins there. The same as ``end``: nothing after it is
+            kept.
         block: (B,) most states of each element's next draft.
-        leading: whether the next call is the first one of the published form.
+        leading: whether the next call is the first of a block's two.
     """
 
     def __init__(self, sampler: Speculative, schedule: Schedule) -> None:
@@ -84,7 +85,7 @@ class SpeculativeRounds(WindowRounds):
         self.rounds[element] += 1
         self.evaluations[element] += valid.sum(1)
 
-        # Means of the drafted and of the true transition differ by what their estimates contribute.
+        # The means of the drafted and the true transition differ by the contributions of their estimates.
         before, still = u[row, step[:, :1]], torch.zeros_like(value)
         increment_p = schedule.increment(drafted, torch.cat((before, drafted[:, :-1]), 1), still, step)
         increment_q = schedule.increment(value, torch.cat((before, value[:, :-1]), 1), still, step)
@@ -92,7 +93,7 @@ class SpeculativeRounds(WindowRounds):
         shift = torch.where(spread > 0, (increment_p - increment_q) / spread, 0.0)
         accepted = self.uniform[row, step].log() <= log_acceptance(used, shift)
         accepted &= (spread[..., 0] > 0) | (increment_p == increment_q).all(-1)
-        if self.leading:  # one true step, whatever the draft
+        if self.leading:  # one true step; the draft is ignored
             accepted, shift = torch.zeros_like(accepted), torch.zeros_like(shift)
         kept = (accepted & valid).long().cumprod(1).sum(1)  # (A,)
         refused = kept < valid.sum(1)
@@ -118,9 +119,9 @@ class SpeculativeRounds(WindowRounds):
 
 
 def element_generators(noise: Tensor) -> Iterator[torch.Generator]:
-    """A generator per element of noise (T + 1, B, S), seeded by a digest of its noise.
+    """One generator per element of noise (T + 1, B, S), seeded by a digest of the element's noise.
 
-    The sampler stays a function of its arguments, and an element's numbers do not depend on the batch.
+    So a sample stays a function of the sampler's arguments, and an element's numbers do not depend on the batch.
     """
     for element in noise.transpose(0, 1).contiguous().cpu():
         digest = hashlib.sha256(element.numpy().tobytes()).digest()
@@ -142,6 +143,6 @@ def log_acceptance(z: Tensor, shift: Tensor) -> Tensor:
 
 
 def reflect(z: Tensor, shift: Tensor) -> Tensor:
-    """The noise with which a refused state is made anew from m_q: z mirrored across the plane between the means."""
+    """The noise of a rejected state's replacement m_q + s z': z mirrored across the plane between the means."""
     square = shift.square().sum(-1, keepdim=True).clamp(min=1e-30)
     return z - 2 * (z * shift).sum(-1, keepdim=True) / square * shift

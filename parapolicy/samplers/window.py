@@ -1,4 +1,4 @@
-"""The sliding window of the fixed-point samplers: where each batch element stands, and which states are settled."""
+"""The sliding window of the fixed-point samplers: its position per batch element, and which states are settled."""
 
 from typing import NamedTuple
 
@@ -10,11 +10,11 @@ from parapolicy.schedule import Schedule
 
 
 class Entries(NamedTuple):
-    """One round's window, for the A elements that are still at work.
+    """One round's window, for the A elements that are not done.
 
     Attributes:
         element: (A, 1) their batch indices.
-        step: (A, W) step indices, cut off at T - 1.
+        step: (A, W) step indices, at most T - 1.
         valid: (A, W) False where the window reaches past T - 1.
     """
 
@@ -36,11 +36,11 @@ class WindowRounds(Rounds):
         window: most steps evaluated per round.
 
     Attributes:
-        x: (B, T + 1, S) states. All begin as the first one.
-        u: (B, T + 1, S); [:, j + 1] is u_j, and [:, 0], before the first, is 0.
+        x: (B, T + 1, S) states, initialised with the first one.
+        u: (B, T + 1, S) estimates; [:, j + 1] is u_j, and [:, 0] is 0.
         z: (B, T, S) noise.
-        guess: (B, T + 1, S) estimates from the chunk before, placed as in u. A cold start guesses 0, which says that
-            estimates stay what they are.
+        guess: (B, T + 1, S) estimates from the previous chunk, indexed as u. A cold start guesses 0: estimates then
+            stay constant along the extrapolation.
         start: (B,) the first step of each element's window.
         end: (B,) the last state that a round has computed.
     """
@@ -56,7 +56,7 @@ class WindowRounds(Rounds):
         self.offsets = torch.arange(self.width, device=noise.device)
         self.start = torch.zeros(noise.shape[1], dtype=torch.int64, device=noise.device)
         self.end, self.rounds, self.evaluations = (torch.zeros_like(self.start) for _ in range(3))
-        self.newest = torch.zeros_like(noise[0])  # (B, S) the estimate that each element's last round ended with
+        self.newest = torch.zeros_like(noise[0])  # (B, S) the last estimate of each element's last round
         self.residual = noise.new_zeros(noise.shape[1])
 
     @property
@@ -64,7 +64,7 @@ class WindowRounds(Rounds):
         return (self.start >= self.steps).all()
 
     def entries(self) -> Entries:
-        """The entries of this round, counted."""
+        """The entries of this round; counts their rounds and evaluations."""
         element = (self.start < self.steps).nonzero()
         step = self.start[element] + self.offsets
         valid = step < self.steps
@@ -73,7 +73,7 @@ class WindowRounds(Rounds):
         return Entries(element, step.clamp(max=self.steps - 1), valid)
 
     def move(self, entries: Entries, settled: Tensor) -> None:
-        """Move past every leading settled state and the one after it.
+        """Move the window past every leading settled state and the one after it.
 
         The state after the first unsettled index depends on settled values only, so it is final too: at least one
         step per round. ``settled`` (A, W) refers to the states that follow each entry.
@@ -90,14 +90,14 @@ class WindowRounds(Rounds):
     def extrapolate(self, element: Tensor, new_end: Tensor) -> None:
         """Fill states and estimates after ``end`` up to ``new_end`` (A,); ``element`` is (A, 1).
 
-        The estimates follow the guess, moved by what the last computed one differs from it.
+        The estimates are the guess plus the difference of the last computed estimate from its guess.
         """
         end = self.end[element[:, 0]]
         count = int((new_end - end).max())
         if count < 1:
             return
         step = end[:, None] + torch.arange(count, device=end.device)  # (A, K)
-        # Elements that are asked for less are filled further; their next round overwrites that.
+        # Elements that need fewer are filled further; their next round overwrites the excess.
         valid = step < self.steps
         step = step.clamp(max=self.steps - 1)
         last = self.u[element, end[:, None]]  # u_{end-1}, (A, 1, S)
@@ -110,7 +110,7 @@ class WindowRounds(Rounds):
         self.u[target] = u[valid]
 
     def result(self) -> Sample:
-        """The last states, extrapolated where sampling was stopped early."""
+        """The final states, extrapolated where sampling was stopped early."""
         complete = self.start >= self.steps
         if not complete.all():
             every = torch.arange(len(complete), device=complete.device)[:, None]
@@ -121,7 +121,7 @@ class WindowRounds(Rounds):
 def recurrence(state: Tensor, gain: Tensor, increment: Tensor) -> Tensor:
     """The K states after ``state`` (A, S) under x <- gain x + increment; gain (A, K), increment and result (A, K, S).
 
-    One step after the other, as the sequential sampler rounds them, so that equal estimates give equal bits.
+    The steps are rounded as by the sequential sampler, one after the other, so that equal estimates give equal bits.
     """
     states = []
     for factor, addend in zip(gain[..., None].unbind(1), increment.unbind(1), strict=True):

@@ -1,4 +1,4 @@
-"""Schedules: noise levels × solver, as tables that are linear in the state plus a network term."""
+"""Schedules: the noise levels and solver of a policy as tables, linear in the state plus a network term."""
 
 from parapolicy.schedule.calibration import Calibration
 from parapolicy.schedule.levels import SOLVERS, Levels, make_scheduler

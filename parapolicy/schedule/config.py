@@ -1,8 +1,7 @@
 """Checks of a diffusers scheduler's config.
 
-diffusers passes over what it does not know and takes its defaults for what is missing: a misspelt ``prediction_type``
-would give another policy without a word. Which settings there are, and of which kind, is read off the signatures of
-diffusers' own schedulers.
+diffusers ignores unknown settings and uses its defaults for missing ones: a misspelt ``prediction_type`` would silently
+give another policy. The known settings and their kinds are read from the signatures of diffusers' own schedulers.
 """
 
 import difflib
@@ -11,10 +10,15 @@ from collections.abc import Mapping
 from functools import cache
 from typing import Any, get_args
 
-MAX_TRAIN_TIMESTEPS = 10_000  # ten times the most in use; a larger number is a damaged config
-LARGEST = 1e30  # of any number, so that float32 holds it
-NOTES = {"_class_name", "_diffusers_version", "_use_default_values", "_name_or_path"}  # what diffusers writes besides
-# Settings that every config may have here, whatever its scheduler, and their kinds by an example.
+MAX_TRAIN_TIMESTEPS = 10_000  # ten times the largest in use; more means a damaged config
+LARGEST = 1e30  # of any number: float32 must hold it
+NOTES = {
+    "_class_name",
+    "_diffusers_version",
+    "_use_default_values",
+    "_name_or_path",
+}  # not settings; diffusers writes them too
+# Settings that any scheduler's config may have here, with an example value of each kind.
 OURS: dict[str, Any] = {"prediction_type": "epsilon", "clip_sample": True, "clip_sample_range": 1.0}
 CHOICES = {
     "beta_schedule": ("linear", "scaled_linear", "squaredcos_cap_v2", "sigmoid"),
@@ -25,14 +29,14 @@ CHOICES = {
 
 
 def check_config(config: Mapping[str, Any], scheduler: type) -> None:
-    """Refuse a config that does not say clearly what the network was trained with.
+    """Refuse a config that does not say unambiguously what the network was trained with.
 
     Args:
         config: a diffusers scheduler's config.
-        scheduler: the diffusers class that it is of.
+        scheduler: the config's diffusers class.
 
     Raises:
-        ValueError: an unknown, missing or contradictory setting, or a value of another kind than diffusers takes.
+        ValueError: an unknown, missing or contradictory setting, or a value of the wrong kind.
     """
     own = _parameters(scheduler)
     known = own if set(config) <= own.keys() | OURS.keys() | NOTES else {**_converted(scheduler), **own}
@@ -53,7 +57,7 @@ def check_config(config: Mapping[str, Any], scheduler: type) -> None:
         raise ValueError(f"num_train_timesteps is {count!r}, expected 1 to {MAX_TRAIN_TIMESTEPS}")
     if not 0 <= config.get("steps_offset", 0) <= count:
         raise ValueError(f"steps_offset is {config['steps_offset']!r}, expected 0 to {count}, num_train_timesteps")
-    if "beta_schedule" in own:  # not of flow matching
+    if "beta_schedule" in own:  # absent in flow matching
         _check_betas(config, count)
         _check_prediction(config)
     default = own["clip_sample"].default if "clip_sample" in own else False
@@ -79,8 +83,8 @@ def _check_prediction(config: Mapping[str, Any]) -> None:
     prediction = _required(config, "prediction_type")
     if prediction == "epsilon" and config.get("rescale_betas_zero_snr"):
         raise ValueError(
-            "rescale_betas_zero_snr is on with prediction_type 'epsilon', which tells nothing where no signal is left; "
-            "expected 'sample' or 'v_prediction'"
+            "rescale_betas_zero_snr is on with prediction_type 'epsilon', which carries no information where no signal "
+            "is left; expected 'sample' or 'v_prediction'"
         )
     if str(config.get("variance_type")).startswith("learned"):
         raise ValueError(
@@ -89,13 +93,13 @@ def _check_prediction(config: Mapping[str, Any]) -> None:
 
 
 def _check_kind(name: str, value: Any, example: Any, nullable: bool = False) -> None:
-    """Whether a value is of the kind of diffusers' default (or example); a number may be whole where that is not."""
+    """Check that a value is of the kind of diffusers' default or of the example. Whole numbers may stand for floats."""
     if value is None and (example is None or nullable or name == "clip_sample_range"):
         return
     if name == "trained_betas":
         fits, expected = _is_list(value) and all(map(_is_number, value)), "a list of numbers, or null"
     elif name == "lambda_min_clipped" and value == -float("inf"):
-        return  # diffusers' default, no bound
+        return  # diffusers' default: no bound
     elif isinstance(example, bool):
         fits, expected = isinstance(value, bool), "true or false"
     elif isinstance(example, int):
@@ -120,7 +124,7 @@ def _is_list(value: Any) -> bool:
 
 def _required(config: Mapping[str, Any], name: str) -> Any:
     if name not in config:
-        raise ValueError(f"the scheduler's config lacks {name}; add what the network was trained with")
+        raise ValueError(f"the scheduler's config lacks {name}; add the value that the network was trained with")
     return config[name]
 
 
@@ -133,8 +137,8 @@ def _parameters(scheduler: type) -> dict[str, inspect.Parameter]:
 
 @cache
 def _converted(scheduler: type) -> dict[str, inspect.Parameter]:
-    """The settings of the schedulers that this one's config may come from: diffusers keeps them when it converts."""
-    import diffusers  # there already: the scheduler is of it
+    """The settings of compatible schedulers, which diffusers keeps when it converts a config."""
+    import diffusers  # loaded already: the scheduler is one of its classes
 
     classes = [getattr(diffusers, name, None) for name in getattr(scheduler, "_compatibles", ())]
     return {name: p for found in classes if found is not None for name, p in _parameters(found).items()}

@@ -31,8 +31,8 @@ class Levels:
     Attributes:
         timesteps: what the network is given, decreasing: int64, or float32 for flow matching.
         signal, noise: alpha² and sigma² at the start of each step.
-        signal_next, noise_next: the same at its end. They are the next step's start, except where diffusers' DDIM,
-            whose steps all span the same number of timesteps, ends elsewhere.
+        signal_next, noise_next: the same at its end. They equal the next step's start, except for diffusers' DDIM,
+            whose steps all span the same number of timesteps.
     """
 
     timesteps: Tensor
@@ -51,14 +51,14 @@ def find_solver(config: Mapping[str, Any]) -> str | None:
 
 
 def scheduler_class(solver: str) -> Any:
-    """The class of diffusers that a solver is."""
-    import diffusers  # takes longer than the rest of the package: a process that makes no schedule does without
+    """The diffusers class of a solver."""
+    import diffusers  # slow to load, so only when a schedule is made
 
     return getattr(diffusers, SOLVERS[solver])
 
 
 def make_scheduler(config: Mapping[str, Any], solver: str, order: int | None = None) -> Any:
-    """The diffusers scheduler that takes the same steps, without timesteps.
+    """The diffusers scheduler that takes the same steps, before its timesteps are set.
 
     Args:
         config: a diffusers scheduler's config.
@@ -66,7 +66,7 @@ def make_scheduler(config: Mapping[str, Any], solver: str, order: int | None = N
         order: ``solver_order`` of DPM-Solver++; None: the config's own.
 
     Raises:
-        ValueError: settings that this solver's scheduler does not have.
+        ValueError: settings that this solver's scheduler does not support.
     """
     settings = {key: value for key, value in config.items() if not key.startswith("_")}
     if solver in DPM_SOLVERS:
@@ -81,19 +81,19 @@ def make_scheduler(config: Mapping[str, Any], solver: str, order: int | None = N
 
 
 def make_levels(scheduler: Any, solver: str, steps: int, spacing: str | None = "even") -> Levels:
-    """The levels of ``steps`` steps; of a few more with the spacing of diffusers 0.11, as there.
+    """The levels of ``steps`` steps; spacing ``diffusers-0.11`` may give a few more, as that version does.
 
     Args:
-        scheduler: as :func:`make_scheduler` gives it; its timesteps are set here.
+        scheduler: from :func:`make_scheduler`; its timesteps are set here.
         solver: one of ``SOLVERS``.
         steps: number of steps T.
         spacing: one of ``SPACINGS``, see :func:`parapolicy.schedule.make_schedule`. None: ignore the scheduler's
             ``timestep_spacing`` and spread the timesteps over the whole range.
 
     The spacing ``leading`` of diffusers (0, s, 2s, … with s = num_train_timesteps // steps) leaves out the noisiest
-    timesteps where s does not divide the range, and all but timestep 0 with a single step. Pure noise would be taken
-    for a sample of much less. Where it begins more than one stride and more than a tenth of the range below the end, or
-    more than half of the range, the timesteps are spread like ``trailing``'s instead.
+    timesteps where s does not divide the range, and all but timestep 0 with a single step. The network would then see
+    pure noise at a timestep of much less noise. Where ``leading`` begins more than one stride and more than a tenth of
+    the range below the end, or more than half of the range, the timesteps are spread like those of ``trailing``.
 
     Raises:
         ValueError: the spacing does not give that many distinct timesteps.
@@ -105,7 +105,7 @@ def make_levels(scheduler: Any, solver: str, steps: int, spacing: str | None = "
     scheduler.set_timesteps(steps)
     config, timesteps = scheduler.config, scheduler.timesteps.long()
     count = config.num_train_timesteps
-    # The most that may lie between the end of the range and the first timestep.
+    # The largest allowed distance of the first timestep from the end of the range.
     gap = min(max(count // steps, count // 10), count // 2)
     late = spacing == "even" and config.timestep_spacing == "leading" and timesteps[0] < count - gap
     spread = spacing is None or late
@@ -120,21 +120,21 @@ def make_levels(scheduler: Any, solver: str, steps: int, spacing: str | None = "
     if solver in DPM_SOLVERS:
         if spread:
             scheduler.set_timesteps(timesteps=timesteps.tolist())
-        # sigma / alpha, which need not be that of an integer timestep (with Karras spacing, for example).
+        # sigma / alpha; not always that of an integer timestep (with Karras spacing, for example).
         ratio = scheduler.sigmas.double() ** 2  # (T + 1,)
         signal = 1 / (1 + ratio)
         noise = ratio * signal
         return Levels(timesteps, signal[:-1], noise[:-1], signal[1:], noise[1:])
     following = [*timesteps[1:].tolist(), -1]
     if solver == "ddim" and not spread:
-        following = (timesteps - count // steps).tolist()  # as diffusers, whatever the spacing
+        following = (timesteps - count // steps).tolist()  # as in diffusers, for every spacing
     return _integer_levels(scheduler, solver, timesteps, following)
 
 
 def _former_levels(scheduler: Any, solver: str, steps: int) -> Levels:
-    """As diffusers 0.11.1 has them: DDPM takes its timesteps by a stride, and more of them where it does not divide."""
+    """The levels of diffusers 0.11.1. Its DDPM steps by a stride and takes more steps if the stride does not divide."""
     if solver not in ("ddpm", "ddim"):
-        raise ValueError(f"spacing 'diffusers-0.11' is of ddpm and ddim; the solver is {solver}")
+        raise ValueError(f"spacing is 'diffusers-0.11', which only ddpm and ddim have; the solver is {solver}")
     count = scheduler.config.num_train_timesteps
     stride = count // steps
     if solver == "ddpm":
@@ -142,12 +142,14 @@ def _former_levels(scheduler: Any, solver: str, steps: int) -> Levels:
         return _integer_levels(scheduler, solver, timesteps, (timesteps - 1).tolist())
     timesteps = (torch.arange(steps) * stride).flip(0) + scheduler.config.steps_offset
     if timesteps[0] >= count:
-        raise ValueError(f"steps_offset {scheduler.config.steps_offset} begins beyond the {count} training timesteps")
+        raise ValueError(
+            f"steps_offset is {scheduler.config.steps_offset}: the first timestep is beyond the {count} of training"
+        )
     return _integer_levels(scheduler, solver, timesteps, (timesteps - stride).tolist())
 
 
 def _integer_levels(scheduler: Any, solver: str, timesteps: Tensor, following: list[int]) -> Levels:
-    """The levels of training timesteps, each going to the ``following`` one; -1 and below: to no noise."""
+    """The levels of training timesteps, each step ending at its ``following`` timestep; below 0: without noise."""
     final = scheduler.final_alpha_cumprod if solver == "ddim" else scheduler.one
     # float32, as diffusers: the tables of DDPM and DDIM repeat its arithmetic.
     signal = scheduler.alphas_cumprod[timesteps]
@@ -156,9 +158,9 @@ def _integer_levels(scheduler: Any, solver: str, timesteps: Tensor, following: l
 
 
 def _flow_levels(scheduler: Any, steps: int) -> Levels:
-    """alpha = 1 - t, sigma = t, with t from 1 down to 0 in equal steps that diffusers shifts as its config says.
+    """alpha = 1 - t, sigma = t, with t from 1 down to 0 in equal steps, shifted by diffusers as its config says.
 
-    (Not asked for equal steps, diffusers spaces t from 1 to 1 / num_train_timesteps, which leaves nothing to the last.)
+    (Without explicit sigmas, diffusers spaces t from 1 to 1 / num_train_timesteps, and the last step has length 0.)
     """
     config = scheduler.config
     for name in ("use_dynamic_shifting", "stochastic_sampling", "invert_sigmas"):

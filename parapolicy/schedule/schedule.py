@@ -5,8 +5,8 @@ With steps j = 0 … T-1 in sampling order, and u_j the network's (clipped) esti
     x_{j+1} = A_j x_j + B_j u_j + C_j u_{j-1} + S_j z_j,     z_j ~ N(0, I) drawn before sampling starts.
 
 Solvers of first order (DDPM, DDIM, Euler) have C = 0; second-order multistep solvers use the previous estimate.
-``levels.py`` gives the noise levels, ``tables.py`` the coefficients. A step here equals that of the diffusers scheduler
-to rounding.
+``levels.py`` gives the noise levels, ``tables.py`` the coefficients. A step equals that of the diffusers scheduler to
+rounding.
 """
 
 import dataclasses
@@ -46,15 +46,15 @@ class Schedule:
         solver: one of ``SOLVERS``.
         timesteps: what the network expects, decreasing: int64, or float32 for flow matching.
         A, B, C, S: coefficients of state, estimate, previous estimate, and noise.
-        variance: DDPM's posterior variance of each step: the scale of a step's noise, also for solvers without noise.
+        variance: DDPM's posterior variance of each step, also for solvers without noise: the scale of a step's noise.
         alpha, sigma: signal and noise level at each timestep: ``x = alpha * x0 + sigma * epsilon``.
-        overshoot: what part of the clipped-off excess stays in u. DDIM as diffusers runs it by default derives epsilon
-            from the unclipped estimate; the excess is then part of the network term. 0 elsewhere.
+        overshoot: the part of the clipped-off excess that stays in u. DDIM in diffusers by default derives epsilon
+            from the unclipped estimate; the excess is then part of the network term. 0 for all other solvers.
         clip: u is clipped to [-clip, clip]; None for no clipping.
         prediction: what the network predicts: ``epsilon``, ``sample``, ``v_prediction`` or ``flow_prediction`` (the
             velocity epsilon - x0).
         sample_shape: the shape of one sample, (H, Da) for an action chunk, or None if unknown.
-        calibration: what the policy's estimates do along the schedule, or None if unknown.
+        calibration: how the policy's estimates respond to the state along the schedule, or None if unknown.
         multistep: whether any C is not 0.
         overshoots: whether any overshoot is not 0.
     """
@@ -73,7 +73,7 @@ class Schedule:
     prediction: str
     sample_shape: tuple[int, ...] | None = None
     calibration: Calibration | None = None
-    # Known from the start, so that the methods need not ask the device.
+    # Computed once, so that the methods need no synchronisation with the device.
     multistep: bool = dataclasses.field(init=False)
     overshoots: bool = dataclasses.field(init=False)
 
@@ -124,7 +124,7 @@ class Schedule:
     def increment(self, u: Tensor, previous_u: Tensor, z: Tensor, step: Tensor) -> Tensor:
         """The part of :meth:`step` that does not depend on x_j: (..., S) with ``step`` (...)."""
         increment = self.B[step][..., None] * u + self.S[step][..., None] * z
-        # First order is the common case: it is spared the multiplication by zero.
+        # Skips a multiplication by zero in the common case, first order.
         return increment + self.C[step][..., None] * previous_u if self.multistep else increment
 
     @cached_property
@@ -146,7 +146,8 @@ class Schedule:
         """:meth:`step` along W steps (A, W) with noise (A, W, S), for loops: coefficients are looked up once.
 
         Returns:
-            (k, x, u, previous_u), the last three (A, S), -> the state after the k-th step; to the bit as ``step``.
+            A function (k, x, u, previous_u) -> the state after the k-th step, equal to ``step`` to the bit. The last
+            three arguments are (A, S).
         """
         a, b, c = (table[step][..., None].unbind(1) for table in (self.A, self.B, self.C))
         noise_term = (self.S[step][..., None] * z).unbind(1)
@@ -172,25 +173,25 @@ def make_schedule(
 
     Args:
         config: the scheduler's config, ``_class_name`` included.
-        solver: one of ``SOLVERS``; None: the one that the config names. ``flow`` and flow-matching configs
-            (``FlowMatchEulerDiscreteScheduler``) belong together.
+        solver: one of ``SOLVERS``; None: the one that the config names. ``flow`` takes flow-matching configs only
+            (``FlowMatchEulerDiscreteScheduler``), and these take no other solver.
         steps: number of inference steps T; None: as many as in training.
         eta: DDIM's noise, 0 (none) to 1 (DDPM-like). Only for ``ddim``.
         order: 1 or 2 (multistep). Only for ``dpmsolver++``, ``sde-dpmsolver++`` (None: the config's own) and ``flow``
             (None: 1, Euler).
-        use_clipped_model_output: as the argument of that name of diffusers' ``DDIMScheduler.step``.
-        sample_shape: shape of one sample, remembered for :func:`parapolicy.draw_noise`.
-        spacing: ``even``: as below. ``diffusers``: the config's ``timestep_spacing`` to the letter, also where that
-            leaves out the noisiest timesteps. ``diffusers-0.11``: as diffusers 0.11, which published policies are
-            pinned to; its DDPM with fewer steps than in training takes each step to the next lower training timestep.
+        use_clipped_model_output: as in diffusers' ``DDIMScheduler.step``.
+        sample_shape: shape of one sample, for :func:`parapolicy.draw_noise`.
+        spacing: ``even``: as below. ``diffusers``: exactly the config's ``timestep_spacing``, even where that leaves
+            out the noisiest timesteps. ``diffusers-0.11``: as diffusers 0.11, which published policies are pinned to;
+            its DDPM with fewer steps than in training takes each step to the next lower training timestep.
 
     Timesteps follow the config's ``timestep_spacing``, with one exception: where ``leading`` would begin far below the
     last training timestep (60 of 100 steps begin at timestep 59, one step at 0), they are spread evenly over the whole
     range, and each step ends where the next one starts. DPM-Solver++ from another solver's config always spreads them.
     Flow matching takes equal steps of time, shifted as the config says.
 
-    A config with ``clip_sample`` clips u under every solver. (diffusers' DPM-Solver++ has no such key and ignores it,
-    which lets the first steps of a cosine schedule, where alpha is near 0, magnify the network's error without bound.)
+    A config with ``clip_sample`` clips u under every solver. (diffusers' DPM-Solver++ ignores this key. The first steps
+    of a cosine schedule, where alpha is near 0, then amplify the network's error without bound.)
 
     A step that ends without noise adds none. (diffusers' DDPM with ``fixed_large`` does, unless its timestep is 0.)
 
@@ -227,7 +228,7 @@ def make_schedule(
     own = solver not in DPM_SOLVERS or named in DPM_SOLVERS
     levels = make_levels(scheduler, solver, steps, spacing if own else None)
     steps = len(levels.timesteps)
-    clip_settings = settings if solver in ("ddpm", "ddim") else config  # the others' schedulers have no such setting
+    clip_settings = settings if solver in ("ddpm", "ddim") else config  # the other schedulers have no such setting
     clip = clip_settings.get("clip_sample_range", 1.0) if clip_settings.get("clip_sample") else None
     match solver:
         case "ddpm":
@@ -242,11 +243,15 @@ def make_schedule(
             found = _dpmsolver_tables(levels, settings)
     found |= {"alpha": levels.signal**0.5, "sigma": levels.noise**0.5}
     if prediction == "epsilon" and not found["alpha"].all():
-        raise ValueError("no signal is left at the first timestep, where 'epsilon' tells nothing; take smaller betas")
+        raise ValueError(
+            "prediction_type is 'epsilon', but no signal is left at the first timestep; take smaller betas"
+        )
     found = {"overshoot": torch.zeros(steps)} | {name: value.to(torch.float32) for name, value in found.items()}
     for name, value in found.items():
         if not torch.isfinite(value).all():
-            raise ValueError(f"{solver} with {steps} steps has a coefficient {name} that is not finite")
+            raise ValueError(
+                f"{solver} with {steps} steps has a coefficient {name} that is not finite; take other steps or betas"
+            )
     return Schedule(
         solver=solver,
         timesteps=levels.timesteps,

@@ -67,8 +67,8 @@ def coefficients(
 def added_noise(levels: Levels) -> Tensor:
     """sigma_t² (1 - r²), (T,): the variance that the forward process adds from the end of a step to its start.
 
-    It is sigma_t² - (alpha_t / alpha_s)² sigma_s². Written with alpha² + sigma², it is 1 - (alpha_t / alpha_s)² to the
-    bit where variance is preserved.
+    It is sigma_t² - (alpha_t / alpha_s)² sigma_s². With alpha² + sigma² factored in as below, it equals
+    1 - (alpha_t / alpha_s)² to the bit where variance is preserved.
     """
     ratio = levels.signal / levels.signal_next
     return (levels.signal + levels.noise) - ratio * (levels.signal_next + levels.noise_next)
@@ -80,11 +80,11 @@ def fixed_large_noise(levels: Levels) -> Tensor:
 
 
 def clipping_overshoot(levels: Levels, A: Tensor, B: Tensor) -> tuple[Tensor, Tensor]:
-    """B and the part of the clipped-off excess that stays in u, each (T,), for DDIM as diffusers clips by default.
+    """B and the part of the clipped-off excess that stays in u, each (T,), for diffusers' default clipping in DDIM.
 
     diffusers clips the clean estimate but derives epsilon from the unclipped one:
     x' = alpha_s clip(x0) + A (x - alpha_t x0), so the excess has the coefficient -A alpha_t.
     """
-    # With set_alpha_to_one off, the last step may change nothing (B = 0), yet a clipped excess passes through it.
+    # With set_alpha_to_one off, the last step may have B = 0, but the clipped excess still passes through it.
     B = torch.where(B.abs() < 1e-6, 1e-6, B)
     return B, -A * levels.signal**0.5 / B

@@ -1,4 +1,4 @@
-"""Networks rewritten for speed, each computing the function of a trained one."""
+"""Networks rewritten for speed. Each computes the same function as a trained network."""
 
 from collections.abc import Callable
 from typing import Any
@@ -18,9 +18,10 @@ LOWERED: dict[type[Network], Callable[[Any, torch.dtype], Network]] = {
 
 
 def lower(network: Network, dtype: torch.dtype) -> Network:
-    """The network in its lowered form; itself where it has none.
+    """The network in its lowered form, or the network itself if it has none.
 
     Args:
+        network: as it was trained.
         dtype: what the factors of matrix products are rounded to.
 
     Raises:

@@ -1,4 +1,4 @@
-"""What networks in C++ have in common: a call, and the plans of their layers."""
+"""The common part of networks in C++: the native call, and the plans of the layers."""
 
 import threading
 from abc import abstractmethod
@@ -15,28 +15,29 @@ from parapolicy.networks.base import overwrite_observed
 
 
 class FusedNetwork(Network):
-    """A network on a CPU, each call by one of C++. Its embeddings are FiLM values, by step and by element.
+    """A network on a CPU whose forward pass is one call of C++. Its embeddings are FiLM values by step and by element.
 
     Attributes:
-        library, dtype: what computes, and what the factors of products are rounded to.
-        inpaints: the condition takes a part of the sample's place, and there are no FiLM values by element.
-        film: FiLM values, F.
+        library: the native library.
+        dtype: what the factors of products are rounded to.
+        inpaints: the condition replaces a part of the sample, and there are no FiLM values by element.
+        film: number of FiLM values, F.
     """
 
     inpaints: bool
     film: int
 
     def _prepare(self, source: Any, weight: Tensor, dtype: torch.dtype) -> None:
-        """Take a network whose weights are like this one.
+        """Remember the source network, and check its weights by one of them.
 
         Raises:
-            ValueError: it is not on a CPU, or not of float32.
-            OSError: there is no compiler.
+            ValueError: the weights are not float32 on a CPU.
+            OSError: there is no C++ compiler.
         """
         if weight.device.type != "cpu" or weight.dtype != torch.float32:
-            raise ValueError(f"its weights are on {weight.device}, of {weight.dtype}; expected float32 on a CPU")
+            raise ValueError(f"its weights are {weight.dtype} on {weight.device}, expected float32 on a CPU")
         self.library, self.dtype = load_library(), dtype
-        self._source = (source,)  # not a module of this one
+        self._source = (source,)  # in a tuple, so that it is not a submodule
         self._plans: dict[tuple[int, ...], Plan] = {}  # by the shape of a sample
         self._lock = threading.Lock()
 
@@ -46,7 +47,7 @@ class FusedNetwork(Network):
 
     @abstractmethod
     def embed_condition(self, observation: Mapping[str, Tensor]) -> Tensor:
-        """FiLM values by element: {key: (B, To, …)} -> (B, F); the observed steps (B, To, Do) to be inpainted."""
+        """FiLM values by element: {key: (B, To, …)} -> (B, F). For inpainting: the observed steps (B, To, Do)."""
 
     @abstractmethod
     def _make_plan(self, length: int, channels: int) -> Plan:
@@ -70,7 +71,7 @@ class FusedNetwork(Network):
         wrong = self.library.parapolicy_compute(plan.network, films, *pointers, rows, y.data_ptr(), threads)
         if wrong >= 0:
             raise IndexError(
-                f"row {wrong} has step {int(step[wrong])} and element {int(element[wrong])}, "
+                f"network row {wrong} has step {int(step[wrong])} and element {int(element[wrong])}, "
                 f"expected below {len(steps)} and {len(condition)}"
             )
         if wrong != -1:
@@ -78,7 +79,7 @@ class FusedNetwork(Network):
         return y
 
     def films(self, steps: Tensor, condition: Tensor) -> Films:
-        """Where FiLM values by step and, but for inpainting, by element stand; of dense tensors that outlive it."""
+        """Pointers to FiLM values by step and, except for inpainting, by element. The dense tensors must stay alive."""
         inpaints, film = self.inpaints, self.film
         if steps.shape[1:] != (film,) or (not inpaints and condition.shape[1:] != (film,)):
             raise ValueError(f"FiLM values have shapes {steps.shape} and {condition.shape}, expected (…, {film})")
@@ -86,7 +87,7 @@ class FusedNetwork(Network):
         return Films(steps.data_ptr(), len(steps), by_element, len(condition))
 
     def plan(self, length: int, channels: int) -> Plan:
-        """The layers for samples (length, channels), made once."""
+        """The layers for samples (length, channels), made once per shape."""
         with self._lock:
             if (length, channels) not in self._plans:
                 with torch.inference_mode(False), torch.no_grad():
@@ -95,5 +96,5 @@ class FusedNetwork(Network):
 
 
 def dense(value: Tensor, dtype: torch.dtype | None = None) -> Tensor:
-    """On the CPU, with its numbers one after the other."""
+    """The value on the CPU, contiguous."""
     return value.to(torch.device("cpu"), dtype).contiguous()

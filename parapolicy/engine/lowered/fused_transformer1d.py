@@ -1,4 +1,4 @@
-"""The transformer by calls of C++."""
+"""The transformer as calls of C++."""
 
 from collections.abc import Mapping
 
@@ -17,17 +17,17 @@ MOST_KEYS = 64  # as in attention.h
 class FusedTransformer1D(FusedNetwork):
     """The function of a :class:`TransformerForDiffusion` on a CPU, each call by one of C++.
 
-    The memory's keys and values stand where a UNet has its FiLM values: those of a timestep by step, those of the
-    observed steps by element, each with zeros where the other has its own.
+    The memory's keys and values take the place of a UNet's FiLM values: those of the timestep by step, those of the
+    observed steps by element. Each table has zeros where the other has its values.
 
     Args:
-        network: whose weights are taken, as they are now.
+        network: its present weights are copied.
         dtype: see :class:`FusedUnet1D`.
 
     Raises:
-        ValueError: it has no decoder, or layers that mix the memory's tokens, sizes that the library does not do, or it
-            is not on a CPU, or not of float32.
-        OSError: there is no compiler.
+        ValueError: the network has no decoder, its layers mix the memory's tokens, the library does not support its
+            sizes, or its weights are not float32 on a CPU.
+        OSError: there is no C++ compiler.
     """
 
     def __init__(self, network: TransformerForDiffusion, dtype: torch.dtype = torch.float32) -> None:
@@ -38,8 +38,8 @@ class FusedTransformer1D(FusedNetwork):
         longest = max(network.pos_emb.shape[1], self.memory)
         if dim % WIDTH or longest > MOST_KEYS:
             raise ValueError(
-                f"its tokens are of {dim} numbers, and there are up to {longest}; expected a multiple of {WIDTH}, and "
-                f"at most {MOST_KEYS}"
+                f"its tokens have {dim} numbers, and there are up to {longest} of them; expected a multiple of {WIDTH} "
+                f"numbers and at most {MOST_KEYS} tokens"
             )
         self._prepare(network, network.head.weight, dtype)
         self.inpaints, self.film = network.inpaints, len(network.decoder.layers) * self.memory * 2 * dim
@@ -50,7 +50,7 @@ class FusedTransformer1D(FusedNetwork):
         return functional.pad(values, (0, 0, 0, self.memory - 1)).flatten(1)  # (T, layers, memory, 2 E)
 
     def embed_condition(self, observation: Mapping[str, Tensor]) -> Tensor:
-        """Those of the observed steps' tokens: {key: (B, To, …)} -> (B, F); the steps (B, To, Do) to be inpainted."""
+        """Keys and values of the observed steps' tokens: {key: (B, To, …)} -> (B, F). For inpainting: (B, To, Do)."""
         values: Tensor = self._source[0].embed_condition(observation)
         return values if self.inpaints else functional.pad(values, (0, 0, 1, 0)).flatten(1)
 

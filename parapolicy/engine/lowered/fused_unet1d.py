@@ -1,4 +1,4 @@
-"""The conditional UNet by calls of C++."""
+"""The conditional UNet as calls of C++."""
 
 import torch
 from torch import Tensor
@@ -13,13 +13,13 @@ class FusedUnet1D(FilmTables, FusedNetwork):
     """The function of a :class:`ConditionalUnet1D` on a CPU, each call by one of C++.
 
     Args:
-        network: whose weights are taken, as they are now.
-        dtype: what the factors of products are rounded to, float32 or bfloat16; all else is float32, and so are the
-            layers that read the sample and give the result.
+        network: its present weights are copied.
+        dtype: what the factors of products are rounded to, float32 or bfloat16. Everything else is float32, and so are
+            the first and the last layer.
 
     Raises:
-        ValueError: it is conditioned locally, not on a CPU, or not of float32.
-        OSError: there is no compiler.
+        ValueError: its condition is local, or its weights are not float32 on a CPU.
+        OSError: there is no C++ compiler.
     """
 
     condition_weight: Tensor
@@ -33,7 +33,7 @@ class FusedUnet1D(FilmTables, FusedNetwork):
         self.register_buffer("condition_weight", self.film_weight[:, self.step_dim :].T.contiguous())  # (C, F)
 
     def film_values(self, condition: Tensor) -> Tensor:
-        """As embedded without Python, to the bit."""
+        """FiLM values (B, F) of condition vectors (B, C), equal to the bit to those computed without Python."""
         condition, (inputs, count) = dense(condition, torch.float32), self.condition_weight.shape
         if condition.shape[1] != inputs:
             raise ValueError(f"the condition has shape {tuple(condition.shape)}, expected (B, {inputs})")

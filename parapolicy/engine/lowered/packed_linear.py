@@ -1,8 +1,8 @@
 """A matrix product with constant weights, which oneDNN packs once for the CPU at hand.
 
-torch's own products call MKL, which keeps to AVX2 on processors of other makers than its own; oneDNN takes whatever
-instructions there are. Inductor finds the same kernel by itself when it freezes a graph's weights, but then compiles
-anew in every process, for such graphs are not kept in its cache on disk. As an operator of its own, it is.
+torch's own products call MKL, which uses only AVX2 on other makers' processors; oneDNN uses all available instructions.
+Inductor finds the same kernel when it freezes a graph's weights, but then compiles again in every process, because such
+graphs are not cached on disk. A graph with this operator is.
 """
 
 import torch
@@ -35,7 +35,7 @@ class PackedLinear(nn.Module):
         self.dtype = dtype
         self.packed = weight.device.type == "cpu" and torch.backends.mkldnn.is_available()
         if dtype == torch.bfloat16 and not torch.ops.mkldnn._is_mkldnn_bf16_supported():
-            self.packed = False  # torch's own product rounds likewise, slowly
+            self.packed = False  # torch's own product rounds in the same way, but is slower
         weight = weight.to(dtype)
         if self.packed:
             weight = torch.ops.mkldnn._reorder_linear_weight(weight.t().contiguous(), None)

@@ -13,8 +13,8 @@ from torch.nn import functional
 
 from parapolicy.engine.native_library import Network
 
-WIDTH = 16  # buffers hold multiples of this many channels: the widest vector
-ALIGNMENT = 64  # of where they begin
+WIDTH = 16  # channels of a buffer are a multiple of this: the widest vector
+ALIGNMENT = 64  # of the buffers
 CONVOLUTION, LAYER_NORM, ATTENTION = 0, 1, 2  # kinds of layers, in the order of fused.h
 
 
@@ -23,10 +23,10 @@ class Place:
     """Activations (length, rows, stride): some channels of a buffer.
 
     Attributes:
-        buffer: its number; 0 is the input's.
+        buffer: its number; 0 is the input.
         stride: channels of the buffer.
-        parts: channels of what stands side by side there, each of which is filled up with zeros.
-        channel: where they begin.
+        parts: channels of each of the concatenated tensors there; each is padded with zeros.
+        channel: offset of the first channel in the buffer.
     """
 
     buffer: int
@@ -42,7 +42,7 @@ class Place:
 
 @dataclass(frozen=True)
 class Layer:
-    """As the structure of that name in ``fused.h``, field by field; buffers by number until they have their places."""
+    """The structure of that name in ``fused.h``, field by field. Buffers are numbers until they are placed."""
 
     transposed: int
     taps: int
@@ -82,30 +82,30 @@ class Layer:
 
 
 class Plan:
-    """The layers of a network for one horizon, with their weights in the order in which they are read.
+    """The layers of a network for one horizon, with their weights in the order of reading.
 
-    A subclass appends the layers in ``__init__``, and ends with :meth:`_finish`.
+    A subclass appends the layers in ``__init__`` and ends with :meth:`_finish`.
 
     Args:
-        dtype: of the weights and of what they are multiplied by: float32 or bfloat16. The layers that read the sample
-            and that give the result are of float32 in any case: they are small, and their rounding shows most.
+        dtype: of the weights and of their factors: float32 or bfloat16. The layers that read the sample and that give
+            the result are always float32: they are small, and their rounding matters most.
 
     Attributes:
-        network: for the library's functions. Its pointers are to tensors of the plan.
+        network: for the library's functions. Its pointers are to tensors that the plan keeps.
     """
 
     network: Network
 
     def __init__(self, dtype: torch.dtype) -> None:
         self.dtype = dtype
-        self._sizes: list[int] = []  # of the buffers
+        self._sizes: list[int] = []  # of the buffers, per row
         self._layers: list[Layer] = []
         self._weights: list[Tensor] = []
         self._values: list[Tensor] = []
         self._counts = {"weights": 0, "values": 0}
 
     def _finish(self, length: int, channels: int, film: int) -> None:
-        """Place what was appended, for samples of this shape and as many FiLM values."""
+        """Place the appended layers' buffers, for samples (length, channels) and ``film`` FiLM values."""
         layers, memory = place_buffers(mark_forms(self._layers), self._sizes)
         self.layers = torch.tensor([dataclasses.astuple(layer) for layer in layers])
         self.weights, self.values = in_large_pages(self._weights), torch.cat(self._values)
@@ -127,7 +127,7 @@ class Plan:
         return Place(len(self._sizes) - 1, stride, length, parts)
 
     def _keep(self, kind: str, values: Tensor) -> int:
-        """Where the values stand among the weights, or among the other values; in 32-bit words."""
+        """Append values to the weights, or to the other values. Returns their offset in 32-bit words."""
         words = values.detach().contiguous().flatten().view(torch.int32 if kind == "weights" else torch.float32)
         at = self._counts[kind]
         (self._weights if kind == "weights" else self._values).append(words)
@@ -150,18 +150,18 @@ class Plan:
         film: tuple[int, bool] | None = None,
         past: Place | None = None,
     ) -> Place:
-        """One layer: a convolution, then norm and Mish or GELU, FiLM and residual where they are given.
+        """Append one layer: a convolution, then norm and Mish or GELU, FiLM and residual, if given.
 
         Args:
             weight: (taps, inputs, outputs).
             bias: (outputs), or (positions, outputs); None: 0.
-            exact: in float32 whatever the network's dtype.
+            exact: in float32, also where the network's dtype is bfloat16.
         """
         weight = weight.detach()
         taps, _, outputs = weight.shape
         length = stride * x.length if transposed else (x.length + 2 * padding - taps) // stride + 1
         padded, multiple = filled(outputs, WIDTH), 2 if x.buffer == 0 else WIDTH
-        # Two strips at least, where there can be: one for each of two threads.
+        # At least two strips if possible: one for each of two threads.
         strip = next(width for width in (64, 32, 16) if padded % (2 * width) == 0 or padded == width or width == 16)
         group = 0 if norm is None else outputs // norm.num_groups
         unit = math.lcm(strip, group) if norm is not None else strip
@@ -169,7 +169,7 @@ class Plan:
             functional.pad(part, (0, padded - outputs, 0, -part.shape[1] % multiple))
             for part in weight.split(x.parts, 1)
         ]
-        # (strips, taps, inputs / pair, strip, pair): as a register tile reads it
+        # (strips, taps, inputs / pair, strip, pair): the order in which a register tile reads them
         dtype = torch.float32 if x.buffer == 0 or exact else self.dtype
         pair = 4 // dtype.itemsize
         packed = torch.cat(inputs, 1).unflatten(2, (-1, strip)).unflatten(1, (-1, pair)).permute(3, 0, 1, 4, 2)
@@ -214,18 +214,18 @@ class Plan:
 
 
 def in_large_pages(parts: list[Tensor]) -> Tensor:
-    """The parts one after the other, where the processor finds them by few addresses: they are read as one stream."""
+    """The parts concatenated in large memory pages, if the system has them: they are read as one stream."""
     joined = torch.cat(parts)
-    if not hasattr(mmap, "MADV_HUGEPAGE"):  # another system
+    if not hasattr(mmap, "MADV_HUGEPAGE"):  # not Linux
         return joined
     memory = mmap.mmap(-1, joined.nbytes, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
-    with contextlib.suppress(OSError):  # a kernel without them
+    with contextlib.suppress(OSError):  # a kernel without large pages
         memory.madvise(mmap.MADV_HUGEPAGE)
     return torch.frombuffer(memory, dtype=joined.dtype).copy_(joined)
 
 
 def mark_forms(layers: list[Layer]) -> list[Layer]:
-    """Which forms of each target are to be written: those that a layer, or the caller, reads."""
+    """Set which forms (float32, bfloat16) of each target are written: those that a layer or the caller reads."""
     rounded = {layer.source for layer in layers if layer.precision}
     exact = {layer.source for layer in layers if not layer.precision}
     exact |= {layer.residual for layer in layers} | {layers[-1].target}
@@ -236,10 +236,11 @@ def mark_forms(layers: list[Layer]) -> list[Layer]:
 
 
 def place_buffers(layers: list[Layer], sizes: list[int]) -> tuple[list[Layer], int]:
-    """The layers with places for their buffers, and the size of all. Buffers share memory where none of them is needed.
+    """The layers with their buffers placed, and the size of all. Buffers that are not needed together share memory.
 
     Args:
-        sizes: of the buffers, by number. The input's, 0, comes to stand at 0.
+        layers: with buffers as numbers.
+        sizes: of the buffers, by number. The input's, 0, is placed at 0.
     """
     users = {number: [-1] if number == 0 else [] for number in range(len(sizes))}
     for i, layer in enumerate(layers):
@@ -248,7 +249,7 @@ def place_buffers(layers: list[Layer], sizes: list[int]) -> tuple[list[Layer], i
     users[layers[-1].target].append(len(layers))
     spans = {number: (min(using), max(using)) for number, using in users.items() if using}
     placed: dict[int, int] = {}
-    # The longest-lived first, each at the first gap among those that live at the same time.
+    # The longest-lived first, each in the first gap between buffers that live at the same time.
     for number in sorted(spans, key=lambda number: (number > 0, spans[number][0] - spans[number][1], -sizes[number])):
         begin, end = spans[number]
         others = [other for other in placed if spans[other][0] <= end and begin <= spans[other][1]]

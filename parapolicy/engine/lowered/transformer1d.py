@@ -1,4 +1,4 @@
-"""The transformer with its layers' matrix products packed; all else is the network's own."""
+"""The transformer with packed matrix products in its layers; the rest is the network's own code."""
 
 import copy
 from typing import Any
@@ -13,13 +13,13 @@ from parapolicy.networks.transformer1d import Attention, Layer, TransformerForDi
 def lower_transformer1d(network: TransformerForDiffusion, dtype: torch.dtype) -> TransformerForDiffusion:
     """A copy whose layers multiply by packed weights.
 
-    The few products at both ends, of a step's numbers, stay as they are.
+    The few products before and after the layers stay as they are.
 
     Args:
-        network: whose weights are taken, as they are now.
-        dtype: what the matrix products' factors are rounded to; all else stays in the weights' own precision.
+        network: its present weights are copied.
+        dtype: what the matrix products' factors are rounded to; everything else stays in the weights' precision.
     """
-    lowered = copy.deepcopy(network, {id(network.obs_encoder): network.obs_encoder})  # which is left as it is
+    lowered = copy.deepcopy(network, {id(network.obs_encoder): network.obs_encoder})  # shared, not copied
     for layer in [module for module in lowered.modules() if isinstance(module, Layer)]:
         parts: Any = layer
         for name in ("linear1", "linear2"):
@@ -44,10 +44,10 @@ class _Linear(nn.Module):
 
 
 class _Attention(Attention):
-    """Attention with a packed product for each projection that its layer asks for.
+    """Attention with a packed product for each projection that its layer uses.
 
     Args:
-        source: whose weights are taken.
+        source: its weights are copied.
         projections: the arguments of :meth:`project`.
         dtype: of the products' factors.
     """

@@ -1,4 +1,4 @@
-"""The transformer as a list of layers: its tokens are positions, and a linear layer is a convolution of one tap."""
+"""The transformer as a list of layers: tokens are positions, and linear layers are convolutions with one tap."""
 
 import math
 from typing import Any
@@ -11,11 +11,11 @@ from parapolicy.networks.transformer1d import Attention, TransformerForDiffusion
 
 
 class TransformerPlan(Plan):
-    """The layers of a transformer's decoder; see :class:`Plan`. A memory's keys and values are its FiLM values.
+    """The layers of a transformer's decoder; see :class:`Plan`. The memory's keys and values are its FiLM values.
 
     Args:
-        network: whose weights are taken, as they are now.
-        memory: tokens of the memory.
+        network: its present weights are copied.
+        memory: number of the memory's tokens.
         length, channels: of a sample.
         dtype: see :class:`Plan`.
     """
@@ -61,7 +61,7 @@ class TransformerPlan(Plan):
         return self._mix(x, dim, kind=ATTENTION, heads=heads, memory=memory, seen=among, film=film)
 
     def _mix(self, x: Place, outputs: int, norm: int = -1, film: int = -1, **what: int) -> Place:
-        """A layer without products."""
+        """Append a layer without products."""
         target = self._place(x.length, outputs)
         self._layers.append(
             Layer(

@@ -1,9 +1,9 @@
 """The conditional UNet's forward pass rewritten for small batches: matrix products, and no work done twice.
 
-A convolution over (N, H, C) is one matrix product of its patches (N H, k C): at the sizes of an action chunk that beats
-convolution kernels, and compilers fuse what stands between the products. FiLM's linear layers see the concatenation of
-a timestep's and an observation's features through an elementwise function, so that they split into a part per timestep,
-computed once per schedule, and a part per observation, computed once per chunk.
+A convolution over (N, H, C) becomes one matrix product of its patches (N H, k C). At the sizes of an action chunk this
+is faster than convolution kernels, and compilers fuse the operations between the products. FiLM's linear layers read
+the concatenated features of a timestep and an observation through an elementwise function. They split into a part per
+timestep, computed once per schedule, and a part per observation, computed once per chunk.
 """
 
 import itertools
@@ -25,10 +25,10 @@ class FilmTables(Network):
     """The embeddings of a :class:`ConditionalUnet1D` as FiLM values by step and by batch element.
 
     Args:
-        network: whose weights are taken, as they are now.
+        network: its present weights are copied.
 
     Attributes:
-        place: residual block -> where its values stand among the F of all.
+        place: residual block -> slice of its values among all F.
     """
 
     film_weight: Tensor
@@ -53,23 +53,23 @@ class FilmTables(Network):
         return functional.linear(features, self.film_weight[:, : self.step_dim], self.film_bias)
 
     def embed_condition(self, observation: Mapping[str, Tensor]) -> Tensor:
-        """The observations' part: {key: (B, To, …)} -> (B, F); the observed steps (B, To, Do) where FiLM sees none."""
+        """The observations' part: {key: (B, To, …)} -> (B, F); the observed steps (B, To, Do) if FiLM sees none."""
         condition = encode(self.encoder, observation)
         if self.condition != "global":
             return condition.unflatten(1, (self.n_obs_steps, -1))
         return self.film_values(condition)
 
     def film_values(self, condition: Tensor) -> Tensor:
-        """Those of condition vectors, (B, C) -> (B, F)."""
+        """FiLM values of condition vectors, (B, C) -> (B, F)."""
         return functional.linear(functional.mish(condition), self.film_weight[:, self.step_dim :])
 
 
 class LoweredUnet1D(FilmTables):
-    """The function of a :class:`ConditionalUnet1D`, of (N, H, Da) and FiLM values by step and by batch element.
+    """The function of a :class:`ConditionalUnet1D`, from (N, H, Da) and FiLM values by step and by batch element.
 
     Args:
-        network: whose weights are taken, as they are now.
-        dtype: what the matrix products' factors are rounded to; all else stays in the weights' own precision.
+        network: its present weights are copied.
+        dtype: what the matrix products' factors are rounded to; everything else stays in the weights' precision.
     """
 
     def __init__(self, network: ConditionalUnet1D, dtype: torch.dtype = torch.float32) -> None:
@@ -87,7 +87,9 @@ class LoweredUnet1D(FilmTables):
         self.down, self.up = levels(network.down_modules), levels(network.up_modules)
         self.mid = [residual(block) for block in network.mid_modules]
         self.local = None if network.local_cond_encoder is None else residual(network.local_cond_encoder[0])
-        self.parts = nn.ModuleList([*itertools.chain(*self.down, *self.up), *self.mid])  # what ``to`` moves
+        self.parts = nn.ModuleList(
+            [*itertools.chain(*self.down, *self.up), *self.mid]
+        )  # registered, so that ``to`` moves them
         final: Any = network.final_conv
         self.final, self.last = _Block(final[0], dtype), _Convolution(final[1], dtype)
 
@@ -96,7 +98,7 @@ class LoweredUnet1D(FilmTables):
         assert isinstance(steps, Tensor)
         assert isinstance(condition, Tensor)
 
-        def values(place: slice) -> Tensor:  # by blocks, so that a compiler looks them up where it needs them
+        def values(place: slice) -> Tensor:  # per block, so that a compiler fuses the look-up with its use
             film = steps[:, place][step]
             return (film + condition[:, place][element] if self.condition == "global" else film)[:, None]
 
@@ -120,7 +122,7 @@ class LoweredUnet1D(FilmTables):
 
 def _mish(x: Tensor) -> Tensor:
     """x tanh(log(1 + exp x)) with one exponential: tanh(log(1 + e)) = e (e + 2) / (e (e + 2) + 2)."""
-    e = torch.exp(x.clamp(max=20.0))  # beyond, the quotient is 1
+    e = torch.exp(x.clamp(max=20.0))  # above that, the quotient is 1
     n = e * (e + 2)
     return x * (n / (n + 2))
 
@@ -182,7 +184,7 @@ class _Block(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         x = self.conv(x)
         grouped = x.unflatten(-1, (self.groups, -1))  # (N, H, G, C / G)
-        # Two sums, where var_mean compiles to Welford's recurrence, which does not vectorise as well.
+        # Two sums: var_mean compiles to Welford's recurrence, which does not vectorise as well.
         centred = grouped - grouped.mean((1, 3), keepdim=True)
         scale = torch.rsqrt(centred.square().mean((1, 3), keepdim=True) + self.eps)
         return _mish((centred * scale).flatten(2) * self.weight + self.bias)

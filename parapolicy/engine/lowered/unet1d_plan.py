@@ -14,8 +14,8 @@ class UnetPlan(Plan):
     """The layers of a UNet; see :class:`Plan`.
 
     Args:
-        network: whose weights are taken, as they are now.
-        films: residual block -> where its FiLM values stand.
+        network: its present weights are copied.
+        films: residual block -> slice of its FiLM values.
         length, channels: of a sample.
         dtype: see :class:`Plan`.
     """
@@ -29,7 +29,7 @@ class UnetPlan(Plan):
         x, skips = self._place(length, channels, multiple=2), []
         for first, second, sample in (level.children() for level in network.down_modules):
             x = self._residual(first, x)
-            # The skip stands behind what comes up again, as their concatenation is read there.
+            # The skip is placed behind the upsampled channels, because the next layer reads their concatenation.
             skips.append(self._place(x.length, x.channels, x.channels))
             x = self._residual(second, x, _half(skips[-1], 1))
             x = x if isinstance(sample, nn.Identity) else self._convolution(sample.conv, x)
@@ -38,7 +38,7 @@ class UnetPlan(Plan):
         x = self._residual(second, self._residual(first, x), _half(skips[-1], 0) if up else None)
         for first, second, sample in up:
             x = self._residual(second, self._residual(first, skips.pop()))
-            # The first level's skip has no reader, in the published network.
+            # The published network does not use the first level's skip.
             x = self._convolution(sample.conv, x, _half(skips[-1], 0) if len(skips) > 1 else None)
         block, last = network.final_conv.children()
         conv, norm, _ = block.get_submodule("block").children()
@@ -54,7 +54,7 @@ class UnetPlan(Plan):
         return self._convolution(second, hidden, target, norm=second_norm, past=past)
 
     def _convolution(self, conv: Any, x: Place, target: Place | None = None, **what: Any) -> Place:
-        """One layer: a convolution, and what follows it; see :meth:`Plan._append`."""
+        """Append one layer: a convolution and the operations after it; see :meth:`Plan._append`."""
         transposed = isinstance(conv, nn.ConvTranspose1d)
         weight = conv.weight.permute(2, 0, 1) if transposed else conv.weight.permute(2, 1, 0)
         what |= {"transposed": transposed, "stride": conv.stride[0], "padding": conv.padding[0]}
