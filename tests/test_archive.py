@@ -51,7 +51,7 @@ def test_names_that_leave_the_folder_are_refused(tmp_path: Path, extra: str) -> 
 
 @pytest.mark.parametrize("names", [{"archive/version": b"3"}, {**GOOD, "b/data.pkl": b"N."}, {"data.pkl": b"N."}])
 def test_other_zip_files_are_refused(tmp_path: Path, names: dict[str, bytes]) -> None:
-    with pytest.raises(CheckpointError, match=r"x\.ckpt: a zip file, but not one that torch\.save wrote"):
+    with pytest.raises(CheckpointError, match=r"x\.ckpt: a zip file, but not of torch\.save"):
         load(_zip_of(tmp_path, names))
 
 
@@ -128,7 +128,7 @@ FOREIGN = {
     pickle.dumps({"a": 1}): "a plain pickle",
     b"\xfd7zXZ\x00": "a compressed file",
     b"PK\x03\x04 and no end": "without its end",
-    b"something": "no checkpoint: it begins with b'something'",
+    b"something": "not a checkpoint: it begins with b'something'",
 }
 
 

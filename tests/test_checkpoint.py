@@ -122,9 +122,9 @@ DAMAGES = {
     "unknown scheduler": (edit_scheduler(_class_name="PNDMScheduler"), "PNDMScheduler"),
     "text for a beta": (edit_scheduler(beta_schedule="linear", beta_start="x"), "gives no schedule: beta_start is 'x'"),
     "misspelt setting": (edit_scheduler(predction_type="sample"), "did you mean 'prediction_type'"),
-    "doubled key": (edit_text('"horizon": 8', '"horizon": 8, "horizon": 16'), "keys .'horizon'. stand there twice"),
-    "not a number": (edit_text('"control_hz": 10', '"control_hz": NaN'), "NaN is no number of JSON"),
-    "minus infinity": (edit_text('"control_hz": 10', '"control_hz": -Infinity'), "-Infinity is no number of JSON"),
+    "doubled key": (edit_text('"horizon": 8', '"horizon": 8, "horizon": 16'), "keys .'horizon'. occur twice"),
+    "not a number": (edit_text('"control_hz": 10', '"control_hz": NaN'), "NaN is not a JSON number"),
+    "minus infinity": (edit_text('"control_hz": 10', '"control_hz": -Infinity'), "-Infinity is not a JSON number"),
     "unknown top key": (edit_config(lambda c: c.update(weights_sha257="")), "unknown keys .'weights_sha257'"),
     "version as a truth": (edit_config(lambda c: c.update(version=True)), "has version True"),
     "large config": (
@@ -219,7 +219,9 @@ def test_random_damage_is_refused_or_changes_nothing(case: str, tmp_path: Path) 
 def test_an_edited_config_says_how_to_change_a_policy(folder: Path, tmp_path: Path) -> None:
     policy = parapolicy.load_policy(folder, device="cpu", engine="eager")
     edit_config(lambda config: config["spec"].update(control_hz=20))(folder)
-    with pytest.raises(parapolicy.CheckpointError, match=r"config.json is not what .* parapolicy.save_policy\(replace"):
+    with pytest.raises(
+        parapolicy.CheckpointError, match=r"config.json differs from the one that .* parapolicy.save_policy\(replace"
+    ):
         parapolicy.load_policy(folder, engine="eager")
     spec = dataclasses.replace(policy.spec, control_hz=20)
     parapolicy.save_policy(dataclasses.replace(policy, spec=spec), folder)

@@ -40,7 +40,7 @@ def test_inspect_tells_what_a_policy_wants_and_gives(capsys: pytest.CaptureFixtu
         "unet1d, 4.56 M parameters",
         "keypoint: state 9x2 float32",
         "agent_pos: state 2 float32, mapped from [13.46, 496.1], [32.94, 511]",
-        "16 actions, of which 1 to 8 are executed; control rate 10 Hz",
+        "16 actions, numbers 1 to 8 are executed; control rate 10 Hz",
         "ddpm, 100 of 100 steps, predicts epsilon, clips to 1",
     ):
         assert words in shown

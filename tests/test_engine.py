@@ -226,7 +226,7 @@ def test_auto_goes_by_the_device(monkeypatch: pytest.MonkeyPatch) -> None:
     engine = make_engine("auto", torch.device("cuda"))
     assert type(engine) is Compiled
     assert engine.dtype == torch.float32
-    with pytest.raises(ValueError, match="engine 'fused_bfloat16' is for CPUs"):
+    with pytest.raises(ValueError, match="engine 'fused_bfloat16' needs a CPU"):
         make_engine("fused_bfloat16", torch.device("cuda"))
     with pytest.raises(ValueError, match="engine is 'fast', expected one of"):
         make_engine("fast", torch.device("cpu"))

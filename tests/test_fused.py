@@ -214,7 +214,7 @@ def test_inpainting_is_native() -> None:
 
 def test_for_other_networks_the_compiled_engine_takes_its_place() -> None:
     engine, network = Fused(), conditioned("local", 0).network
-    with pytest.warns(UserWarning, match="'compiled' takes its place: its condition is 'local'"):
+    with pytest.warns(UserWarning, match="'compiled' is used instead: its condition is 'local'"):
         assert engine._find(network) is None
     with warnings.catch_warnings():
         warnings.simplefilter("error")
@@ -269,7 +269,7 @@ def test_without_a_compiler_the_compiled_engine_takes_its_place(monkeypatch: pyt
     native_library.load_library.cache_clear()
     monkeypatch.setenv("CXX", "no-such-compiler")
     engine = Fused()
-    with pytest.warns(UserWarning, match="'compiled' takes its place: the C\\+\\+ compiler 'no-such-compiler'"):
+    with pytest.warns(UserWarning, match="'compiled' is used instead: the C\\+\\+ compiler 'no-such-compiler'"):
         assert engine._find(small_policy().network) is None
     assert isinstance(engine._fallback, Compiled)
     native_library.load_library.cache_clear()

@@ -172,7 +172,7 @@ def test_what_it_does_not_do_is_refused_at_load(changes: dict[str, Any]) -> None
 
 def test_a_plan_file_is_of_a_unet(tmp_path: Any) -> None:
     fused = dataclasses.replace(policy(), engine=Fused())
-    with pytest.raises(ValueError, match="'transformer1d' has no native form here, or is no UNet"):
+    with pytest.raises(ValueError, match="'transformer1d' is not supported in a plan file; expected a UNet"):
         export.write_plan(fused, tmp_path / "plan")
     assert list(tmp_path.iterdir()) == []
 

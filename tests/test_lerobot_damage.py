@@ -46,7 +46,7 @@ MATTERS = {
     "too_many_action_steps": "n_action_steps is 8, expected at most 7",
     "weights_truncated": "model.safetensors is damaged",
     "weights_header_huge": "model.safetensors is damaged .* header is larger",
-    "config_not_json": "config.json is no JSON text",
+    "config_not_json": "config.json is not a JSON text",
     "config_huge_dims": "down_dims.1. is 2000000000",
     "state_file_parent": "policy_preprocessor.json names the file '../../outside.safetensors'",
     "state_file_absolute": "policy_preprocessor.json names the file '/etc/hostname'",
@@ -159,8 +159,11 @@ DAMAGES: dict[str, tuple[Callable[[Path], Any], str]] = {
         edit("policy_preprocessor:0", rename_map={"a": "observation.state", "b": "observation.state"}),
         "one name",
     ),
-    "pipe for weights": (to_fifo("model.safetensors"), "model.safetensors is no regular file"),
-    "pipe for statistics": (to_fifo("policy_preprocessor_step_4_normalizer_processor.safetensors"), "is not a regular file"),
+    "pipe for weights": (to_fifo("model.safetensors"), "model.safetensors is not a regular file"),
+    "pipe for statistics": (
+        to_fifo("policy_preprocessor_step_4_normalizer_processor.safetensors"),
+        "is not a regular file",
+    ),
     "buffers, too": (
         weights(lambda t: t.update({"normalize_inputs.buffer_observation_state.min": torch.zeros(2)})),
         "in addition to the processor files",
@@ -189,7 +192,7 @@ def test_damage_is_named(folder: Path, damage: str) -> None:
 def test_other_coordinates_are_refused(tmp_path: Path) -> None:
     path = made_up(tmp_path / "policy", input_features=CAMERAS)[0]
     weights(lambda t: t["diffusion.rgb_encoder.pool.pos_grid"].mul_(-1))(path)
-    with pytest.raises(parapolicy.CheckpointError, match="pos_grid holds other coordinates"):
+    with pytest.raises(parapolicy.CheckpointError, match="pos_grid differs from the coordinates"):
         parapolicy.load_policy(path, device="cpu", engine="eager")
 
 

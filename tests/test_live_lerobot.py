@@ -155,5 +155,5 @@ def test_without_lerobot_the_command_says_so() -> None:
 
 
 def test_only_diffusion_policies_are_taken() -> None:
-    with pytest.raises(TypeError, match="object is no diffusion policy of LeRobot"):
+    with pytest.raises(TypeError, match="policy is of type object, expected a diffusion policy of LeRobot"):
         parapolicy.accelerate(object())

@@ -151,8 +151,8 @@ class SampleNetwork(nn.Module):
         (lambda: LoopPolicy(scheduler=DDPMScheduler(**COSINE)), "DDPMScheduler differs from its config"),
         (lambda: LoopPolicy(scheduler=diffusers.EulerDiscreteScheduler()), "solver is None .*EulerDiscreteScheduler"),
         (lambda: LoopPolicy(return_dict=True), "'return_dict'. reach the scheduler's step"),
-        (lambda: LoopPolicy().double(), "published unet1d of its settings in float32: .'diffusion_step_encoder"),
-        (with_silu, "ConditionalUnet1D computes something else"),
+        (lambda: LoopPolicy().double(), "published unet1d with its settings in float32: .'diffusion_step_encoder"),
+        (with_silu, "ConditionalUnet1D differs from the published network"),
         (with_another_network, "the network is a SampleNetwork, expected one of"),
     ],
 )
@@ -208,10 +208,10 @@ def test_real_stanford_s_own_policies() -> None:
     for name, message in {
         "guided": "loop over denoising steps does more",
         "double": "in float32",
-        "training": "TransformerForDiffusion computes something else",
+        "training": "TransformerForDiffusion differs from the published network",
         "option": "'return_dict'",
         "scheduler": "differs from its config",
-        "network": "ConditionalUnet1D computes something else",
+        "network": "ConditionalUnet1D differs from the published network",
     }.items():
         assert message in found["refused"][name]
 

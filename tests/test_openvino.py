@@ -139,5 +139,5 @@ def test_a_missing_package_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_it_is_for_cpus() -> None:
-    with pytest.raises(ValueError, match="engine 'openvino' is for CPUs"):
+    with pytest.raises(ValueError, match="engine 'openvino' needs a CPU"):
         make_engine("openvino", torch.device("cuda"))

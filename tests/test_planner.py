@@ -203,7 +203,7 @@ def test_a_policy_is_loaded_with_its_default_sampler_and_no_calibration_is_made(
     monkeypatch.setattr("parapolicy.calibrate.calibrate", lambda *a: pytest.fail("calibrated"))
     parapolicy.save_policy(small_policy(), tmp_path)
     assert parapolicy.load_policy(tmp_path, device="cpu", engine="eager").sampler == Secant()
-    with pytest.raises(ValueError, match=r"\['window'\] are parameters of a sampler, and none is named"):
+    with pytest.raises(ValueError, match=r"\['window'\] are parameters of a sampler, but no sampler is named"):
         parapolicy.load_policy(tmp_path, device="cpu", window=8)
 
 

@@ -122,7 +122,7 @@ def bad_images() -> dict[str, tuple[Any, str]]:
         "scans": (scans(100), "JPEG has 110 scans, expected at most 32"),
         "cut off": (encode(good, "JPEG")[:-100], "not a whole JPEG or PNG"),
         "another format": (encode(good, "BMP"), "not a whole JPEG or PNG"),
-        "empty": (b"", "0 bytes are no whole"),
+        "empty": (b"", "0 bytes are not a whole"),
         "long": (encode(good) + bytes(100_000), "bytes, expected at most 70144"),
         "too few": ([encode(good)], "a list of 1, expected 2 JPEG or PNG files"),
         "mixed": ([encode(good), 3], "a list of 2, expected 2 JPEG or PNG files"),

@@ -65,7 +65,7 @@ def test_processes_with_other_weights_do_not_join(shipped: parapolicy.Policy, tm
     worker = mp.get_context("spawn").Process(target=launch._work, args=arguments, daemon=True)
     worker.start()
     try:
-        with pytest.raises(ValueError, match="do not fit together: rank 1 has another network's weights;"):
+        with pytest.raises(ValueError, match="processes differ: rank 1 has another network's weights;"):
             take_part(shipped, address, 0, 2, 10.0)
         worker.join(30)
         assert worker.exitcode == 0

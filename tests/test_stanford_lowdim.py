@@ -204,7 +204,7 @@ def test_schedules_are_those_of_diffusers_0_11(tmp_path: Path) -> None:
         ({"noise_scheduler": {**files.DDPM, "thresolding": True}}, "thresolding"),
         ({"num_inference_steps": 200}, "num_inference_steps is 200, expected at most 100"),
         ({"n_action_steps": 8}, "n_action_steps is 8, expected at most 7"),
-        ({"horizon": 9}, "takes multiples of 2"),
+        ({"horizon": 9}, "expected a multiple of 2"),
         ({"horizon": "${oc.env:HOME}"}, r"policy\.horizon is '\$\{oc\.env:HOME\}'.*never evaluated"),
         ({"horizon": "${policy.horizon}"}, "refers to itself"),
         ({"horizon": "${nowhere}"}, "which does not exist"),
@@ -227,7 +227,7 @@ def test_what_would_change_the_answers_is_refused(tmp_path: Path, options: dict[
     ("change", "message"),
     [
         ({"model.extra": torch.zeros(2)}, r"unexpected \['extra'\]"),
-        ({"extra": torch.zeros(2)}, r"unknown here: \['extra'\]"),
+        ({"extra": torch.zeros(2)}, r"unknown tensors \['extra'\]"),
         ({"normalizer.params_dict.obs.extra": torch.zeros(2)}, "unknown tensors"),
         ({"normalizer.params_dict.action.scale": torch.zeros(2)}, "scale of 0"),
         ({"normalizer.params_dict.action.scale": torch.full((2,), torch.nan)}, "not finite"),

@@ -127,7 +127,7 @@ def test_transformers(tmp_path: Path, model_name: str, backbone: dict[str, Any])
     assert spec.provenance["pose_repr"]["action_pose_repr"] == "relative"
     assert spec.provenance["down_sample_steps"] == 3
     drawn, poses, executed = spec.provenance["warnings"]
-    assert "at random at evaluation, too (RandomCrop, ColorJitter)" in drawn
+    assert "at random also at evaluation (RandomCrop, ColorJitter)" in drawn
     assert "parapolicy.pose converts" in poses
     assert "all 8 actions" in executed
     policy = parapolicy.load_policy(path, sampler="sequential", device="cpu", engine="eager")
@@ -210,7 +210,7 @@ def test_keys_of_different_rates_and_unknown_poses_are_warned_of(tmp_path: Path)
 
 ENCODERS: list[tuple[dict[str, Any], str]] = [
     ({"_target_": "x.TransformerObsEncoder"}, "expected TimmObsEncoder"),
-    ({"model_name": "vit_base_patch16_48"}, "192 numbers to a token, but 'vit_base_patch16_48' has 768"),
+    ({"model_name": "vit_base_patch16_48"}, "192 numbers per token, but 'vit_base_patch16_48' has 768"),
     ({"model_name": "vit_tiny_patch16_clip_48"}, "lacks norm_pre, but 'vit_tiny_patch16_clip_48' has"),
     ({"model_name": "vit_tiny_patch16_dinov2"}, "lacks layer_scale"),
     ({"model_name": "vit_tiny_patch16_reg4_48"}, "other backbones are not supported"),

@@ -166,5 +166,5 @@ def test_bfloat16_products_need_a_lowered_form(policy: parapolicy.Policy) -> Non
 
 
 def test_a_network_without_an_encoder_refuses_images() -> None:
-    with pytest.raises(ValueError, match=r"has no encoder, and \['camera'\] are images"):
+    with pytest.raises(ValueError, match=r"has no encoder, but \['camera'\] are images"):
         small_policy(observation=OBSERVATION)

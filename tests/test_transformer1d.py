@@ -270,7 +270,7 @@ def test_pictures_are_encoded_once_per_chunk(tmp_path: Path) -> None:
         ({"n_cond_layers": True}, "n_cond_layers is True"),
         ({"causal_attn": 1}, "causal_attn is 1, expected true or false"),
         ({"condition": "global"}, "condition is 'global', expected one of"),
-        ({"time_as_condition": False}, "time_as_condition is false, condition 'cross'"),
+        ({"time_as_condition": False}, "time_as_condition is false with condition 'cross'"),
         ({"n_heads": 2}, "arguments .* do not fit 'transformer1d'"),
     ],
 )

@@ -121,7 +121,7 @@ def test_without_a_compiler_the_wheel_s_library_serves(
         pytest.skip("no library of a wheel is for this processor")
     library = native_library.load_library(fitting[0])  # compiled here, with the same flags
     if engine == "fused_bfloat16" and not library.parapolicy_multiplies_bfloat16():
-        pytest.skip("this processor has no instruction for products of bfloat16")
+        pytest.skip("this processor has no bfloat16 product instructions")
     chunk, cache = tmp_path / "chunk.npy", tmp_path / "cache"
     command = [str(installed / "bin" / "python"), "-W", "error", "-c", CHUNK, engine, str(chunk)]
     without = alone(PATH=str(tmp_path), PARAPOLICY_CACHE=str(cache), OMP_NUM_THREADS="1")

@@ -62,6 +62,6 @@ def _methods(policy: Any) -> list[Method]:
         if methods := library.methods(policy):
             return methods
     raise TypeError(
-        f"policy is a {type(policy).__name__}, expected a diffusion policy of LeRobot, "
+        f"policy is of type {type(policy).__name__}, expected a diffusion policy of LeRobot, "
         "real-stanford/diffusion_policy or robomimic"
     )
