@@ -214,6 +214,6 @@ def test_a_dropped_chunk_that_never_ends_is_an_error(policy: Timed, monkeypatch:
         act(controller, counting, EXECUTED)
         assert counting.begun.wait(60)
         controller.reset()
-        with pytest.raises(TimeoutError, match="still computed"):
+        with pytest.raises(TimeoutError, match="still running"):
             act(controller, counting, 1)
         counting.go.set()

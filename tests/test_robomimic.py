@@ -48,13 +48,13 @@ def test_demonstrations_are_read_in_order(file: Path) -> None:
 def test_bad_files_are_named(file: Path, tmp_path: Path) -> None:
     with pytest.raises(DataError, match="no data set at"):
         read_hdf5(tmp_path / "nowhere.hdf5", SOURCES)
-    with pytest.raises(DataError, match="does not hold what was asked for"):
+    with pytest.raises(DataError, match="lacks a requested array"):
         read_hdf5(file, {"action": "actions", "camera": "obs/camera"})
-    with pytest.raises(DataError, match="does not hold what was asked for"):
+    with pytest.raises(DataError, match="lacks a requested array"):
         read_hdf5(file, SOURCES, mask="valid")
     garbage = tmp_path / "garbage.hdf5"
     garbage.write_bytes(b"not HDF5 at all")
-    with pytest.raises(DataError, match="does not hold"):
+    with pytest.raises(DataError, match="lacks a requested array"):
         read_hdf5(garbage, SOURCES)
     with h5py.File(file, "a") as root:
         short = root["data/demo_10/obs/object"][:-1]

@@ -222,7 +222,7 @@ def test_faults_end_in_a_hold_and_a_new_episode(start: Callable[..., Running], r
 
     for publisher, name in ((robot.camera, "camera"), (robot.block, "keypoint")):
         robot.silent = {publisher}
-        expect_hold(f"{name!r} is the furthest behind")
+        expect_hold(f"{name!r} is furthest behind")
         recover()
 
     def not_a_number(message: Any) -> None:
@@ -253,7 +253,7 @@ def test_either_node_restarts(start: Callable[..., Running], robot: Streaming, q
     robot.spin_until(lambda: robot.state == "running", "a first observation")
     robot.destroy_node()
     again = Streaming(seed=SEED + 1)
-    again.spin_until(lambda: "is another one; it has restarted" in running.log, "the restart to be seen")
+    again.spin_until(lambda: "has changed: it restarted" in running.log, "the restart to be seen")
     again.spin_until(lambda: again.state == "running", "the new robot's observation")
     assert running.end(signal.SIGKILL) == -signal.SIGKILL
     again.spin(0.5)
@@ -315,7 +315,7 @@ def test_lifecycle_parameters_and_stopping(start: Callable[..., Running], robot:
         ({"timeout_ms": 1.0}, "timeout_ms is 1"),
         ({"on_fault": "panic"}, "on_fault is 'panic'"),
         ({"latency_ms.agent_pos": -1.0}, "latency_ms is -1"),
-        ({"action_latency_ms": 5000.0}, "a chunk goes on for 7"),
+        ({"action_latency_ms": 5000.0}, "a chunk has only 7 steps"),
         ({"seed": -3}, "seed is -3"),
     ):
         result = set_parameters(**values)

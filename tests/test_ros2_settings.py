@@ -100,19 +100,19 @@ def test_the_documented_settings_are_those_there_are(tmp_path: Path) -> None:
         ("observations.position.names", ..., "observations.position: names is missing"),
         ("observations.position.names", ["a", "a"], "each once"),
         ("observations.position.indices", [0], "indices is given"),
-        ("observations.position.shape", [2], "the policy says it"),
-        ("observations.points.stamp", "header", "has none"),
-        ("observations.points.indices", [-1], "from 0 on"),
+        ("observations.position.shape", [2], "the policy determines it"),
+        ("observations.points.stamp", "header", "has no header"),
+        ("observations.points.indices", [-1], "of at least 0"),
         ("observations.points.latency_ms", -5, "latency_ms is -5"),
         ("observations.points.scale", ["x"], r"scale\[0\] is 'x'"),
         (
             "observations.camera",
             GOOD["monitors"]["camera"] | {"shape": None},
-            r"\['camera'\] stand in observations and",
+            r"\['camera'\] are in observations and",
         ),
         ("monitors.camera.shape", ..., "monitors.camera.shape is missing"),
         ("monitors.camera.shape", [4, 5, 2], "2 channels"),
-        ("monitors.camera.scale", 2, "images go to the policy as they are"),
+        ("monitors.camera.scale", 2, "which has none; leave it out"),
         ("monitors.camera.crop", [0, 0, 0, 5], "crop is"),
         ("monitors.camera.topic", "/joints", "has type sensor_msgs/msg/JointState elsewhere"),
         ("actions", [], "actions is empty"),
@@ -142,7 +142,7 @@ def test_what_is_wrong_is_named(path: str, value: Any, message: str, tmp_path: P
         ("actions.0.indices", [2], r"numbers \[0, 2\]"),
         ("actions.1.names", ["a", "b"], r"actions\[1\].names has 2 entries, expected 1"),
         ("timing.stop_action", [0.0], "stop_action has 1 entries, expected 2"),
-        ("timing.action_latency_ms", 160, "3.2 control steps, and a chunk goes on for 3"),
+        ("timing.action_latency_ms", 160, "3.2 control steps, but a chunk has only 3"),
     ],
 )
 def test_what_does_not_fit_the_policy_is_named(path: str, value: Any, message: str, tmp_path: Path) -> None:
@@ -154,7 +154,7 @@ def test_what_does_not_fit_the_policy_is_named(path: str, value: Any, message: s
 @pytest.mark.parametrize(
     ("text", "message"),
     [
-        ("a: 1\na: 2", r"\['a'\] stand twice, near line 1"),
+        ("a: 1\na: 2", r"\['a'\] occur twice, near line 1"),
         ("policy: !!python/object/apply:os.system [exit]", "not YAML"),
         ("[" * 3000, "not YAML"),
         ("- 1", r"the file is \[1\], expected a map"),

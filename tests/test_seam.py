@@ -170,7 +170,7 @@ def test_ensembling_weighs_every_chunk_for_the_step() -> None:
     [
         ({"seam": "smooth"}, "seam is 'smooth', expected one of ('none', 'hold',"),
         ({"seam": "hold", "asynchronous": False}, "a synchronous robot waits"),
-        ({"seam": "ensemble", "blend_steps": 2}, "blend_steps is 2, which seam 'ensemble' does not read"),
+        ({"seam": "ensemble", "blend_steps": 2}, "blend_steps is 2, which seam 'ensemble' does not use"),
     ],
 )
 def test_a_seam_that_does_not_fit_is_refused(options: dict[str, Any], message: str) -> None:
@@ -182,7 +182,7 @@ def test_a_seam_that_does_not_fit_is_refused(options: dict[str, Any], message: s
 @pytest.mark.parametrize("seam", ["hold_soft", "blend", "ensemble"])
 def test_chunks_that_do_not_overlap_are_refused(seam: str) -> None:
     policy = Recorded(small_policy(n_action_steps=7), 0.0)
-    with pytest.raises(ValueError, match=r"needs chunks that overlap, and the policy executes all 7 actions"):
+    with pytest.raises(ValueError, match=r"needs overlapping chunks, but the policy executes all 7 actions"):
         run(policy, 1, seam=seam)
     held = Recorded(small_policy(n_action_steps=7), 0.1)
     run(held, 8, seam="hold")
@@ -196,7 +196,7 @@ def test_a_policy_that_cannot_hold_is_refused_before_it_fails() -> None:
         def predict(self, observation: Any, *, seed: int, deadline: Any, warm: Any, executed: int | None) -> Chunk: ...  # type: ignore[empty-body]
 
     Controller(Plain(), 10, asynchronous=True, seam="blend").close()
-    with pytest.raises(ValueError, match="needs a policy whose predict takes hold"):
+    with pytest.raises(ValueError, match="expected a policy whose predict takes hold"):
         Controller(Plain(), 10, asynchronous=True, seam="hold")
     Controller(small_policy(), 10, asynchronous=True, seam="hold").close()
 

@@ -128,11 +128,11 @@ def bad_messages(policy: Policy) -> dict[str, tuple[Any, str]]:
         "empty maps": (b"\xdc\x03\xe8" + (b"\xdc\x00\x3f" + b"\x80" * 63) * 1000, "more than [0-9]+ values"),
         "long list": (b"\xdd\x00\x00\xff\xff" + b"\x00" * 65535, "exceeds max_array_len"),
         "long map": (pack({f"{i}": 0 for i in range(1000)}), "exceeds max_map_len"),
-        "key twice": (b"\x82" + 2 * (pack("points") + b"\x00"), "one of them twice"),
+        "key twice": (b"\x82" + 2 * (pack("points") + b"\x00"), "a repeated key"),
         "extension": (pack(msgpack.Timestamp(5)), "exceeds max_ext_len"),
         "long word": (pack({**good, "points": "far" * 10_000}), "an array of numbers|real numbers"),
         "too far": (pack({**good, "points": good["points"] + 1e38}), "action chunk holds a value that is not finite"),
-        "mixed": (pack({**good, "points": good["points"][0]}), "expected all of one kind"),
+        "mixed": (pack({**good, "points": good["points"][0]}), "send all keys stacked"),
     }
 
 

@@ -90,7 +90,7 @@ def test_the_key_comes_from_a_setting_a_file_or_the_environment(
     assert ServeConfig(api_key="given").read_api_key() == "given"
     for text in ("", "\n", "two\nlines", "schl\u00fcssel"):
         file.write_text(text)
-        with pytest.raises(ValueError, match=r"the file '.*' holds \d+ characters that are no key"):
+        with pytest.raises(ValueError, match=r"the file '.*' holds \d+ characters that are not a valid key"):
             ServeConfig(api_key_file=str(file)).read_api_key()
     monkeypatch.setenv(KEY_VARIABLE, "")
     with pytest.raises(ValueError, match=f"{KEY_VARIABLE} holds 0 characters"):

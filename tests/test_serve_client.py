@@ -151,7 +151,7 @@ def test_servers_that_cannot_be_used_are_named(policy: Policy) -> None:
     with pytest.raises(ValueError, match="timeout is 0"):
         PolicyClient(uri(port), timeout=0)
     with running(policy, api_key="k3y") as server:
-        with pytest.raises(PermissionError, match="see api_key"):
+        with pytest.raises(PermissionError, match="check api_key"):
             PolicyClient(uri(server.port)).connect()
         with PolicyClient(uri(server.port), api_key="k3y") as client:
             assert client.infer(one_step(policy, 0))["new_episode"]

@@ -127,7 +127,7 @@ def bad_images() -> dict[str, tuple[Any, str]]:
         "too few": ([encode(good)], "a list of 1, expected 2 JPEG or PNG files"),
         "mixed": ([encode(good), 3], "a list of 2, expected 2 JPEG or PNG files"),
         "one of two": ([encode(good), encode(good[:-1])], "32 × 23, expected 32 × 24"),
-        "one step": (encode(good), "expected all of one kind"),
+        "one step": (encode(good), "send all keys stacked"),
     }
 
 

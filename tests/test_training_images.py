@@ -117,9 +117,9 @@ def test_reading_takes_the_memory_of_a_few_blocks(tmp_path: Path, monkeypatch: p
         ({"value": 0.5}, {}, r"data/pictures holds 0.5 at step 7, expected whole numbers from 0 to 255"),
         ({"value": 256}, {}, r"holds 256.0 at step 7, expected whole numbers from 0 to 255"),
         ({"value": np.nan}, {}, r"holds nan at step 7, expected whole numbers"),
-        ({}, {"shape": [3, 16, 16]}, r"pictures of shape \(16, 16, 3\), the configuration asks for \(3, 16, 16\)"),
-        ({}, {"shape": None}, "expected an array and its shape alone"),
-        ({}, {"columns": [0]}, "expected an array and its shape alone"),
+        ({}, {"shape": [3, 16, 16]}, r"images of shape \(16, 16, 3\), expected \(3, 16, 16\)"),
+        ({}, {"shape": None}, "expected only an array and its shape"),
+        ({}, {"columns": [0]}, "expected only an array and its shape"),
         ({}, {"kind": "picture"}, "has the kind 'picture', expected one of"),
     ],
 )
@@ -143,10 +143,10 @@ def with_camera(**settings: Any) -> PolicySpec:
             {},
             {},
             parapolicy.DataError,
-            "the policy's is of kind 'state'",
+            "the policy's kind is 'state'",
         ),
         (SPEC, {"corners": "camera"}, {}, parapolicy.DataError, "no target 'corners', only"),
-        (SPEC, {"position": "camera"}, {}, ValueError, "'position' is also what the policy observes"),
+        (SPEC, {"position": "camera"}, {}, ValueError, "'position' is also an observation"),
         (SPEC, {"points": "position"}, {}, ValueError, "for the camera 'position', expected an image"),
         (with_camera(features=5), TARGETS, {}, ValueError, "has 6 numbers, but the camera 'camera' has 5 features"),
         (SPEC, {}, {"target_steps": 1}, ValueError, "target_steps is 1, but the data has no targets"),
@@ -311,5 +311,5 @@ def test_tensorboard_gets_what_the_csv_file_gets(data: Demonstrations, tmp_path:
 
 def test_a_missing_tensorboard_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "torch.utils.tensorboard", None)
-    with pytest.raises(ValueError, match=r"logger=tensorboard needs pip install 'parapolicy\[tensorboard\]'"):
+    with pytest.raises(ValueError, match=r"tensorboard is not installed .*; pip install 'parapolicy\[tensorboard\]'"):
         TensorboardLog(tmp_path, 0)

@@ -1,4 +1,4 @@
-"""Time of the real world, kept in step, and time of a simulated one, which a computation uses up."""
+"""A pacer for loops in real time, and the clock of a simulated world in which computations take time."""
 
 import math
 import time
@@ -8,15 +8,15 @@ from typing import Any
 
 
 class Pacer:
-    """Ticks at ``k / hz`` after the first, whatever each step took: lateness does not add up.
+    """Ticks at ``k / hz`` after the first one. A late step delays only its own tick.
 
     Args:
         hz: ticks per second.
-        clock: seconds, monotonic. Where it goes back, or gives no finite time, the ticks go on one period later.
-        sleep: waits for so many seconds.
+        clock: seconds, monotonic. If it goes back or gives no finite time, the next tick is one period later.
+        sleep: waits for a number of seconds.
 
     Attributes:
-        missed: ticks that had passed when they were waited for.
+        missed: ticks that had already passed when the loop waited for them.
         clock_faults: times that the clock went back or gave no finite time.
     """
 
@@ -35,8 +35,8 @@ class Pacer:
         """Wait for the next tick; the first call is the first tick.
 
         Returns:
-            Seconds that were left; below zero where the tick had passed. Ticks that have passed entirely are skipped,
-            and counted in ``missed``.
+            Seconds that were left; negative if the tick had passed. Ticks that have passed entirely are skipped and
+            counted in ``missed``.
         """
         now = self.clock()
         if self._start is None:
@@ -59,15 +59,15 @@ class Pacer:
 
 
 class SimulatedClock(Executor):
-    """The time of a simulated world in which thinking takes time.
+    """The time of a simulated world in which computations take time.
 
-    Called, it gives the time. As an executor it runs a function at once, and has its future done when the world has
-    come to the time at which the function would have ended.
+    Calling it gives the time. As an executor it runs a function immediately; the future is done when the world reaches
+    the time at which the function would have ended.
 
     Args:
-        charge: from a computation's measured wall time to the time that it takes in the world, both in seconds.
-        live: time passes during a computation as it does outside, so that deadlines are felt; else it stands still
-            until the end, so that a run can be repeated exactly.
+        charge: a computation's measured wall time -> its time in the world, both in seconds.
+        live: True: time passes during a computation, so that deadlines take effect. False: time stands still until
+            the computation ends, so that a run can be repeated exactly.
     """
 
     def __init__(self, charge: Callable[[float], float], live: bool = False) -> None:
@@ -75,7 +75,7 @@ class SimulatedClock(Executor):
         self.reset()
 
     def reset(self) -> None:
-        """Time zero, with nothing under way."""
+        """Set the time to zero and drop all computations."""
         self.now = 0.0
         self._computing_since: float | None = None
         self._pending: list[tuple[float, Future, Callable[[], None]]] = []
@@ -86,7 +86,7 @@ class SimulatedClock(Executor):
         return self.now
 
     def compute(self, function: Callable[..., Any], *arguments: Any, **options: Any) -> Any:
-        """Call ``function``, and charge its time to the world."""
+        """Call ``function``, and add its charged time to the world's time."""
         self._computing_since = time.perf_counter()
         try:
             return function(*arguments, **options)
@@ -109,7 +109,7 @@ class SimulatedClock(Executor):
         return future
 
     def advance(self, seconds: float) -> None:
-        """Let the world's time pass."""
+        """Advance the world's time."""
         self.now += seconds
         due = [entry for entry in self._pending if entry[0] <= self.now + 1e-9]
         self._pending = [entry for entry in self._pending if entry not in due]

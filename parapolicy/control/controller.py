@@ -1,4 +1,4 @@
-"""Receding-horizon control of one robot: an observation in, an action out, once per control step."""
+"""Receding-horizon control of one robot: one observation in, one action out per control step."""
 
 import inspect
 import math
@@ -21,12 +21,12 @@ from parapolicy.policy import Chunk
 from parapolicy.spec import PolicySpec
 from parapolicy.warm import WarmState
 
-DROPPED = 60.0  # seconds that a chunk which a reset has dropped may take to end
-ROUNDING = 1e-9  # relative, of a simulated clock's times, which are sums of periods
+DROPPED = 60.0  # seconds that a chunk dropped by a reset may take to end
+ROUNDING = 1e-9  # relative; a simulated clock's times are sums of periods
 
 
 class ChunkPolicy(Protocol):
-    """What a controller needs of :class:`parapolicy.Policy`; for the seams that hold, ``hold`` of ``predict``, too."""
+    """The part of :class:`parapolicy.Policy` that a controller needs. Seams that hold also need ``predict(hold=…)``."""
 
     @property
     def spec(self) -> PolicySpec: ...
@@ -39,7 +39,7 @@ class ChunkPolicy(Protocol):
         deadline: Callable[[], bool] | None,
         warm: WarmState | None,
         executed: int | None,
-        features: Sequence[FrameFeatures] | None = None,  # given where the policy observes images
+        features: Sequence[FrameFeatures] | None = None,  # given if the policy observes images
     ) -> Chunk: ...
 
 
@@ -49,35 +49,38 @@ def _takes_hold(policy: ChunkPolicy) -> bool:
 
 
 class Controller:
-    """Executes each chunk's first ``n_action_steps`` actions, then those of a new one.
+    """Executes each chunk's first ``n_action_steps`` actions, then those of the next chunk.
 
     *sync*: ``act`` computes the new chunk when it is due, and the robot waits. *async*: the new chunk is computed in a
-    thread while the old one is executed, from the observation of the control step at which it was begun, early enough
-    by what the last one took; when it is ready, the actions whose time has passed are dropped.
+    thread while the old one is executed, from the observation of the control step at which it begins. It begins early
+    enough if it takes as long as the last one. When it is ready, actions whose time has passed are dropped.
 
-    A computation that fails, is not ready, or gives no finite chunk of the policy's shape never leaves the robot
-    without an action: the old chunk goes on beyond its ``n_action_steps`` to its end, then the last action is held.
-    ``record`` counts both. Only the first chunk of an episode has nothing to fall back on: its error is raised.
+    If a computation fails, is not ready, or does not give a finite chunk of the policy's shape, the robot still gets an
+    action: the old chunk continues beyond its ``n_action_steps`` to its end, then its last action is held. ``record``
+    counts both. Only an episode's first chunk has no fallback: its error is raised.
 
-    Not thread-safe: one thread calls ``act`` and ``reset``. Never are two chunks computed at once.
+    Not thread-safe: call ``act`` and ``reset`` from one thread. Two chunks are never computed at the same time.
 
     Args:
         policy: for one robot.
-        control_hz: control steps per second; None: those that the policy was trained at. Another rate, and a loop that
-            calls late, are warned of once.
+        control_hz: control steps per second; None: the rate that the policy was trained at. Another rate, and a loop
+            that calls late, are warned of once.
         asynchronous: see above.
-        deadline_ms: time that a chunk may take; sampling ends after the round in which it has passed, with the best
-            estimate. None: none.
-        warm_start: start each chunk from the one before, with its noise shifted along, so that the two agree where they
-            overlap. It saves rounds where the window covers the whole schedule.
-        blend_steps: control steps over which a new chunk's actions take over from the old chunk's for the same time,
-            in equal parts: seam ``blend`` over a fixed number of steps.
+        deadline_ms: time for a chunk. Sampling ends after the round in which it has passed, with the best estimate.
+            None: no deadline.
+        warm_start: start each chunk from the previous one, with its noise shifted along, so that the two agree where
+            they overlap. Saves rounds if the window covers the whole schedule.
+        blend_steps: control steps over which a new chunk's actions fade in linearly over the old chunk's for the same
+            time: seam ``blend`` over a fixed number of steps.
         seam: how a new chunk's actions follow the old one's: ``none``, ``hold``, ``hold_soft``, ``blend`` or
             ``ensemble``; see :class:`parapolicy.control.seam.Seam` and docs/latency.md.
-        log: called with one mapping per action: where it came from, enough to replay the episode. What it raises is
-            warned of once, and counted.
+        log: called with one mapping per action, with its origin and enough to replay the episode. Exceptions from it
+            are warned of once, and counted.
         clock: seconds, monotonic.
-        executor: runs asynchronous computations; None: a thread of its own.
+        executor: runs asynchronous computations; None: an own thread.
+
+    Raises:
+        ValueError: a rate, deadline, seam or ``blend_steps`` that is out of range or does not fit the policy.
     """
 
     def __init__(
@@ -102,29 +105,29 @@ class Controller:
         self.deadline = None if deadline_ms is None else deadline_ms / 1e3
         self.asynchronous, self.warm_start, self.blend_steps, self.seam = asynchronous, warm_start, blend_steps, seam
         self._seam = Seam(seam, policy.spec, asynchronous, blend_steps)
-        if self._seam.holds and not _takes_hold(policy):  # else every chunk but the first would fail, unseen
-            raise ValueError(f"seam {seam!r} needs a policy whose predict takes hold=…; take 'blend' or 'none'")
+        if self._seam.holds and not _takes_hold(policy):  # otherwise every chunk but the first would fail silently
+            raise ValueError(f"seam is {seam!r}, expected a policy whose predict takes hold=…; take 'blend' or 'none'")
         self.log, self.clock = log, clock
         self._own_executor = ThreadPoolExecutor(1, "parapolicy") if asynchronous and executor is None else None
-        if self._own_executor is not None:  # its thread is there from now on, with the priority that this one has now
+        if self._own_executor is not None:  # start its thread now, so that it inherits this thread's present priority
             self._own_executor.submit(lambda: None).result()
         self._executor = executor or self._own_executor
-        self._dropped: list[Future[Execution]] = []  # by resets, and still computing
+        self._dropped: list[Future[Execution]] = []  # dropped by resets, and still computing
         self._under_way: tuple[ChunkRecord, Future[Execution]] | None = None
         self._warned: set[str] = set()
         trained = policy.spec.control_hz
         if trained is not None and not math.isclose(self.control_hz, trained):
             self._warn(
                 "rate",
-                f"control_hz is {self.control_hz:g} and the policy was trained at {trained:g}: the "
-                "robot moves at another speed than the demonstrations did",
+                f"control_hz is {self.control_hz:g} but the policy was trained at {trained:g}: the robot moves at "
+                "another speed than in the demonstrations",
             )
         self.reset()
 
     def reset(self, seed: int | tuple[int, ...] = 0) -> None:
         """Begin an episode, with noise of ``seed``.
 
-        A computation that is under way is dropped; the new episode's first ``act`` waits until it has ended.
+        A running computation is dropped; the new episode's first ``act`` waits until it has ended.
         """
         if self._under_way is not None and not self._under_way[1].cancel():
             self._dropped.append(self._under_way[1])
@@ -141,8 +144,8 @@ class Controller:
         """One control step: {key: (...)} in the environment's units -> action (Da,).
 
         Raises:
-            ObservationError: the observation does not fit; the controller stays as it was.
-            Exception: what the episode's first computation raised.
+            ObservationError: the observation does not fit the policy; the controller is unchanged.
+            Exception: any error of the episode's first computation.
         """
         begin = self.clock()
         self.episode.push(observation)
@@ -156,25 +159,25 @@ class Controller:
         elif self._under_way is None and self.step - self._plan.record.begin >= self._due():
             self._under_way = self._start(self._plan, begin)
             self._collect()
-        assert self._plan is not None  # or the first computation has raised
+        assert self._plan is not None  # otherwise the first computation has raised
         action, kind = self._next_action(self._plan)
         self._account(self._plan.record, kind, action, begin)
         return action
 
     def planned(self) -> np.ndarray:
-        """The chunk's actions from the last step's on, (n, Da); at least one.
+        """The chunk's actions from the present control step on, (n, Da); at least one.
 
         Raises:
             RuntimeError: ``act`` was not called since the reset.
         """
         if self._plan is None:
-            raise RuntimeError("nothing is planned yet; call act first")
+            raise RuntimeError("no chunk is planned yet; call act first")
         index = min(self.step - self._plan.record.begin, len(self._plan.actions) - 1)
         return self._plan.actions[index:].copy()
 
     @property
     def step(self) -> int:
-        """Control steps since the reset, the present one being 0 at first; -1 before it."""
+        """The present control step since the reset, from 0; -1 before the first."""
         return self.episode.step
 
     @property
@@ -183,7 +186,7 @@ class Controller:
         return self.record.summary()
 
     def close(self) -> None:
-        """End the thread, after a computation that is under way."""
+        """End the thread after a running computation."""
         if self._own_executor is not None:
             self._own_executor.shutdown()
 
@@ -194,19 +197,19 @@ class Controller:
         self.close()
 
     def _due(self) -> int:
-        """Control steps after a chunk's begin at which the next one is begun."""
+        """Control steps from a chunk's begin to the begin of the next one."""
         steps = self.policy.spec.n_action_steps
         if not self.asynchronous:
             return steps
         return max(1, steps - max(1, self._delay()))
 
     def _delay(self) -> int:
-        """Control steps for which the old chunk goes on while a new one is computed, by the last one's time."""
+        """Control steps that a computation takes, estimated from the last chunk's time."""
         last = next((c.seconds for c in reversed(self.record.chunks) if math.isfinite(c.seconds)), 0.0)
         return steps_of(last, self.control_hz, ROUNDING)
 
     def _start(self, plan: Execution | None, now: float) -> tuple[ChunkRecord, "Future[Execution]"]:
-        """Begin the chunk that follows ``plan``; only an episode's later chunks, when asynchronous, are not awaited."""
+        """Begin the chunk that follows ``plan``. Waits for it, except for later chunks of an asynchronous episode."""
         committed = self._delay() if self._seam.holds and self.asynchronous else 0
         request = self.episode.request(committed=committed, soft=self._seam.soft)
         record = ChunkRecord(request.number, request.seed, request.begin, now, request.warm_from, request.executed)
@@ -222,22 +225,22 @@ class Controller:
         return record, future
 
     def _await_dropped(self) -> None:
-        """Wait for what resets have dropped: no two chunks are computed at once."""
+        """Wait for computations dropped by resets: two chunks are never computed at the same time."""
         while self._dropped:
             if futures.wait(self._dropped[:1], DROPPED).not_done:
-                raise TimeoutError(f"the chunk that a reset has dropped is still computed after {DROPPED:g} s")
+                raise TimeoutError(f"a chunk that a reset has dropped is still running after {DROPPED:g} s")
             self._dropped.pop(0)
 
     def _compute(self, request: Request, record: ChunkRecord) -> Execution:
-        """A request's chunk; runs in the thread when asynchronous."""
+        """Compute a request's chunk; runs in the thread if asynchronous."""
         started = self.clock()
         stop: Callable[[], bool] | None = None
         if self.deadline is not None:
             end = started + self.deadline
-            # An engine may watch the usual clock without Python.
+            # With the standard clock, an engine can watch the deadline without Python.
             stop = Deadline(end) if self.clock is time.monotonic else lambda: self.clock() >= end
         predict: Callable[..., Chunk] = self.policy.predict
-        # Only where there is something to hand over: not every policy can take it.
+        # Only if given: not every policy has these arguments.
         if request.features is not None:
             predict = partial(predict, features=[request.features])
         if request.hold is not None:
@@ -251,7 +254,7 @@ class Controller:
         return Execution(record, request, chunk, actions)
 
     def _collect(self) -> None:
-        """Take over a computation that has ended; after a failed one the old chunk goes on."""
+        """Take the chunk of a computation that has ended; if it failed, the old chunk continues."""
         if self._under_way is None or not self._under_way[1].done():
             return
         (record, future), self._under_way = self._under_way, None
@@ -259,10 +262,10 @@ class Controller:
             self._take(future.result())
 
     def _settle(self, record: ChunkRecord, future: "Future[Execution]") -> BaseException | None:
-        """Record a computation that has ended; returns what it raised."""
+        """Record a computation that has ended; returns its error."""
         try:
             error = future.exception()
-        except CancelledError as cancelled:  # by an executor that is gone
+        except CancelledError as cancelled:  # by an executor that was shut down
             error = cancelled
         if error is not None:
             record.error = f"{type(error).__name__}: {error}"
@@ -279,7 +282,7 @@ class Controller:
         self.record.stale += min(self.step - plan.record.begin, len(plan.actions))
 
     def _next_action(self, plan: Execution) -> tuple[np.ndarray, str]:
-        """This step's action, and what it is: planned, continued or held."""
+        """This step's action, and its kind: planned, continued or held."""
         index, kind = self.step - plan.record.begin, "planned"
         if index >= len(plan.actions):
             kind = "held"
@@ -306,12 +309,14 @@ class Controller:
             self.log(self._row(chunk, kind, action, begin, now))
         except Exception as error:
             record.unlogged += 1
-            self._warn("log", f"the log of actions raised, and the loop goes on: {type(error).__name__}: {error}")
+            self._warn(
+                "log", f"the log of actions raised an error, and the loop continues: {type(error).__name__}: {error}"
+            )
 
     def _expect(self, begin: float, now: float, period: float) -> None:
-        """Count a call of ``act`` that came too late, unless the call before took that time; expect the next one.
+        """Count a call of ``act`` that came too late, unless the previous call caused it; expect the next one.
 
-        A loop that is a little slow each time loses whole control steps, too: its lateness adds up until it is counted.
+        A loop that is slightly slow in each step also loses whole control steps: its lateness adds up until it counts.
         """
         due = begin if self._due_at is None else self._due_at
         if period / 2 * (1 + ROUNDING) < begin - due < math.inf:
@@ -322,19 +327,19 @@ class Controller:
             )
             due = begin
         following = min(due, begin) + period
-        if now > following:  # a miss of its own
+        if now > following:  # already counted as a miss
             following = now + period
         self._due_at = following if math.isfinite(following) else None
 
     def _warn(self, topic: str, text: str) -> None:
-        """Warn of each topic once."""
+        """Warn once per topic."""
         if topic not in self._warned:
             self._warned.add(topic)
             warnings.warn(text, stacklevel=4)
 
     def _row(self, chunk: ChunkRecord, kind: str, action: np.ndarray, begin: float, now: float) -> dict[str, Any]:
-        """Where an action came from."""
-        assert chunk.stats is not None  # of a chunk that failed there are no actions
+        """The log's record of an action."""
+        assert chunk.stats is not None  # a failed chunk has no actions
         return {
             "step": self.step,
             "time": now,

@@ -1,4 +1,4 @@
-"""What a control loop records: times on a logarithmic scale, in fixed memory, and where every action came from."""
+"""Measurements of a control loop: times on a logarithmic scale, in fixed memory, and the origin of every action."""
 
 import math
 from collections import Counter, deque
@@ -13,7 +13,7 @@ _SHORTEST, _RATIO, _BINS = 1e-6, 1.01, 2100  # from 1 µs to 1000 s
 
 
 class Histogram:
-    """Times in bins whose width is 1 % of the time (as HDR histograms have it): percentiles in fixed memory."""
+    """Times in bins whose width is 1 % of the time, as in HDR histograms: percentiles in fixed memory."""
 
     def __init__(self) -> None:
         self.counts = np.zeros(_BINS, dtype=np.int64)
@@ -21,14 +21,14 @@ class Histogram:
         self.sum = 0.0
 
     def add(self, seconds: float) -> None:
-        """Count one time; what is shorter than 1 µs counts as 1 µs."""
+        """Count one time; shorter times than 1 µs count as 1 µs."""
         place = np.log(max(seconds, _SHORTEST) / _SHORTEST) / np.log(_RATIO)
         self.counts[min(int(place), _BINS - 1)] += 1
         self.max = max(self.max, seconds)
         self.sum += seconds
 
     def percentile(self, percent: float) -> float:
-        """Seconds that ``percent`` of the times do not exceed, to 1 %; nan before the first one."""
+        """Seconds that ``percent`` of the times do not exceed, to 1 %; nan if there are no times."""
         total = int(self.counts.sum())
         if total == 0:
             return float("nan")
@@ -36,7 +36,7 @@ class Histogram:
         return float(min(_SHORTEST * _RATIO ** (place + 1), self.max))
 
     def summary(self) -> dict[str, float]:
-        """Count, and p50, p95, p99 and max in ms; empty before the first time."""
+        """Count, and p50, p95, p99 and max in ms; empty if there are no times."""
         count = int(self.counts.sum())
         if count == 0:
             return {}
@@ -46,21 +46,21 @@ class Histogram:
 
 @dataclass
 class ChunkRecord:
-    """How one chunk was computed: enough to compute it again.
+    """How one chunk was computed; enough to compute it again.
 
     Attributes:
         number: of the chunk in its episode.
         seed: of its noise.
-        begin: the control step of its observation.
-        observed_at: when that observation came, seconds of the controller's clock.
+        begin: control step of its observation.
+        observed_at: time of that observation, seconds of the controller's clock.
         warm_from: number of the chunk it started from; None: cold.
-        executed: control steps between the two observations; None: cold.
+        executed: control steps between the two chunks' observations; None: cold.
         seconds: from its start to the finished chunk.
-        finished_at: when that was.
-        stats: what it cost; None where it failed.
-        error: why it failed; None where it did not.
+        finished_at: time of the finished chunk, seconds of the controller's clock.
+        stats: its cost; None if it failed.
+        error: why it failed; None if it did not.
         held_from: number of the chunk whose actions it was sampled with; None: nothing was held.
-        committed: control steps from ``begin`` on that were held outright, of weight 1.
+        committed: control steps from ``begin`` on that were held with weight 1.
     """
 
     number: int
@@ -83,25 +83,25 @@ STAGES = ("observe", "encode", "sample", "post", "queue", "chunk", "act", "jitte
 
 @dataclass
 class ControlRecord:
-    """What has happened since the last reset, in fixed memory.
+    """Times and counts since the last reset, in fixed memory.
 
     Attributes:
         times: histograms. Per chunk: ``encode``, ``sample``, ``post`` (of :class:`parapolicy.ChunkStats`), ``chunk``
-            (all of it) and ``queue`` (from then until the loop took it). Per control step: ``observe`` (taking the
-            observation in), ``act`` (all of :meth:`Controller.act`) and ``jitter`` (how far the time since the last
-            step was from the control period).
+            (in total) and ``queue`` (from the finished chunk until the loop took it). Per control step: ``observe``
+            (adding the observation), ``act`` (all of :meth:`Controller.act`) and ``jitter`` (difference of the time
+            since the last step from the control period).
         rounds: number of rounds -> chunks.
-        chunks: the last 1000, failed ones too.
+        chunks: the last 1000, including failed ones.
         steps: control steps.
         misses: steps whose ``act`` took longer than the control period, and calls of ``act`` that came more than half
             a period late.
-        failures: computations that raised; the robot went on by the actions it had.
+        failures: computations that raised an error; the robot continued with the old chunk.
         late: chunks that took longer than the deadline.
         stale: actions of new chunks that were dropped because their time had passed.
         continued: steps that took an action beyond the old chunk's ``n_action_steps``.
         held: steps that repeated the last action because the old chunk had ended.
-        clock_faults: times that could not be told, because the clock had gone back or gave no finite number.
-        unlogged: actions whose ``log`` raised.
+        clock_faults: times that were invalid, because the clock went back or gave no finite number.
+        unlogged: actions whose ``log`` raised an error.
     """
 
     times: dict[str, Histogram] = field(default_factory=lambda: {stage: Histogram() for stage in STAGES})
@@ -118,7 +118,7 @@ class ControlRecord:
     unlogged: int = 0
 
     def add_time(self, stage: str, seconds: float) -> None:
-        """Count a stage's time; one that no clock can show is a fault of the clock's."""
+        """Count a stage's time; a negative or infinite one counts as a clock fault."""
         if -ROUNDING <= seconds < math.inf:
             self.times[stage].add(seconds)
         else:
@@ -137,7 +137,7 @@ class ControlRecord:
         self.late += deadline is not None and chunk.seconds > deadline
 
     def summary(self) -> dict[str, Any]:
-        """All of it but the chunks, as JSON has it; times in ms."""
+        """All but the chunks, as a dictionary for JSON; times in ms."""
         counts = [f.name for f in fields(self) if f.type in (int, "int")]
         times = {stage: summary for stage, histogram in self.times.items() if (summary := histogram.summary())}
         rounds = {str(rounds): chunks for rounds, chunks in sorted(self.rounds.items())}

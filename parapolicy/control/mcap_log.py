@@ -1,4 +1,4 @@
-"""A control loop's log as an MCAP file, which Foxglove opens. Needs mcap and Pillow."""
+"""A control loop's log as an MCAP file, for Foxglove. Needs mcap and Pillow."""
 
 import base64
 import json
@@ -36,7 +36,7 @@ _LINE = _record(
     thickness=_NUMBER,
     metadata=_list(_record()),
 )
-# Foxglove knows its own schemas by their names, and plots the numbers of the others. It takes no arrays of arrays.
+# Foxglove recognises its own schemas by name and plots the numbers of others. It does not support nested arrays.
 SCHEMAS = {
     "foxglove.CompressedImage": _record(
         timestamp=_TIME, frame_id=_TEXT, data={**_TEXT, "contentEncoding": "base64"}, format=_TEXT
@@ -64,22 +64,22 @@ _CHANNELS = (1, 3, 4)  # of a PNG
 
 
 class McapLog:
-    """Writes observations, actions, chunks and rewards of a control loop to an MCAP file, messages as JSON.
+    """Writes observations, actions, chunks and rewards of a control loop to an MCAP file, as JSON messages.
 
     | topic | schema | once per |
     | --- | --- | --- |
     | /episode | parapolicy.Episode | episode |
     | /observation/KEY | parapolicy.State, its numbers in one row; foxglove.CompressedImage, a PNG | control step |
     | /action | parapolicy.Action | control step |
-    | /chunk | parapolicy.Chunk: what it cost, and its actions from the first executed one on | chunk |
+    | /chunk | parapolicy.Chunk: its cost, and its actions from the first executed one on | chunk |
     | /reward | parapolicy.Reward | call of :meth:`reward` |
 
-    An observation's time is that of its call of ``act``, an action's that of its end. The first is the wall clock's,
-    the others follow by the controller's clock. Where that goes back, as a simulated one does with each episode, the
-    log goes on one control period later. Not thread-safe.
+    An observation has the time of its call of ``act``; an action has the time at which that call ended. The first time
+    is the wall clock's; the others follow the controller's clock. If that clock goes back, as a simulated one does with
+    each episode, the log continues one control period later. Not thread-safe.
 
     Args:
-        path: of the file, which is replaced.
+        path: of the file; an existing file is replaced.
 
     Raises:
         ValueError: mcap or Pillow is not installed, or the file cannot be written.
@@ -91,7 +91,7 @@ class McapLog:
 
             from parapolicy.image_file import encode_png
         except ImportError as error:
-            raise ValueError("an MCAP log needs mcap and Pillow; pip install 'parapolicy[mcap]'") from error
+            raise ValueError("mcap or Pillow is not installed; pip install 'parapolicy[mcap]'") from error
         try:
             self._writer = Writer(str(path))
         except OSError as error:
@@ -102,8 +102,8 @@ class McapLog:
         self._channels: dict[str, int] = {}  # by topic
         self._offset: int | None = None  # ns, from the controller's clock to the log's time
         self._last = 0  # ns, time of the newest action
-        self._episode: dict[str, Any] | None = None  # of which no step is logged yet
-        self._chunk: int | None = None  # number of the newest one of the episode
+        self._episode: dict[str, Any] | None = None  # the new episode, until its first step
+        self._chunk: int | None = None  # number of the newest chunk of the episode
 
     def begin(self, label: str, seed: int = 0) -> None:
         """Begin an episode."""
@@ -114,7 +114,7 @@ class McapLog:
 
         Args:
             controller: after its ``act``.
-            action: what the controller handed to its ``log`` for this step.
+            action: the mapping that the controller passed to its ``log`` for this step.
         """
         begin = self._advance(action, 1 / controller.control_hz)
         if self._episode is not None:
@@ -135,15 +135,15 @@ class McapLog:
         self._write("/action", "parapolicy.Action", message, self._last)
 
     def reward(self, reward: float) -> None:
-        """Log the reward of the newest action, whose time it gets."""
+        """Log the reward of the newest action, at the action's time."""
         self._write("/reward", "parapolicy.Reward", {"reward": float(reward)}, self._last)
 
     def image(self, topic: str, pixels: np.ndarray) -> None:
-        """Log a picture (H, W, C) uint8 beside the newest action; 1, 3 or 4 channels."""
+        """Log an image (H, W, C) uint8 with 1, 3 or 4 channels, at the newest action's time."""
         self._write_image(topic, pixels, self._last)
 
     def line(self, topic: str, points: np.ndarray) -> None:
-        """Log a line through points (n, 2), in pixels of a picture, beside the newest action."""
+        """Log a line through points (n, 2), in pixels of an image, at the newest action's time."""
         red, clear = {"r": 0.9, "g": 0.25, "b": 0.15, "a": 1.0}, {"r": 0.0, "g": 0.0, "b": 0.0, "a": 0.0}
         strip = {
             "timestamp": _time(self._last),
@@ -158,7 +158,7 @@ class McapLog:
         self._write(topic, "foxglove.ImageAnnotations", {"circles": [], "points": [strip], "texts": []}, self._last)
 
     def close(self) -> None:
-        """Write the index and close the file. Without it, most readers have to recover the file first."""
+        """Write the index and close the file. Without the index, most readers must recover the file first."""
         if not self._closed:
             self._writer.finish()
             self._closed = True
@@ -172,7 +172,7 @@ class McapLog:
         self.close()
 
     def _advance(self, action: Mapping[str, Any], period: float) -> int:
-        """Set the time of the newest action; returns that of its observation. Both rise."""
+        """Set the time of the newest action; returns the time of its observation. Both always increase."""
         now = round(1e9 * action["time"])
         begin = now - round(1e9 * (period - action["slack"]))
         if self._offset is None:
@@ -184,7 +184,7 @@ class McapLog:
 
     def _write_image(self, topic: str, pixels: np.ndarray, at: int) -> None:
         if pixels.shape[-1] not in _CHANNELS:
-            raise ValueError(f"the picture of {topic} has {pixels.shape[-1]} channels, expected one of {_CHANNELS}")
+            raise ValueError(f"the image of {topic} has {pixels.shape[-1]} channels, expected one of {_CHANNELS}")
         data = base64.b64encode(self._encode(pixels)).decode()
         message = {"timestamp": _time(at), "frame_id": topic.rpartition("/")[2], "data": data, "format": "png"}
         self._write(topic, "foxglove.CompressedImage", message, at)
@@ -203,7 +203,7 @@ class McapLog:
 
 
 def _chunk_message(controller: Controller, action: Mapping[str, Any]) -> dict[str, Any]:
-    """What a chunk cost, and its actions from the present control step on."""
+    """A chunk's cost, and its actions from the present control step on."""
     message = {
         "number": action["chunk"],
         "latency_ms": 1e3 * action["chunk_seconds"],

@@ -1,7 +1,6 @@
-"""From the fields of messages to observations, and from actions to numbers of messages. Imports no ROS.
+"""Observations from the fields of messages, and numbers of messages from actions. Imports no ROS.
 
-What a message says about its own size is checked against what it holds, and against what is expected, before any of it
-is used.
+The sizes that a message states are checked against its data and against the expected sizes before the data are used.
 """
 
 import math
@@ -23,10 +22,10 @@ _RESIZING = {"bilinear": Image.Resampling.BILINEAR, "box": Image.Resampling.BOX}
 
 
 def observed_value(message: Any, source: SourceSettings, feature: Feature) -> np.ndarray:
-    """What a message says: float32 of the feature's shape, or uint8 (height, width, channels).
+    """The value in a message: float32 of the feature's shape, or uint8 (height, width, channels).
 
     Raises:
-        ObservationError: the message does not hold it.
+        ObservationError: the message does not contain it.
     """
     if source.type == IMAGE:
         return _fit_image(_raw_image(message), source, feature)
@@ -46,16 +45,16 @@ def observed_value(message: Any, source: SourceSettings, feature: Feature) -> np
 
 
 def action_numbers(actions: np.ndarray, target: ActionSettings) -> np.ndarray:
-    """Numbers of a message, (n, k) float64, of actions (n, Da)."""
+    """The numbers of a message, (n, k) float64, for actions (n, Da)."""
     taken = actions if target.indices is None else actions[:, target.indices]
     return np.asarray(taken.astype(np.float64) * np.asarray(target.scale) + np.asarray(target.offset))
 
 
 def stamp_seconds(stamp: Any) -> float:
-    """Seconds of a header's time.
+    """The time in a header, s.
 
     Raises:
-        ObservationError: it is zero, or no time.
+        ObservationError: it is zero, or not a time.
     """
     if not 0 <= stamp.nanosec < 1_000_000_000 or stamp.sec < 0:
         raise ObservationError(f"the stamp is {stamp.sec} s and {stamp.nanosec} ns, expected a time")
@@ -68,7 +67,7 @@ def _joint_numbers(message: Any, source: SourceSettings) -> np.ndarray:
     names: Sequence[str] = message.name
     field = source.field or "position"
     values = getattr(message, field)
-    assert source.names is not None  # of a JointState
+    assert source.names is not None  # a JointState has names
     if len(names) > MAX_NUMBERS or len(values) != len(names):
         raise ObservationError(f"the message has {len(names)} names and {len(values)} numbers in {field!r}")
     index = {name: i for i, name in enumerate(names)}
@@ -90,7 +89,9 @@ def _array_numbers(message: Any, source: SourceSettings) -> np.ndarray:
     if source.indices is None:
         return numbers
     if max(source.indices) >= len(numbers):
-        raise ObservationError(f"the message has {len(numbers)} numbers, and indices asks for {max(source.indices)}")
+        raise ObservationError(
+            f"the message has {len(numbers)} numbers, but indices asks for number {max(source.indices)}"
+        )
     return numbers[source.indices]
 
 
@@ -101,7 +102,7 @@ def _raw_image(message: Any) -> np.ndarray:
         raise ObservationError(f"the image's encoding is {encoding[:40]!r}, expected one of {list(_CHANNELS)}")
     if not 0 < height * width <= MAX_PIXELS or step < width * channels or height * step != len(message.data):
         raise ObservationError(
-            f"the image says {height} rows of {step} bytes for {width} pixels of {channels} bytes, and has "
+            f"the image states {height} rows of {step} bytes for {width} pixels of {channels} bytes, but has "
             f"{len(message.data)} bytes; expected them to agree, and at most {MAX_PIXELS} pixels"
         )
     rows = np.frombuffer(message.data, np.uint8).reshape(height, step)[:, : width * channels]
@@ -116,11 +117,13 @@ def _compressed_image(message: Any) -> np.ndarray:
 
 
 def _fit_image(image: np.ndarray, source: SourceSettings, feature: Feature) -> np.ndarray:
-    """Cropped, resized where that is asked for, and of the policy's shape."""
+    """Crop and resize an image as the settings say, and check that it has the policy's shape."""
     if source.crop is not None:
         top, left, height, width = source.crop
         if top + height > image.shape[0] or left + width > image.shape[1]:
-            raise ObservationError(f"the image is {image.shape[1]} × {image.shape[0]}, and crop is {source.crop}")
+            raise ObservationError(
+                f"the image is {image.shape[1]} × {image.shape[0]}, too small for crop {source.crop}"
+            )
         image = image[top : top + height, left : left + width]
     height, width, channels = feature.shape
     if image.shape[2] != channels:

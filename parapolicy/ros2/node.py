@@ -33,18 +33,18 @@ from parapolicy.ros2.yaml_file import read_yaml
 log = logging.getLogger("parapolicy.ros2")
 
 NETWORK = "ROS_AUTOMATIC_DISCOVERY_RANGE"
-DIAGNOSTICS_S = 1.0  # between two messages of diagnostics
-WARM_UP = 3  # chunks before the first observation: the first ones allocate, and compile
+DIAGNOSTICS_S = 1.0  # seconds between two messages of diagnostics
+WARM_UP = 3  # chunks before the first observation: the first ones allocate and compile
 SPIN_S = 0.05
-LATENCY = "latency_ms."  # and a source's name: a parameter
-NONE = -1.0  # the parameter action_latency_ms or deadline_ms, where the setting is null
+LATENCY = "latency_ms."  # followed by a source's name: a parameter
+NONE = -1.0  # value of the parameters action_latency_ms and deadline_ms if the setting is null
 
 
 class PolicyNode(LifecycleNode):
     """A policy between topics of observations and topics of actions.
 
-    Configuring loads the policy, checks the settings against it, warms it up and opens the topics; activating begins to
-    send. ``error`` is what made configuring, or the thread that computes, fail.
+    Configuring loads the policy, checks the settings against it, warms it up and opens the topics; activating starts to
+    send. ``error`` is the error of configuring or of the thread that computes, or None.
     """
 
     def __init__(self, settings: NodeSettings) -> None:
@@ -67,19 +67,19 @@ class PolicyNode(LifecycleNode):
             self._configure()
         except (ValueError, OSError, RuntimeError) as error:
             self.error = error
-            log.error("cannot be configured: %s", error)
+            log.error("the node cannot be configured: %s", error)
             return TransitionCallbackReturn.FAILURE
         self.error = None
         return TransitionCallbackReturn.SUCCESS
 
     def on_activate(self, state: LifecycleState) -> TransitionCallbackReturn:
-        """Act on what is observed from now on."""
+        """Start acting on observations."""
         assert self._loop is not None  # configured
         self._loop.activate()
         return super().on_activate(state)
 
     def on_deactivate(self, state: LifecycleState) -> TransitionCallbackReturn:
-        """Send nothing from now on."""
+        """Stop sending."""
         assert self._loop is not None  # configured
         self._loop.deactivate()
         return super().on_deactivate(state)
@@ -90,17 +90,17 @@ class PolicyNode(LifecycleNode):
         return TransitionCallbackReturn.SUCCESS
 
     def on_shutdown(self, state: LifecycleState) -> TransitionCallbackReturn:
-        """Send nothing from now on, and close the topics."""
+        """Stop sending, and close the topics."""
         self.close()
         return TransitionCallbackReturn.SUCCESS
 
     def on_error(self, state: LifecycleState) -> TransitionCallbackReturn:
-        """As cleaning up."""
+        """The same as cleaning up."""
         self.close()
         return TransitionCallbackReturn.SUCCESS
 
     def close(self) -> None:
-        """Send nothing from now on, end the thread and close the topics."""
+        """Stop sending, end the thread and close the topics."""
         if self._loop is None:
             return
         self._loop.deactivate()
@@ -135,7 +135,7 @@ class PolicyNode(LifecycleNode):
         self._thread.start()
 
     def _run(self, loop: ControlLoop, closing: threading.Event) -> None:
-        """Take control steps, beat, and tell how it goes; the only thread that computes."""
+        """Take control steps, send the heartbeat and publish diagnostics. The only thread that computes."""
         beat_at = told_at = -np.inf
         try:
             while not closing.is_set():
@@ -151,7 +151,7 @@ class PolicyNode(LifecycleNode):
                 if wait > 0:
                     loop.wake.wait(wait)
         except Exception as error:
-            log.exception("the control thread has failed; nothing is sent any more")
+            log.exception("the control thread has failed, and no action is sent from now on")
             self.error = error
             loop.deactivate()
             signal.raise_signal(signal.SIGTERM)
@@ -188,7 +188,7 @@ class PolicyNode(LifecycleNode):
         return self.get_parameters([*names, *(LATENCY + key for key in self.settings.sources)])
 
     def _set_parameters(self, parameters: Sequence[Parameter]) -> SetParametersResult:
-        """Check new values, all together, and use them from the next control step on."""
+        """Check new values together, and use them from the next control step on."""
         current = {parameter.name: parameter.value for parameter in self._run_time_parameters()}
         given = {parameter.name: parameter.value for parameter in parameters if parameter.name in current}
         try:
@@ -198,7 +198,7 @@ class PolicyNode(LifecycleNode):
         return SetParametersResult(successful=True)
 
     def _apply(self, values: dict[str, Any]) -> None:
-        """Use the values of all run-time parameters; raises ValueError, and changes nothing, where one does not fit."""
+        """Use the values of all run-time parameters. If one does not fit, raise ValueError and change nothing."""
         settings, loop = self.settings, self._loop
         timing = TimingSettings(
             tolerance_ms=values["tolerance_ms"],
@@ -212,7 +212,7 @@ class PolicyNode(LifecycleNode):
         control = dataclasses.replace(settings.control, seed=values["seed"], deadline_ms=deadline)
         latencies = {key: values[LATENCY + key] for key in settings.sources}
         for key, source in settings.sources.items():
-            dataclasses.replace(source, latency_ms=latencies[key])  # checks it
+            dataclasses.replace(source, latency_ms=latencies[key])  # checks the value
         changed = dataclasses.replace(settings, timing=timing, control=control)
         if loop is not None:
             changed.check(loop.controller.policy.spec)
@@ -225,13 +225,13 @@ class PolicyNode(LifecycleNode):
         return None if value == NONE else value
 
     def _robot_time(self) -> float:
-        """Seconds, of the clock that stamps messages: the system's, or ``/clock`` with ``use_sim_time``."""
+        """Seconds by the clock that stamps messages: the system's, or ``/clock`` with ``use_sim_time``."""
         seconds, nanoseconds = self.get_clock().now().seconds_nanoseconds()
         return float(seconds + 1e-9 * nanoseconds)
 
 
 class _ToRos(logging.Handler):
-    """Python's log to the node's."""
+    """Passes Python's log to the node's."""
 
     def __init__(self, node: PolicyNode) -> None:
         super().__init__()
@@ -255,10 +255,12 @@ def run_node(path: str | Path, ros_arguments: Sequence[str] = ()) -> None:
     settings = read_yaml(path, NodeSettings)
     left = remove_ros_args(["parapolicy", *ros_arguments])[1:]
     if left:
-        raise ValueError(f"the arguments {left} are unknown, expected a settings file, and --ros-args …")
+        raise ValueError(f"the arguments {left} are unknown, expected a settings file and --ros-args …")
     if NETWORK not in os.environ:
         os.environ[NETWORK] = "LOCALHOST"
-        print(f"{NETWORK} is not set: only this machine is reached; SUBNET opens the node to the network", flush=True)
+        print(
+            f"{NETWORK} is not set, so only this machine is reached; set it to SUBNET to reach the network", flush=True
+        )
     stopping = threading.Event()
     rclpy.init(args=["parapolicy", *ros_arguments], signal_handler_options=SignalHandlerOptions.NO)
     before = {number: signal.signal(number, lambda *_: stopping.set()) for number in (signal.SIGTERM, signal.SIGINT)}

@@ -1,4 +1,4 @@
-"""Settings of the ROS 2 node, checked alone and against the policy before anything runs."""
+"""Settings of the ROS 2 node, checked by themselves and against the policy before the node runs."""
 
 import math
 import re
@@ -48,19 +48,19 @@ class ControlSettings:
 
 @dataclass(frozen=True)
 class SourceSettings:
-    """Where one observation comes from: ``value = number in the message × scale + offset``.
+    """The source of one observation: ``value = number in the message × scale + offset``.
 
     Attributes:
         topic, type: of the message.
-        field, names: of a JointState: which numbers, of which joints, in the policy's order.
-        indices: of a Float64MultiArray: which numbers; None: all of them.
+        field, names: for a JointState: which numbers, and of which joints, in the policy's order.
+        indices: for a Float64MultiArray: which numbers; None: all of them.
         scale, offset: one number for all, or one for each.
-        crop: of an image, before ``resize``: top, left, height, width, pixels.
-        resize: how an image is brought to the policy's size; None: it must have that size.
-        stamp: ``header``: time of the message's header; ``arrival``: when it came, for messages without one.
-        latency_ms: from the moment that the sensor saw to that time.
-        reliable: ask for lost messages again; connects only with publishers that are reliable, too.
-        shape: of a monitor's value; an observation has the policy's.
+        crop: for an image, before ``resize``: top, left, height, width, pixels.
+        resize: how an image is scaled to the policy's size; None: it must have that size.
+        stamp: ``header``: the time in the message's header. ``arrival``: the time of arrival, for messages without one.
+        latency_ms: time from the sensor's measurement to the stamp.
+        reliable: request lost messages again; connects only with publishers that are reliable too.
+        shape: of a monitor's value; an observation has the policy's shape.
     """
 
     topic: str
@@ -92,13 +92,13 @@ class SourceSettings:
         _belongs(self, "resize", image, required=False)
         _distinct(self, "names")
         if image and (self.scale != 1.0 or self.offset != 0.0):
-            raise ValueError(f"scale or offset is given with type {self.type}; images go to the policy as they are")
+            raise ValueError(f"scale or offset is given with type {self.type}, which has none; leave it out")
         if self.indices is not None and (not self.indices or min(self.indices) < 0):
-            raise ValueError(f"indices is {self.indices}, expected numbers from 0 on")
+            raise ValueError(f"indices is {self.indices}, expected numbers of at least 0")
         if self.crop is not None and not (len(self.crop) == 4 and min(self.crop[:2]) >= 0 and min(self.crop[2:]) > 0):
             raise ValueError(f"crop is {self.crop}, expected top, left, height, width in pixels")
         if array and self.stamp == "header":
-            raise ValueError(f"stamp is 'header', and {self.type} has none; leave it out")
+            raise ValueError(f"stamp is 'header', but {self.type} has no header; leave it out")
         if not 0 <= self.latency_ms < math.inf:
             raise ValueError(f"latency_ms is {self.latency_ms}, expected 0 or more")
         if self.shape is not None and not (self.shape and min(self.shape) > 0):
@@ -106,27 +106,27 @@ class SourceSettings:
 
     @property
     def by_arrival(self) -> bool:
-        """Whether messages count from when they came."""
+        """Whether messages are stamped with their time of arrival."""
         return self.type == ARRAY or self.stamp == "arrival"
 
     @property
     def feature(self) -> Feature:
-        """Of a monitor's value."""
-        assert self.shape is not None  # checked with the whole of the settings
+        """The feature of a monitor's value."""
+        assert self.shape is not None  # checked by NodeSettings
         return Feature(tuple(self.shape), "image" if self.type in IMAGES else "state")
 
 
 @dataclass(frozen=True)
 class ActionSettings:
-    """Where actions go: ``number in the message = action × scale + offset``.
+    """The target of actions: ``number in the message = action × scale + offset``.
 
     Attributes:
         topic, type: of the message.
         names: joints of a JointState or JointTrajectory.
-        field: of these, which numbers the actions are; ``position`` where it is not given.
-        indices: numbers of the action that this message takes; None: all of them.
+        field: for these, which numbers the actions are; ``position`` if left out.
+        indices: numbers of the action that this message contains; None: all of them.
         scale, offset: one number for all, or one for each.
-        points: of a JointTrajectory: most control steps ahead. A robot goes on to their end when the node stops.
+        points: for a JointTrajectory: most control steps ahead. The robot follows them to the end if the node stops.
     """
 
     topic: str
@@ -144,23 +144,23 @@ class ActionSettings:
         _belongs(self, "field", self.type != ARRAY, required=False)
         _distinct(self, "names")
         if self.points < 1 or (self.points > 1 and self.type != TRAJECTORY):
-            raise ValueError(f"points is {self.points}, expected 1, or more with type {TRAJECTORY}")
+            raise ValueError(f"points is {self.points}, expected 1 (or more with type {TRAJECTORY})")
 
 
 @dataclass(frozen=True)
 class TimingSettings:
-    """When a control step is taken, and what happens when observations do not come.
+    """When a control step is taken, and what happens if observations are missing.
 
     Attributes:
-        tolerance_ms: most time between the oldest and the newest value of one observation; also how far ahead of the
-            node's clock a stamp may be.
-        timeout_ms: how old the newest whole observation may become before the robot is held or stopped.
-        on_fault: ``hold``: the last action is repeated until whole observations come again, which begin a new episode;
-            right for position targets. ``stop``: nothing is sent until a reset, and no action is ever repeated.
-        repeat: a control step for which no new observation has come half a period after it was due is taken with the
-            one before, so that a lost message does not stretch the motion. False: for simulators that wait for actions.
-        action_latency_ms: from sending an action to the robot's following it. Each action is then chosen by the time at
-            which it will act. None: each control step's action is sent as it is.
+        tolerance_ms: longest time between the oldest and the newest value of one observation, and between the node's
+            clock and a stamp ahead of it.
+        timeout_ms: age of the newest whole observation at which the robot is held or stopped.
+        on_fault: ``hold``: the last action is repeated until whole observations arrive again, which begin a new
+            episode; right for position targets. ``stop``: nothing is sent until a reset, and no action is repeated.
+        repeat: if no new observation has arrived half a period after a control step was due, take the step with the
+            previous one: a lost message must not stretch the motion. False: for simulators that wait for actions.
+        action_latency_ms: time from sending an action until the robot follows it. The action sent is then the one for
+            the time at which it will act. None: each control step's own action is sent.
         stop_action: sent once when the node stops sending, such as zeros for velocities; None: nothing.
     """
 
@@ -188,12 +188,12 @@ class NodeSettings:
     """All settings of ``parapolicy ros2``.
 
     Attributes:
-        policy, control, timing: see there.
-        observations: of each observation key of the policy.
-        monitors: messages that must come, and be whole, as an observation must, and that the policy does not see.
-        actions: one message or several, that together take every number of an action once.
+        policy, control, timing: see the classes.
+        observations: source of each observation key of the policy.
+        monitors: messages that must arrive and be valid like observations, but that the policy does not use.
+        actions: one or several messages that together contain every number of an action once.
         name, namespace: of the node.
-        autostart: configure and activate at once; false: wait for a lifecycle manager.
+        autostart: configure and activate immediately; false: wait for a lifecycle manager.
     """
 
     policy: PolicySettings
@@ -210,10 +210,10 @@ class NodeSettings:
         if not self.actions:
             raise ValueError("actions is empty, expected at least one message")
         if both := sorted(self.observations.keys() & self.monitors.keys()):
-            raise ValueError(f"{both} stand in observations and in monitors; expected names of their own")
+            raise ValueError(f"{both} are in observations and in monitors; give them different names")
         for key, source in self.observations.items():
             if source.shape is not None:
-                raise ValueError(f"observations.{key}.shape is given, and the policy says it; leave it out")
+                raise ValueError(f"observations.{key}.shape is given, but the policy determines it; leave it out")
         for key, source in self.monitors.items():
             if source.shape is None:
                 raise ValueError(f"monitors.{key}.shape is missing, expected the shape of its value")
@@ -231,7 +231,7 @@ class NodeSettings:
         return {**self.observations, **self.monitors}
 
     def check(self, spec: PolicySpec) -> None:
-        """Raise ValueError where the settings do not fit a policy."""
+        """Raise ValueError if the settings do not fit a policy."""
         missing, unknown = (
             sorted(spec.observation.keys() - self.observations),
             sorted(self.observations.keys() - spec.observation),
@@ -259,15 +259,15 @@ class NodeSettings:
         latency = self.timing.action_latency_ms
         if latency is not None and latency * hz / 1e3 > spare:
             raise ValueError(
-                f"action_latency_ms is {latency:g}, {latency * hz / 1e3:.1f} control steps, and a chunk goes on for "
-                f"{spare} beyond those it executes; make the robot faster or n_action_steps smaller"
+                f"action_latency_ms is {latency:g}, {latency * hz / 1e3:.1f} control steps, but a chunk has only "
+                f"{spare} steps beyond those it executes; make the robot faster or n_action_steps smaller"
             )
 
 
 def _check_source(where: str, source: SourceSettings, feature: Feature) -> None:
-    """Raise ValueError unless messages can give a value of this shape and kind."""
+    """Raise ValueError unless messages can contain a value of this shape and kind."""
     if (source.type in IMAGES) != (feature.kind == "image"):
-        raise ValueError(f"{where}.type is {source.type}, and the policy observes a {feature.kind} there")
+        raise ValueError(f"{where}.type is {source.type}, but the policy observes a {feature.kind} there")
     if feature.kind == "image":
         if feature.shape[-1] not in (1, 3):
             raise ValueError(f"{where} has {feature.shape[-1]} channels, expected 1 or 3")
@@ -297,7 +297,7 @@ def _check_topic(topic: str) -> None:
 def _belongs(settings: Any, name: str, belongs: bool, required: bool) -> None:
     given = getattr(settings, name) is not None
     if given and not belongs:
-        raise ValueError(f"{name} is given, and messages of type {settings.type} have no use for it; leave it out")
+        raise ValueError(f"{name} is given, but messages of type {settings.type} do not use it; leave it out")
     if required and belongs and not given:
         raise ValueError(f"{name} is missing, expected a list for type {settings.type}")
 
@@ -305,7 +305,7 @@ def _belongs(settings: Any, name: str, belongs: bool, required: bool) -> None:
 def _distinct(settings: Any, name: str) -> None:
     values = getattr(settings, name)
     if values is not None and (not values or len(set(values)) < len(values)):
-        raise ValueError(f"{name} is {values}, expected one name or more, each once")
+        raise ValueError(f"{name} is {values}, expected at least one name, each once")
 
 
 def _positive(settings: Any, *names: str) -> None:

@@ -1,4 +1,4 @@
-"""Values of several sources that belong to one moment."""
+"""Matching values of several sources in time."""
 
 from collections import deque
 from collections.abc import Iterable
@@ -14,8 +14,8 @@ class Matched:
     """One value of every source.
 
     Attributes:
-        time: of the source that is the furthest behind, seconds.
-        spread: between the oldest value and the newest one, seconds.
+        time: of the source that is furthest behind, seconds.
+        spread: time between the oldest and the newest value, seconds.
         values: {key: value}.
     """
 
@@ -25,11 +25,11 @@ class Matched:
 
 
 class Synchronizer:
-    """Finds, of each source, the value that is nearest in time to the newest one of the source furthest behind.
+    """Finds, for each source, the value nearest in time to the newest value of the source that is furthest behind.
 
     Args:
         keys: of the sources.
-        keep: seconds for which values are kept.
+        keep: seconds for which values are stored.
     """
 
     def __init__(self, keys: Iterable[str], keep: float) -> None:
@@ -37,18 +37,18 @@ class Synchronizer:
         self._samples: dict[str, deque[tuple[float, np.ndarray]]] = {key: deque(maxlen=MAX_SAMPLES) for key in keys}
 
     def add(self, key: str, time: float, value: np.ndarray) -> None:
-        """Keep a value; a source's times must increase."""
+        """Store a value; a source's times must increase."""
         samples = self._samples[key]
         samples.append((time, value))
         while samples[0][0] < time - self.keep:
             samples.popleft()
 
     def last_time(self, key: str) -> float | None:
-        """Of a source's newest value; None: there is none."""
+        """The time of a source's newest value; None if there is none."""
         return self._samples[key][-1][0] if self._samples[key] else None
 
     def newest(self) -> Matched | None:
-        """The newest values that belong together; None where a source has none yet."""
+        """The newest matching values; None if a source has none yet."""
         if not all(self._samples.values()):
             return None
         time = min(samples[-1][0] for samples in self._samples.values())
@@ -59,6 +59,6 @@ class Synchronizer:
         return Matched(time, max(times) - min(times), {key: value for key, (_, value) in nearest.items()})
 
     def clear(self, key: str | None = None) -> None:
-        """Forget a source's values; None: of all."""
+        """Drop a source's values; None: those of all sources."""
         for each in self._samples if key is None else [key]:
             self._samples[each].clear()

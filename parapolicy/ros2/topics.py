@@ -1,4 +1,4 @@
-"""The node's topics: messages in, messages out, and what it tells of itself."""
+"""The node's topics: subscriptions, publishers and diagnostics."""
 
 import importlib
 import math
@@ -20,7 +20,7 @@ from parapolicy.ros2.messages import action_numbers, observed_value, stamp_secon
 from parapolicy.ros2.node_settings import ARRAY, JOINT_STATE, ActionSettings, NodeSettings, SourceSettings
 from parapolicy.spec import Feature
 
-QUEUE = 10  # messages of a topic that wait to be taken in
+QUEUE = 10  # messages of a topic that may wait
 _JOINT_FIELDS = {"position": "positions", "velocity": "velocities", "effort": "effort"}  # of a trajectory's points
 
 
@@ -33,7 +33,7 @@ def message_type(name: str) -> Any:
 def subscribe(
     node: Node, settings: NodeSettings, features: Mapping[str, Feature], loop: ControlLoop
 ) -> list[Subscription]:
-    """Subscribe to every source's topic; values, and messages that hold none, go to the loop."""
+    """Subscribe to every source's topic; values and faulty messages are passed to the loop."""
     topics: dict[str, list[str]] = {}
     for key, source in settings.sources.items():
         topics.setdefault(source.topic, []).append(key)
@@ -66,8 +66,8 @@ def action_sender(
 ) -> tuple[Callable[[np.ndarray], None], list[Publisher]]:
     """A function that sends actions (n, Da), and its publishers.
 
-    A subscriber that is slow gets the newest action only. What could not be delivered for ``timeout_ms`` is not sent
-    again; what a subscriber has received and not taken expires only if it has a lifespan of its own.
+    A slow subscriber gets only the newest action. An action that was not delivered within ``timeout_ms`` is not sent
+    again; one that was received but not read expires only if the subscriber sets a lifespan itself.
     """
     profile = QoSProfile(
         history=QoSHistoryPolicy.KEEP_LAST,
@@ -88,7 +88,7 @@ def action_sender(
 
 
 def action_message(target: ActionSettings, actions: np.ndarray, period: float, stamp: Any) -> Any:
-    """A message of actions (n, Da), as many as it takes."""
+    """A message of actions (n, Da), with as many of them as its type and settings allow."""
     numbers = action_numbers(actions, target)
     message = message_type(target.type)()
     if target.type == ARRAY:
@@ -109,7 +109,7 @@ def action_message(target: ActionSettings, actions: np.ndarray, period: float, s
 
 
 class Diagnostics:
-    """What the loop tells of itself, as ``/diagnostics`` has it."""
+    """Publishes the loop's state on ``/diagnostics``."""
 
     def __init__(self, node: Node, settings: NodeSettings) -> None:
         self._node, self._settings = node, settings
@@ -117,7 +117,7 @@ class Diagnostics:
         self._before: dict[str, int] = {}
 
     def publish(self, snapshot: Mapping[str, Any], period: float) -> None:
-        """Tell what has happened since the last time."""
+        """Publish what has changed since the last message."""
         level, text = self._judge(snapshot)
         values = {"state": snapshot["state"], "period_ms": 1e3 * period, "latency_ms": snapshot["latency_ms"]}
         values |= snapshot["counts"] | _controller_values(snapshot["controller"])
@@ -152,7 +152,7 @@ class Diagnostics:
 
 
 def _controller_values(summary: Mapping[str, Any]) -> dict[str, Any]:
-    """Rounds, latency, misses and the rest, of the present episode."""
+    """Rounds, latency, misses and other values of the present episode."""
     chunk = summary["times"].get("chunk", {})
     values = {f"controller.{name}": value for name, value in summary.items() if isinstance(value, int)}
     values |= {f"chunk_ms.{name}": value for name, value in chunk.items()}

@@ -1,4 +1,4 @@
-"""Dataclasses from YAML, strictly: what is unknown, missing, double or of another kind is named."""
+"""Dataclasses from YAML, strictly: errors name unknown, missing, repeated or wrongly typed settings."""
 
 import dataclasses
 import math
@@ -14,10 +14,10 @@ Settings = TypeVar("Settings")
 
 
 def read_yaml(path: str | Path, kind: type[Settings]) -> Settings:
-    """A dataclass of settings from a YAML file.
+    """Read a dataclass of settings from a YAML file.
 
     Raises:
-        ValueError: not YAML, a key twice, an unknown or missing setting, or a value of another kind.
+        ValueError: not YAML, a repeated key, an unknown or missing setting, or a value of the wrong type.
         OSError: the file cannot be read.
     """
     try:
@@ -29,18 +29,18 @@ def read_yaml(path: str | Path, kind: type[Settings]) -> Settings:
 
 
 class _StrictLoader(yaml.SafeLoader):
-    """Plain values only, as SafeLoader reads them, and no key twice."""
+    """SafeLoader, which reads plain values only, without repeated keys."""
 
     def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Hashable, Any]:
         keys = [self.construct_object(key, deep=True) for key, _ in node.value]
         twice = sorted({str(key) for key in keys if keys.count(key) > 1})
         if twice:
-            raise yaml.YAMLError(f"the keys {twice} stand twice, near line {node.start_mark.line + 1}")
+            raise yaml.YAMLError(f"the keys {twice} occur twice, near line {node.start_mark.line + 1}")
         return super().construct_mapping(node, deep)
 
 
 def _convert(where: str, kind: Any, value: Any) -> Any:
-    """A value as a kind: a dataclass, or one of the kinds that settings have; ``where`` is its name in the file."""
+    """A value checked as a type: a dataclass, or a type of a setting. ``where`` is its name in the file."""
     origin, arguments = typing.get_origin(kind), typing.get_args(kind)
     if origin in (types.UnionType, typing.Union):
         if value is None and type(None) in arguments:
@@ -78,7 +78,7 @@ def _make(where: str, kind: Any, value: Mapping[str, Any]) -> Any:
     unknown, missing = sorted(value.keys() - known), sorted(needed - value.keys())
     name = where or "the file"
     if unknown or missing:
-        raise ValueError(f"{name} has unknown settings {unknown} and lacks {missing}; expected some of {sorted(known)}")
+        raise ValueError(f"{name} has unknown settings {unknown} and lacks {missing}; known are {sorted(known)}")
     prefix = f"{where}." if where else ""
     arguments = {key: _convert(prefix + key, known[key], each) for key, each in value.items()}
     try:

@@ -1,4 +1,4 @@
-"""Requests of many clients, computed together: one thread, one batch of whatever waits when it is free."""
+"""Batching of many clients' requests: one thread computes all waiting requests together."""
 
 import asyncio
 import dataclasses
@@ -14,7 +14,7 @@ from parapolicy.serve.metrics import ServerMetrics
 
 
 class DroppedError(Exception):
-    """A request that will not be computed: its client has gone, or the server is closing."""
+    """A request that will not be computed: its client has disconnected, or the server is closing."""
 
 
 @dataclass(frozen=True)
@@ -25,12 +25,12 @@ class _Waiting:
 
 
 class Batcher:
-    """Answers each request with the chunk it would get alone.
+    """Answers each request with the same chunk as if it were computed alone.
 
     Args:
         policy: run with ``reproducible=True``.
         max_batch: most requests per batch.
-        deadline_ms: time for a batch; sampling ends after the round in which it has passed.
+        deadline_ms: time for a batch; sampling ends after the round in which it has passed. None: no deadline.
         metrics: counts batches.
     """
 
@@ -47,11 +47,11 @@ class Batcher:
 
         Args:
             request: from an episode.
-            wanted: whether its client is still there, asked when the batch begins.
+            wanted: whether its client is still connected; called when the batch begins.
 
         Raises:
             DroppedError: it was not wanted, or :meth:`stop` was called before its batch began.
-            Exception: what computing it raised.
+            Exception: any error of its computation.
         """
         if self._stopped:
             raise DroppedError("the server is closing")
@@ -61,7 +61,7 @@ class Batcher:
         return await future
 
     def stop(self) -> None:
-        """Drop what waits; :meth:`run` ends after the batch at hand."""
+        """Drop waiting requests; :meth:`run` ends after the present batch."""
         self._stopped = True
         while self._waiting:
             self._waiting.popleft().future.set_exception(DroppedError("the server is closing"))
@@ -87,18 +87,18 @@ class Batcher:
             self._thread.shutdown(wait=False, cancel_futures=True)
 
     def _take(self) -> list[_Waiting]:
-        """The next batch, without the requests of clients that have gone."""
+        """The next batch, without the requests of disconnected clients."""
         batch: list[_Waiting] = []
         while self._waiting and len(batch) < self.max_batch:
             entry = self._waiting.popleft()
             if entry.wanted():
                 batch.append(entry)
             else:
-                entry.future.set_exception(DroppedError("the client has gone"))
+                entry.future.set_exception(DroppedError("the client has disconnected"))
         return batch
 
     def _compute(self, requests: Sequence[Request]) -> list[Chunk | Exception]:
-        """Each request's chunk, or what went wrong with it alone."""
+        """Each request's chunk, or its own error."""
         outcomes: dict[int, Chunk | Exception] = {}
         for members in group_requests(requests):
             try:
@@ -108,7 +108,7 @@ class Batcher:
                 if len(members) == 1:
                     outcomes[members[0]] = error
                     continue
-                for i in members:  # one bad element must not take the others with it
+                for i in members:  # compute one by one: a bad element must not fail the others
                     (outcomes[i],) = self._compute([requests[i]])
         return [outcomes[i] for i in range(len(requests))]
 

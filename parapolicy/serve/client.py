@@ -1,6 +1,6 @@
-"""A client of a policy server that comes back after the connection was lost, and a policy that computes there.
+"""A client of a policy server that reconnects after a lost connection, and a policy that is computed by a server.
 
-It speaks the protocol of openpi's client, and needs the extra ``serve``.
+It speaks the protocol of openpi's client. Needs the extra ``serve``.
 """
 
 import contextlib
@@ -27,24 +27,27 @@ MAX_REPLY_BYTES = 1 << 24
 class PolicyClient:
     """One robot's connection to a policy server.
 
-    A connection that is lost, or does not answer in time, is closed, and ``infer`` raises ``ConnectionError``. The next
-    ``infer`` connects again, with the observation of that moment: none is ever sent twice, because it would be old, and
-    no late answer can be taken for that to another observation. The first message of each connection announces a new
-    episode, so that the server joins it with nothing from before.
+    If the connection is lost, or no answer arrives in time, it is closed, and ``infer`` raises ``ConnectionError``. The
+    next ``infer`` connects again, with its own observation. An observation is never sent twice, because it would be
+    old, and a late answer is never taken for the answer to another observation. The first message of each connection
+    announces a new episode, so that the server does not join it with earlier observations.
 
     Not thread-safe.
 
     Args:
         uri: such as ``ws://127.0.0.1:8000``.
-        api_key: where the server asks for one.
+        api_key: if the server requires one.
         timeout: seconds, for an answer.
         connect_timeout: seconds, for a connection.
-        jpeg_quality: 1 to 100: send uint8 images as JPEG files of this quality, where the server takes them: a tenth of
-            the bytes, for slow networks, and other pixels than the camera's. None: as arrays.
+        jpeg_quality: 1 to 100: send uint8 images as JPEG files of this quality, if the server accepts them. They have a
+            tenth of the bytes, for slow networks, but not exactly the camera's pixels. None: send arrays.
 
     Attributes:
-        metadata: the server's, of the last connection.
-        connections: how many were made.
+        metadata: the server's metadata from the last connection.
+        connections: number of connections made.
+
+    Raises:
+        ValueError: a timeout or ``jpeg_quality`` is out of range.
     """
 
     def __init__(
@@ -69,12 +72,12 @@ class PolicyClient:
         self.metadata: dict[str, Any] = {}
 
     def connect(self) -> None:
-        """Connect, unless there is a connection.
+        """Connect, unless connected.
 
         Raises:
             ConnectionError: the server cannot be reached.
-            PermissionError: it does not let this client in.
-            ValueError: ``uri`` is none.
+            PermissionError: the server refuses this client.
+            ValueError: ``uri`` is not a websocket URI.
         """
         if self._connection is not None:
             return
@@ -98,7 +101,7 @@ class PolicyClient:
             self.close()
             status = getattr(getattr(error, "response", None), "status_code", None)
             if status in (401, 403):
-                raise PermissionError(f"{self.uri} does not let this client in: {error}; see api_key") from error
+                raise PermissionError(f"{self.uri} refuses this client: {error}; check api_key") from error
             raise ConnectionError(f"{self.uri} refuses the connection: {error}") from error
         except (OSError, WebSocketException, WireError, RuntimeError) as error:
             self.close()
@@ -110,11 +113,11 @@ class PolicyClient:
         """The server's answer to an observation, or to a stacked history; ``actions`` are (n, Da).
 
         Raises:
-            ConnectionError: the connection is lost, or could not be made; call again with a new observation.
-            RuntimeError: the server refused the observation, and says why; the connection stays.
+            ConnectionError: the connection was lost or could not be made; call again with a new observation.
+            RuntimeError: the server refused the observation, with its reason; the connection stays open.
         """
         self.connect()
-        assert self._connection is not None  # or connecting has raised
+        assert self._connection is not None  # otherwise connecting has raised
         if self.jpeg_quality is not None:
             observation = encode_images(observation, self.metadata.get("image_files", {}), self.jpeg_quality)
         try:
@@ -125,16 +128,16 @@ class PolicyClient:
             raise ConnectionError(f"the connection to {self.uri} is lost: {error or type(error).__name__}") from error
         if not isinstance(answer.get("actions"), np.ndarray):
             self.close()
-            raise ConnectionError(f"{self.uri} answers without actions; expected a policy server")
+            raise ConnectionError(f"{self.uri} answered without actions, expected a policy server")
         self._options = {}
         return answer
 
     def reset(self, seed: int | None = None) -> None:
-        """Announce a new episode with the next observation, with noise of ``seed``, if it is given."""
+        """Announce a new episode with the next observation, with noise of ``seed`` if given."""
         self._options = {"reset": True} if seed is None else {"reset": True, "seed": seed}
 
     def close(self) -> None:
-        """Close the connection, if there is one; ``infer`` opens another."""
+        """Close the connection, if any; ``infer`` opens a new one."""
         self._connection = None
         self._open.close()
 
@@ -145,26 +148,26 @@ class PolicyClient:
         self.close()
 
     def _receive(self, timeout: float) -> dict[str, Any]:
-        """The next frame."""
+        """The next frame, unpacked."""
         assert self._connection is not None
         frame = self._connection.recv(timeout=max(timeout, 0.001))
         if isinstance(frame, str):
-            raise RuntimeError(f"the server answers: {frame}")
+            raise RuntimeError(f"the server answered: {frame}")
         message = unpack(frame)
         if not isinstance(message, dict):
-            raise WireError(f"the server answers with a {type(message).__name__}, expected a map")
+            raise WireError(f"the server answered with a {type(message).__name__}, expected a map")
         return message
 
 
 class RemotePolicy:
-    """A policy that a server computes, for :class:`parapolicy.Controller`, whose chunks are a queue against stalls.
+    """A policy computed by a server, for :class:`parapolicy.Controller`, whose chunks bridge network stalls.
 
-    An asynchronous controller asks for the next chunk while it executes the one before; while the network stalls it
-    goes on with that one to its end, and counts it. Of a lost connection it knows as of a computation that failed.
+    An asynchronous controller requests the next chunk while it executes the previous one. While the network stalls, it
+    continues with that chunk to its end, and counts this. A lost connection appears to it as a failed computation.
 
     Args:
-        client: connects here, to know the policy.
-        control_hz: as the policy's, where the server does not say it.
+        client: connects here, to get the policy's description.
+        control_hz: the policy's control rate, if the server does not say it.
 
     Raises:
         ConnectionError, PermissionError: as :meth:`PolicyClient.connect`.
@@ -184,11 +187,11 @@ class RemotePolicy:
         warm: WarmState | None = None,
         executed: int | None = None,
     ) -> Chunk:
-        """The chunk of a stacked history. Noise, deadline and warm starts are the server's own.
+        """The chunk of a stacked history. The server decides about noise, deadline and warm starts.
 
         Raises:
             ConnectionError, RuntimeError: as :meth:`PolicyClient.infer`.
-            ValueError, FloatingPointError: the answer is no chunk of the policy.
+            ValueError, FloatingPointError: the answer is not a chunk of the policy.
         """
         begin = time.perf_counter()
         answer = self.client.infer(observation)
@@ -212,18 +215,18 @@ class RemotePolicy:
         return chunk
 
     def reset(self, seed: int | None = None) -> None:
-        """Announce a new episode to the server; reset the controller, too."""
+        """Announce a new episode to the server; reset the controller as well."""
         self.client.reset(seed)
 
 
-_NOTHING = WarmState(torch.empty(0), torch.empty(0))  # what a server's chunk leaves to the next stays there
+_NOTHING = WarmState(torch.empty(0), torch.empty(0))  # the server keeps the warm state
 
 
 def described_spec(metadata: Mapping[str, Any], control_hz: float | None = None) -> PolicySpec:
-    """What a controller needs to know of a policy, from a server's first frame.
+    """The spec that a controller needs, from a server's first frame.
 
     Raises:
-        ValueError: it does not say it.
+        ValueError: the frame does not describe a policy.
     """
     try:
         steps, kinds = metadata["obs_steps"], metadata["kinds"]
@@ -239,7 +242,7 @@ def described_spec(metadata: Mapping[str, Any], control_hz: float | None = None)
             network={},
             scheduler={},
             control_hz=metadata["control_hz"] if control_hz is None else control_hz,
-            first_action=0,  # a server's actions begin with the present one
+            first_action=0,  # a server's actions begin with the present step
         )
     except (KeyError, TypeError, AttributeError) as error:
         raise ValueError(

@@ -1,4 +1,4 @@
-"""A connection that ends when its client floods it, so that no client can hold up the others."""
+"""A connection that is closed when its client floods it, so that no client can block the others."""
 
 import logging
 
@@ -8,13 +8,13 @@ from websockets.protocol import Event
 log = logging.getLogger("parapolicy.serve")
 
 _PIECE_BYTES = 4096
-_MOST_FRAMES = 256  # in one delivery, of at most 256 KiB; a client that waits for its answers sends one, and a ping
+_MOST_FRAMES = 256  # per delivery of at most 256 KiB; a client that waits for answers sends one, and a ping
 _MOST_UNREAD_BYTES = 1 << 18
 
 
 class BoundedConnection(ServerConnection):
-    """Frames of six bytes come by tens of thousands in one delivery, and parsing that many takes half a second; answers
-    to pings that are never read would fill the memory. Both end the connection."""
+    """A delivery may contain tens of thousands of frames of six bytes, which take half a second to parse; answers to
+    pings that are never read would fill the memory. Both close the connection."""
 
     _frames = 0
 
@@ -24,7 +24,7 @@ class BoundedConnection(ServerConnection):
         super().process_event(event)
 
     def data_received(self, data: bytes) -> None:
-        """Parse a delivery by pieces, until there are too many frames in it."""
+        """Parse a delivery in pieces, and stop at too many frames."""
         self._frames = 0
         for begin in range(0, len(data), _PIECE_BYTES):
             super().data_received(data[begin : begin + _PIECE_BYTES])

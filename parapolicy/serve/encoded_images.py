@@ -1,4 +1,4 @@
-"""Images of a message that come as JPEG or PNG bytes, as clients send them over slow networks."""
+"""Images in messages as JPEG or PNG files, as clients send them over slow networks."""
 
 from collections.abc import Mapping
 from typing import Any
@@ -9,24 +9,24 @@ from parapolicy.errors import ObservationError
 from parapolicy.image_file import decode_image, encode_image
 from parapolicy.spec import Feature, PolicySpec
 
-_MODES = {1: "L", 3: "RGB", 4: "RGBA"}  # by channels
+_MODES = {1: "L", 3: "RGB", 4: "RGBA"}  # by number of channels
 _FORMATS = {1: ["jpeg", "png"], 3: ["jpeg", "png"], 4: ["png"]}
-_SLACK = 1 << 16  # bytes, for what a file holds beside pixels
+_SLACK = 1 << 16  # bytes of a file besides its pixels
 
 
 def image_files(spec: PolicySpec) -> dict[str, list[str]]:
-    """The file formats that each image key may come in."""
+    """The accepted file formats of each image key."""
     images = {key: feature for key, feature in spec.observation.items() if feature.kind == "image"}
     return {key: _FORMATS.get(feature.shape[2], []) for key, feature in images.items()}
 
 
 def decode_images(spec: PolicySpec, observation: Mapping[str, Any]) -> dict[str, Any]:
-    """The observation, with uint8 arrays (H, W, C), or (To, H, W, C), for image keys that hold the bytes of a file, or
-    a list of one for each step. Other values stay as they are.
+    """The observation with image files decoded to uint8 arrays (H, W, C), or (To, H, W, C) for a list of one file per
+    step. Other values are unchanged.
 
     Raises:
-        ObservationError: not one file for each step, or a file that is too long, damaged, or of another size or mode
-            than the policy's.
+        ObservationError: the number of files differs from that of steps, or a file is too long, damaged, or of another
+            size or mode than the policy's.
     """
     decoded = dict(observation)
     for key, feature in spec.observation.items():
@@ -46,7 +46,7 @@ def decode_images(spec: PolicySpec, observation: Mapping[str, Any]) -> dict[str,
 
 
 def encode_images(observation: Mapping[str, Any], formats: Mapping[str, list[str]], quality: int) -> dict[str, Any]:
-    """The observation, with JPEG files for uint8 arrays (H, W, C), or (To, H, W, C), of the keys that take them."""
+    """The observation with uint8 arrays (H, W, C) or (To, H, W, C) encoded as JPEG, for keys that accept them."""
     encoded = dict(observation)
     for key, taken in formats.items():
         value = observation.get(key)

@@ -1,4 +1,4 @@
-"""What a server counts, in Prometheus' text format."""
+"""The server's metrics, in Prometheus' text format."""
 
 from collections.abc import Sequence
 
@@ -11,7 +11,7 @@ _ROUNDS = (1, 2, 3, 4, 5, 6, 7, 8, 10, 15, 20, 30, 50, 100)
 
 
 class ServerMetrics:
-    """Counters of one server, in a registry of its own."""
+    """The metrics of one server, in its own registry."""
 
     def __init__(self) -> None:
         self._registry = registry = CollectorRegistry()
@@ -38,5 +38,5 @@ class ServerMetrics:
                 self.incomplete.inc()
 
     def text(self) -> bytes:
-        """All of them, for ``GET /metrics``."""
+        """All metrics, for ``GET /metrics``."""
         return generate_latest(self._registry)

@@ -1,4 +1,4 @@
-"""The websocket server: connections in, batches through one policy, replies out."""
+"""The websocket server: many connections, one policy, batched chunks."""
 
 import asyncio
 import contextlib
@@ -35,23 +35,23 @@ from parapolicy.serve.wire import Limits, WireError, pack, unpack
 
 log = logging.getLogger("parapolicy.serve")
 
-CLOSE_S = 3.0  # at most, for saying goodbye after the last batch; the process is to be gone within 5 s
-_LONGEST_ERROR = 200  # characters: an error quotes what a client has sent
+CLOSE_S = 3.0  # at most, for closing connections after the last batch; the process must end within 5 s
+_LONGEST_ERROR = 200  # characters; an error quotes the client's message
 
 
 class PolicyServer:
     """Serves one policy to many clients by the openpi protocol.
 
-    Each connection is an episode, or several, one after the other. Its messages are answered in their order; those of
-    different connections are computed together, each to the result that it would have alone. ``GET /healthz`` and
+    Each connection has one or more episodes, one after the other. Its messages are answered in order. Messages of
+    different connections are computed together, each with the same result as if computed alone. ``GET /healthz`` and
     ``GET /metrics`` are answered on the same port.
 
     Args:
         policy: see :class:`parapolicy.serve.batcher.Batcher`.
-        config: ``checkpoint``, ``sampler``, ``device`` and ``engine`` are not looked at.
+        config: ``checkpoint``, ``sampler``, ``device`` and ``engine`` are ignored.
 
     Raises:
-        ValueError: the policy observes what is an option of a message, or the API key cannot be one.
+        ValueError: an observation key is also an option of messages, or the API key is not valid.
         OSError: the file of the API key cannot be read.
     """
 
@@ -59,18 +59,20 @@ class PolicyServer:
         spec = policy.spec
         self.policy, self.config, self.limits = policy, config, Limits.of(spec)
         self.pause_s = config.episode_pause_s or max(1.0, 4 * spec.n_action_steps / spec.require_control_hz())
-        self._new_session()  # the policy's keys fit
+        self._new_session()  # checks the policy's keys
         self._key = config.read_api_key()
         self._hosts = {"localhost", config.host.lower(), *(urlsplit(origin).hostname for origin in config.origins)}
         self.metrics = ServerMetrics()
         self.batcher = Batcher(policy, config.max_batch, config.deadline_ms, self.metrics)
         self._open: set[ServerConnection] = set()
-        self._reader = ThreadPoolExecutor(1, "parapolicy-read")  # unpacking and decoding hold up no other connection
+        self._reader = ThreadPoolExecutor(
+            1, "parapolicy-read"
+        )  # unpacking and decoding must not block other connections
 
     @contextlib.asynccontextmanager
     async def running(self) -> AsyncIterator[Server]:
-        """The server listens. At the end it accepts no more, drops what waits, delivers the batch that it is computing
-        and closes every connection, which takes at most ``CLOSE_S`` after that batch."""
+        """Listen while the context is open. At its end, accept no more connections, drop waiting requests, deliver the
+        present batch and close every connection; this takes at most ``CLOSE_S`` after that batch."""
         compute = asyncio.create_task(self.batcher.run())
         config = self.config
         server: Server = await serve(
@@ -81,7 +83,7 @@ class PolicyServer:
             create_connection=BoundedConnection,
             compression=None,
             max_size=config.max_message_bytes or self.limits.message_bytes,
-            max_queue=1,  # a client that sends before it is answered waits in its own socket
+            max_queue=1,  # messages sent before the last answer wait in the client's socket
             ping_interval=config.ping_interval,
             ping_timeout=config.ping_timeout,
             close_timeout=CLOSE_S / 2,
@@ -92,10 +94,10 @@ class PolicyServer:
         finally:
             server.close(close_connections=False)
             self.batcher.stop()
-            await compute  # its clients' tasks are woken before this one: replies go before the close frames
+            await compute  # its clients' tasks wake before this one, so replies precede the close frames
             goodbyes = [asyncio.ensure_future(each.close(1001, "the server is closing")) for each in self._open]
             await asyncio.wait([*goodbyes, asyncio.ensure_future(server.wait_closed())], timeout=CLOSE_S)
-            for connection in self._open:  # of clients that do not read
+            for connection in self._open:  # clients that do not read
                 connection.transport.abort()
             self._reader.shutdown(wait=False, cancel_futures=True)
 
@@ -103,7 +105,7 @@ class PolicyServer:
         return Session(self.policy.spec, self.config.warm_start, self.pause_s)
 
     def describe(self) -> dict[str, Any]:
-        """The first frame of every connection."""
+        """The metadata in the first frame of every connection."""
         spec = self.policy.spec
         return {
             "policy": "parapolicy",
@@ -117,8 +119,8 @@ class PolicyServer:
             "action_dim": spec.action_dim,
             "control_hz": spec.control_hz,
             "history": (
-                f"send the last {spec.n_obs_steps} control steps stacked (of each key its obs_steps), or one step at "
-                "every control step with executed=1; one step alone stands for the whole history"
+                f"send the last {spec.n_obs_steps} control steps stacked (for each key its obs_steps), or one step at "
+                "every control step with executed=1; one step alone is repeated for the whole history"
             ),
             "warm_start": self.config.warm_start,
             "episode_pause_s": self.pause_s,
@@ -140,8 +142,8 @@ class PolicyServer:
         return None
 
     def _refusal(self, connection: ServerConnection, headers: Headers, path: str) -> tuple[http.HTTPStatus, str] | None:
-        """Why a request is not let in. Web pages that a browser on this machine shows are kept out by their origin, and
-        by the host they ask for, where they give their own name this machine's address (DNS rebinding)."""
+        """Why a request is refused; None: it is not. Web pages in a browser on this machine are refused by their origin
+        and, if they give this machine's address to their own name (DNS rebinding), by the requested host."""
         hosts, origins, given = (headers.get_all(name) for name in ("Host", "Origin", "Authorization"))
         if ipaddress.ip_address(connection.local_address[0]).is_loopback and not (
             len(hosts) == 1 and self._is_own_name(hosts[0])
@@ -151,7 +153,7 @@ class PolicyServer:
         if any(origin not in self.config.origins for origin in origins):
             return (
                 http.HTTPStatus.FORBIDDEN,
-                f"Origin is {_short(origins)}, expected none, or one of those in 'origins'",
+                f"Origin is {_short(origins)}, expected none, or one in the setting 'origins'",
             )
         if path == "/healthz":
             return None
@@ -160,7 +162,7 @@ class PolicyServer:
             if len(given) != 1 or not hmac.compare_digest(given[0].encode(errors="surrogateescape"), expected):
                 return http.HTTPStatus.UNAUTHORIZED, "expected the header Authorization: Api-Key …"
         if path != "/metrics" and len(self._open) >= self.config.max_connections:
-            return http.HTTPStatus.SERVICE_UNAVAILABLE, "all connections are taken"
+            return http.HTTPStatus.SERVICE_UNAVAILABLE, "all connections are in use"
         return None
 
     def _is_own_name(self, host: str) -> bool:
@@ -172,8 +174,8 @@ class PolicyServer:
 
     async def _converse(self, connection: ServerConnection) -> None:
         """One client, from its first frame to its last."""
-        if len(self._open) >= self.config.max_connections:  # several handshakes were under way at once
-            await connection.close(1013, "all connections are taken")
+        if len(self._open) >= self.config.max_connections:  # several handshakes may run at once
+            await connection.close(1013, "all connections are in use")
             return
         self._open.add(connection)
         self.metrics.connections.set(len(self._open))
@@ -189,14 +191,14 @@ class PolicyServer:
             self.metrics.requests.labels("error").inc()
             with contextlib.suppress(ConnectionClosed):
                 await connection.send(why)
-            await connection.close(1011, "error; the last frame tells it")
+            await connection.close(1011, "error; see the last frame")
         finally:
             self._open.discard(connection)
             self.metrics.connections.set(len(self._open))
         log.info("%s: connection ended: %s", connection.remote_address, why)
 
     async def _answer_messages(self, connection: ServerConnection) -> None:
-        """Answer until the connection ends; a message that is refused is told so, and does not end it."""
+        """Answer until the connection ends. A refused message gets an error and does not end the connection."""
         session = self._new_session()
         await connection.send(pack(self.describe()))
         previous_ms: float | None = None
@@ -207,7 +209,7 @@ class PolicyServer:
             try:
                 request = await self._read(session, message, begin - replied)
                 chunk = await self.batcher.infer(request, wanted=lambda: connection.state is State.OPEN)
-            except (ObservationError, WireError, FloatingPointError) as error:  # the last: of its actions
+            except (ObservationError, WireError, FloatingPointError) as error:  # FloatingPointError: of its actions
                 text = _short(f"{type(error).__name__}: {error}")
                 self.metrics.requests.labels("refused").inc()
                 log.info("%s: refused: %s", connection.remote_address, text)
@@ -227,7 +229,7 @@ class PolicyServer:
             self.metrics.request_seconds.observe(replied - begin)
 
     async def _read(self, session: Session, message: str | bytes, silence_s: float) -> Request:
-        """What a message asks for."""
+        """The request in a message."""
         if isinstance(message, str):
             raise WireError("the message is a text frame, expected a binary one")
 
@@ -238,7 +240,7 @@ class PolicyServer:
 
 
 def _short(value: object) -> str:
-    """A text to quote, without its middle where it is long."""
+    """A text to quote; the middle of a long one is left out."""
     text = str(value)
     half = _LONGEST_ERROR // 2 - 2
     return text if len(text) <= _LONGEST_ERROR else f"{text[:half]} … {text[-half:]}"
@@ -263,7 +265,7 @@ def run_server(config: ServeConfig) -> None:
         CheckpointError, ValueError: as :func:`parapolicy.load_policy` raises them.
         OSError: the port is taken, or the file of the API key cannot be read.
     """
-    config.read_api_key()  # what is wrong with it is said before the policy is loaded
+    config.read_api_key()  # fail before the policy is loaded
     policy = load_policy(config.checkpoint, config.sampler, config.device, config.engine)
     server = PolicyServer(policy, config)
     policy.predict(made_up_observations(policy, 1)[0])

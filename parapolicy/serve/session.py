@@ -1,4 +1,4 @@
-"""One client's episode: what a message asks for, what the policy is given for it, and what is answered."""
+"""One client's episode: the request in each message, and its reply."""
 
 import copy
 import math
@@ -22,19 +22,22 @@ OPTIONS = ("reset", "seed", "executed")
 class Session:
     """A connection's episode.
 
-    A message is a map of the policy's observation keys. Each is for its last ``obs_steps`` control steps, stacked
-    (To, ...), oldest first, or for the present one (...). An image may be the bytes of a JPEG or PNG file, or a list of
-    them for stacked ones. One step alone joins the steps of the messages before only where ``executed`` is 1; otherwise
-    it stands for the whole history, because the steps between are not known.
+    A message is a map of the policy's observation keys. Each value is stacked (To, ...), oldest first, for its key's
+    last ``obs_steps`` control steps, or (...) for the present step. An image may be the bytes of a JPEG or PNG file, or
+    a list of files if stacked. A single step is joined to the steps of earlier messages only if ``executed`` is 1;
+    otherwise it is repeated for the whole history, because the steps between are unknown.
 
-    Three more keys may stand in it. ``executed``: control steps since the last answered message; ``n_action_steps``
-    where it is not given. Warm starts use it, too. ``reset``: whether a new episode begins with this observation; where
-    it is not given, one begins after a pause. ``seed``: of the episode's noise, with the first message of an episode.
+    A message may have three more keys. ``executed``: control steps since the last answered message, by default
+    ``n_action_steps``; warm starts use it too. ``reset``: whether a new episode begins with this observation; by
+    default, one begins after a pause. ``seed``: of the episode's noise, in the first message of an episode.
 
     Args:
         spec: the policy's.
-        warm_start: start each chunk from the one before.
+        warm_start: start each chunk from the previous one's warm state.
         pause_s: seconds of silence after which a message without ``reset`` begins a new episode.
+
+    Raises:
+        ValueError: an observation key is also an option of messages.
     """
 
     spec: PolicySpec
@@ -46,15 +49,15 @@ class Session:
     def __post_init__(self) -> None:
         clash = [key for key in OPTIONS if key in self.spec.observation]
         if clash:
-            raise ValueError(f"the policy observes {clash}, which are options of a message to the server")
+            raise ValueError(f"the policy observes {clash}, which are reserved for options of messages")
         self.episode = Episode(self.spec, warm_start=self.warm_start)
 
     def request(self, message: Any, silence_s: float = 0.0) -> Request:
-        """What a message asks for. The episode stays as it was until :meth:`answer`.
+        """The request in a message. The episode is unchanged until :meth:`answer`.
 
         Args:
-            message: as unpacked.
-            silence_s: seconds from the last reply to its arrival.
+            message: unpacked.
+            silence_s: seconds from the last reply to the message's arrival.
 
         Raises:
             ObservationError: not a map, a missing or unknown key, a wrong shape or option, or a value not finite.
@@ -70,7 +73,9 @@ class Session:
             raise ObservationError(f"reset is {reset!r}, expected true or false")
         begins = bool(reset) or self.episode.chunks == 0
         if "seed" in options and not begins:
-            raise ObservationError("a seed came in the middle of an episode; it goes with reset, or into the first one")
+            raise ObservationError(
+                "the message has a seed in the middle of an episode; send it with reset, or in the first message"
+            )
         steps = self._steps(observation)
         episode = Episode(self.spec, (seed,), self.warm_start)
         if not begins:
@@ -84,7 +89,7 @@ class Session:
         return request
 
     def answer(self, chunk: Chunk) -> dict[str, Any]:
-        """The reply to the last request: actions (n, Da), the first one for its observation. The episode goes on."""
+        """The reply to the last request: actions (n, Da), the first for its observation. Advances the episode."""
         self.episode, request = self._asked
         self.episode.accept(request, chunk)
         return {
@@ -96,7 +101,7 @@ class Session:
         }
 
     def _steps(self, observation: dict[str, Any]) -> list[dict[str, Any]]:
-        """The control steps of a message, still to be checked."""
+        """The control steps in a message, not checked yet."""
         counts = {key: self.spec.obs_steps(key) for key in self.spec.observation}
         stacked = {
             key
@@ -105,16 +110,16 @@ class Session:
             and _shape(observation[key]) in ((counts[key], *feature.shape), (counts[key], *feature.tensor_shape))
         }
         steps = [observation]
-        if stacked:  # a key of another shape is left as it came, for the history to name
+        if stacked:  # a key of another shape stays unchanged; the history's check names it
             for key in self.spec.observation.keys() & observation.keys() - stacked:
                 feature, shape = self.spec.observation[key], _shape(observation[key])
                 if shape in (feature.shape, feature.tensor_shape):
                     raise ObservationError(
                         f"observation {key!r} has shape {shape}, for one step, but {sorted(stacked)} are stacked for "
-                        f"{max(counts.values())}; expected all of one kind"
+                        f"{max(counts.values())} steps; send all keys stacked, or none"
                     )
             steps = [
-                # Before a shorter history begins, its oldest step stands in; it is not looked at.
+                # A shorter history is padded with its oldest step; the padding is not used.
                 {k: v[max(0, counts[k] + i)] if k in stacked else v for k, v in observation.items()}
                 for i in range(-max(counts[key] for key in stacked), 0)
             ]
@@ -124,7 +129,7 @@ class Session:
 def _shape(value: Any) -> tuple[int, ...] | None:
     try:
         return np.shape(value)
-    except ValueError:  # rows of different lengths; the history names it
+    except ValueError:  # nested lists of different lengths; the history's check names the key
         return None
 
 

@@ -15,22 +15,22 @@ class ServeConfig:
 
     Attributes:
         checkpoint: the policy folder.
-        host, port: where to listen; 0.0.0.0 for every network, port 0 for any free one.
+        host, port: address to listen on; host 0.0.0.0: every network; port 0: any free one.
         sampler, device, engine: see :func:`parapolicy.load_policy`.
-        warm_start: start each chunk of an episode from the one before.
-        deadline_ms: time for a batch of chunks; None: none.
-        episode_pause_s: a message without ``reset`` that comes later than this after the last answer begins a new
+        warm_start: start each chunk of an episode from the previous one's warm state.
+        deadline_ms: time for a batch of chunks; None: no deadline.
+        episode_pause_s: a message without ``reset`` that arrives later than this after the last answer begins a new
             episode; None: the time of four chunks, at least 1 s; inf: never.
-        api_key: asked of clients as ``Authorization: Api-Key …``. Other users of the machine see it in the process
-            list: prefer ``api_key_file`` or the environment variable ``PARAPOLICY_API_KEY``. None of the three: no key
-            is asked.
-        api_key_file: a file that holds nothing but the key.
-        origins: values of the ``Origin`` header, which browsers send, that are let in, such as https://robot.example.
+        api_key: required of clients as ``Authorization: Api-Key …``. Other users of the machine see it in the process
+            list: prefer ``api_key_file`` or the environment variable ``PARAPOLICY_API_KEY``. Without any of the three,
+            no key is required.
+        api_key_file: a file that contains only the key.
+        origins: accepted values of the ``Origin`` header, which browsers send, such as https://robot.example.
         max_batch: most clients computed together.
-        max_connections: further ones are refused with 503.
+        max_connections: further connections are refused with 503.
         max_message_bytes: longer messages close their connection; None: as long as the policy's observations need.
-        ping_interval: seconds between pings of an open connection; None: none are sent.
-        ping_timeout: a client that leaves a ping unanswered for so many seconds is taken for dead; None: never.
+        ping_interval: seconds between pings of an open connection; None: no pings.
+        ping_timeout: seconds after which an unanswered ping closes the connection; None: never.
 
     Raises:
         ValueError: a count or a time is not positive, or there are two API keys.
@@ -67,10 +67,10 @@ class ServeConfig:
             raise ValueError("api_key and api_key_file are both given, expected one of them")
 
     def read_api_key(self) -> str | None:
-        """The key from its setting, its file or the environment variable, in this order; None: none is asked.
+        """The key from its setting, its file or the environment variable, in this order; None: no key is required.
 
         Raises:
-            ValueError: the key is empty or cannot stand in a header.
+            ValueError: the key is empty or not valid in a header.
             OSError: the file cannot be read.
         """
         source, key = KEY_VARIABLE, os.environ.get(KEY_VARIABLE)
@@ -80,5 +80,7 @@ class ServeConfig:
             source = f"the file {self.api_key_file!r}"
             key = Path(self.api_key_file).read_text(encoding="utf-8", errors="replace").strip()
         if key is not None and not (key and key.isascii() and key.isprintable() and key == key.strip()):
-            raise ValueError(f"{source} holds {len(key)} characters that are no key, expected one line of ASCII text")
+            raise ValueError(
+                f"{source} holds {len(key)} characters that are not a valid key, expected one line of ASCII text"
+            )
         return key

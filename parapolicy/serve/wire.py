@@ -1,4 +1,4 @@
-"""Messages of the openpi protocol: msgpack, with arrays as maps of their bytes. Nothing is ever unpickled."""
+"""Messages of the openpi protocol: msgpack, with arrays as maps of their bytes. Nothing is unpickled."""
 
 import math
 import re
@@ -18,17 +18,17 @@ _MAX_DIMENSIONS = 8
 
 
 class WireError(ValueError):
-    """A message that is not of the protocol."""
+    """A message that does not follow the protocol."""
 
 
 @dataclass(frozen=True)
 class Limits:
-    """The most that a message may hold; what goes beyond is refused before it takes memory or time.
+    """The largest allowed content of a message. Anything beyond is refused before it takes memory or time.
 
     Attributes:
-        message_bytes: its length.
-        values: numbers, lists and maps, with all that they hold. The bytes of an array are one.
-        list_length, map_length: of any one.
+        message_bytes: length of the message.
+        values: numbers, lists and maps, including nested ones. The bytes of an array count as one.
+        list_length, map_length: of any list and map.
     """
 
     message_bytes: int
@@ -38,8 +38,8 @@ class Limits:
 
     @classmethod
     def of(cls, spec: PolicySpec) -> "Limits":
-        """Room for a policy's observations, all steps of each, even as nested lists of float64, and some more, so
-        that a message that is wrong by a little gets an error that names what is wrong."""
+        """Limits for a policy's observations, all steps of each, even as nested lists of float64. There is some margin,
+        so that a slightly wrong message gets an error that names the fault."""
         shapes = [
             (spec.obs_steps(key), *shape) for key, f in spec.observation.items() for shape in (f.shape, f.tensor_shape)
         ]
@@ -54,16 +54,16 @@ class Limits:
 
 
 def pack(message: Any) -> bytes:
-    """A message as bytes; numpy arrays and scalars of numbers may stand anywhere in it."""
+    """Pack a message; it may contain numeric numpy arrays and scalars anywhere."""
     packed: bytes = msgpack.packb(message, default=_pack_array)
     return packed
 
 
 def unpack(data: bytes, limits: Limits | None = None) -> Any:
-    """What :func:`pack` packed; arrays are read-only.
+    """Unpack a message of :func:`pack`; arrays are read-only.
 
     Raises:
-        WireError: not msgpack, beyond the limits, a key twice in one map, or an array whose bytes, type and shape do
+        WireError: not msgpack, beyond the limits, a repeated key in a map, or an array whose bytes, type and shape do
             not fit together.
     """
     left = math.inf if limits is None else limits.values
@@ -82,7 +82,7 @@ def unpack(data: bytes, limits: Limits | None = None) -> Any:
         count(1 + 2 * len(pairs))
         value = dict(pairs)
         if len(value) < len(pairs):
-            raise WireError(f"a map of {len(pairs)} keys has one of them twice")
+            raise WireError(f"a map of {len(pairs)} keys has a repeated key")
         return _unpack_array(value)
 
     lengths = {"max_array_len": limits.list_length, "max_map_len": limits.map_length} if limits else {}
@@ -128,5 +128,7 @@ def _unpack_array(value: dict[Any, Any]) -> Any:
         raise WireError(f"an array has shape {shape!r}, expected at most {_MAX_DIMENSIONS} sizes")
     if not isinstance(data, bytes) or len(data) != math.prod(shape) * dtype.itemsize:
         length = len(data) if isinstance(data, bytes) else type(data).__name__
-        raise WireError(f"an array of shape {tuple(shape)} and dtype {name!r} has {length} bytes of data")
+        raise WireError(
+            f"an array of shape {tuple(shape)} and dtype {name!r} has {length} bytes of data, expected another length"
+        )
     return np.frombuffer(data, dtype).reshape(shape)

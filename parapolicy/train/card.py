@@ -1,4 +1,4 @@
-"""The model card that stands beside a trained policy's weights."""
+"""The model card beside a trained policy's weights."""
 
 from collections.abc import Mapping
 from pathlib import Path
@@ -9,7 +9,7 @@ from parapolicy.spec import PolicySpec
 from parapolicy.train.trainer import TrainResult
 
 CARD = "README.md"
-# For the Hugging Face hub; the licence is the owner's to add.
+# For the Hugging Face hub. The owner adds the licence.
 FRONT_MATTER = (
     "---",
     "library_name: parapolicy",
@@ -33,7 +33,7 @@ def write_card(
     first_seed: int,
     targets: Mapping[str, str] | None = None,
 ) -> None:
-    """Write ``README.md`` into the policy's folder: what it is, how it was made, how well it does."""
+    """Write ``README.md`` into the policy's folder: its properties, training and score."""
     parameters = sum(value.numel() for value in build_network(spec).parameters())
     observed = ", ".join(
         f"{key} {list(feature.shape)}{' (image)' if feature.kind == 'image' else ''}"
@@ -64,7 +64,7 @@ def write_card(
         lines.append(f"| held-out episodes | denoising error {result.validation:.4f} of the averaged weights |")
     if targets:
         taught = ", ".join(f"{key} to the camera {camera}" for key, camera in targets.items())
-        lines.append(f"| recorded numbers that taught the cameras, and that the policy does not see | {taught} |")
+        lines.append(f"| recorded numbers that the cameras were trained on, not observed by the policy | {taught} |")
     if score is not None:
         low, high = score["mean_max_reward_ci95"]
         success_low, success_high = score["success_rate_ci95"]

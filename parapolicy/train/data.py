@@ -1,4 +1,4 @@
-"""Demonstrations, of zarr or of HDF5, as training windows: (observation history, action horizon) pairs."""
+"""Demonstrations from zarr or HDF5, as training windows: pairs of observation history and action horizon."""
 
 import warnings
 from collections.abc import Callable, Iterable, Mapping
@@ -17,7 +17,7 @@ from parapolicy.spec import Feature, PolicySpec
 from parapolicy.train.frames import FrameFile, read_blocks
 from parapolicy.train.source import Source
 
-# Codecs of numcodecs that unpack numbers and nothing else; "pickle" runs what a file says.
+# Codecs of numcodecs that only unpack numbers; "pickle" runs code from the file.
 CODECS = {
     *("adler32", "astype", "bitround", "blosc", "bz2", "crc32", "crc32c", "delta", "fixedscaleoffset", "fletcher32"),
     *("gzip", "lz4", "lzma", "packbits", "quantize", "shuffle", "zlib", "zstd"),
@@ -26,7 +26,7 @@ CODECS = {
 
 @dataclass(frozen=True)
 class Demonstrations:
-    """All steps of all episodes, one after the other.
+    """All steps of all episodes, concatenated.
 
     Attributes:
         arrays: key -> (N, ...) float32, for each observation key and ``"action"``; pictures are (N, H, W, C) uint8.
@@ -37,10 +37,10 @@ class Demonstrations:
     episode_ends: np.ndarray
 
     def split(self, share: float, seed: int) -> tuple[np.ndarray, np.ndarray]:
-        """Numbers of the episodes to train on, and of a share of them that is held out, drawn by the seed.
+        """Indices of the episodes to train on, and of a random share that is held out.
 
         Raises:
-            DataError: none is left to train on.
+            DataError: no episode is left to train on.
         """
         count = len(self.episode_ends)
         held_out = max(1, round(share * count)) if share else 0
@@ -52,11 +52,11 @@ class Demonstrations:
     def windows(
         self, horizon: int, n_obs_steps: int, n_action_steps: int, episodes: Iterable[int] | None = None
     ) -> Tensor:
-        """Indices (M, H) of all training windows of the given episodes; None: of all.
+        """Indices (M, H) of all training windows of the given episodes; None: of all episodes.
 
         As in the published sampler, a window may begin ``n_obs_steps - 1`` steps before its episode and end
-        ``n_action_steps - 1`` steps after it; what lies outside repeats the first or last step. Episodes that are too
-        short for a window are named in a warning.
+        ``n_action_steps - 1`` steps after it; steps outside repeat the first or last step. A warning names episodes
+        that are too short for a window.
 
         Raises:
             DataError: no episode is long enough.
@@ -76,30 +76,32 @@ class Demonstrations:
         if short:
             needed = horizon - n_action_steps - n_obs_steps + 2
             warnings.warn(
-                f"{len(short)} of {len(rows)} episodes are left out, because they have less than {needed} steps and "
-                f"give no window of the horizon of {horizon}: {short[:10]}{'…' if len(short) > 10 else ''}",
+                f"{len(short)} of {len(rows)} episodes are left out: they have fewer than {needed} steps and give no "
+                f"window for the horizon of {horizon}: {short[:10]}{'…' if len(short) > 10 else ''}",
                 stacklevel=2,
             )
         return torch.from_numpy(np.concatenate(rows))
 
     def check(self, spec: PolicySpec) -> None:
-        """Check that the arrays are what a policy observes and does.
+        """Check that the arrays match a policy's observations and actions.
 
         Raises:
-            DataError: an array is missing, of another shape, or no pictures where the policy observes an image.
+            DataError: an array is missing, has another shape, or is not of images where the policy observes an image.
         """
         for key, (shape, kind, _) in {**spec.observation, "action": Feature((spec.action_dim,))}.items():
             if key not in self.arrays or tuple(self.arrays[key].shape[1:]) != shape:
                 found = tuple(self.arrays[key].shape[1:]) if key in self.arrays else "missing"
-                raise DataError(f"the data's {key!r} is {found} per step, the policy's is {shape}; set them alike")
+                raise DataError(
+                    f"the data's {key!r} has shape {found} per step, expected the policy's {shape}; make them equal"
+                )
             if (self.arrays[key].dtype == torch.uint8) != (kind == "image"):
                 raise DataError(
-                    f"the data's {key!r} is {self.arrays[key].dtype}, the policy's is of kind {kind!r}; pictures are "
-                    "read as uint8 where the data's configuration says kind: image"
+                    f"the data's {key!r} is {self.arrays[key].dtype}, but the policy's kind is {kind!r}; images are "
+                    "read as uint8 if the data's configuration says kind: image"
                 )
 
     def warn_of_outliers(self, steps: Tensor) -> None:
-        """Name each key in which one value alone makes the range of the given steps (n,) ten times as wide."""
+        """Warn of keys in which a single value makes the range over the given steps (n,) ten times as wide."""
         for key, values in self.arrays.items():
             if values.dtype == torch.uint8:
                 continue
@@ -116,8 +118,8 @@ class Demonstrations:
                     episode = np.searchsorted(self.episode_ends, step, side="right")
                     warnings.warn(
                         f"{key}, number {column}: the {text} value, {sign * first[column]:g} at step {step} (episode "
-                        f"{episode}), is more than ten times as far out as all others, and the range to which actions "
-                        "and observations are scaled follows it; mend it or drop the episode"
+                        f"{episode}), is more than ten times as far out as all others and determines the range to "
+                        "which actions and observations are scaled; correct it or drop the episode"
                         + (f" ({len(alone) - 1} more numbers of {key} alike)" if alone[1:] else ""),
                         stacklevel=2,
                     )
@@ -131,11 +133,11 @@ def read_zarr(
     Args:
         path: the zarr folder, or a ``.zarr.zip`` file of it.
         sources: key -> array name, or a mapping of the fields of :class:`Source`. Must have ``"action"``.
-        scratch: folder for pictures while they are used; see :class:`parapolicy.train.frames.FrameFile`.
+        scratch: folder for images while they are used; see :class:`parapolicy.train.frames.FrameFile`.
 
     Raises:
-        DataError: no such folder or array, arrays of different lengths or of other shapes than asked for, or a value
-            that is not finite.
+        DataError: no such folder or array, arrays of different lengths or unexpected shapes, or a value that is not
+            finite.
     """
     path, taken = Path(path), {key: Source.parse(key, given) for key, given in sources.items()}
     if not path.is_dir() and not (path.is_file() and path.suffix == ".zip"):
@@ -145,8 +147,10 @@ def read_zarr(
     try:
         store: Any = zarr.storage.ZipStore(str(path), mode="r") if path.is_file() else str(path)
         root = zarr.open_group(store, mode="r")
-    except Exception as error:  # of many kinds: zarr's own, zipfile's, json's
-        raise DataError(f"{str(path)!r} is no zarr group with data/ and meta/ ({error})") from error
+    except Exception as error:  # many kinds: from zarr, zipfile or json
+        raise DataError(
+            f"{str(path)!r} is not a zarr group with data/ and meta/ ({error}); give the path of a replay buffer"
+        ) from error
     ends = _episode_ends(_array(root, "meta", "episode_ends", path, np.asarray), path)
     arrays = {}
     for key, source in taken.items():
@@ -156,7 +160,7 @@ def read_zarr(
         else:
             values = source.take(_array(root, "data", source.array, path, np.asarray), where)
         if len(values) != ends[-1]:
-            raise DataError(f"{where} has {len(values)} steps, meta/episode_ends calls for {ends[-1]}")
+            raise DataError(f"{where} has {len(values)} steps, expected {ends[-1]} from meta/episode_ends")
         if source.kind == "image":
             arrays[key] = values
             continue
@@ -164,7 +168,7 @@ def read_zarr(
         if len(bad):
             raise DataError(
                 f"{where} has {len(bad)} steps with a value that is not finite, the first at step {bad[0]} "
-                f"(episode {np.searchsorted(ends, bad[0], side='right')}); drop or mend those episodes"
+                f"(episode {np.searchsorted(ends, bad[0], side='right')}); drop or correct those episodes"
             )
         arrays[key] = torch.from_numpy(values)
     return Demonstrations(arrays, ends)
@@ -177,13 +181,13 @@ def read_hdf5(
 
     Args:
         path: the file.
-        sources: as :func:`read_zarr` takes them; an array's name is ``actions`` or ``obs/<name>``.
-        mask: only the demonstrations that ``mask/<mask>`` lists, such as ``train``.
-        scratch: as :func:`read_zarr` takes it.
+        sources: as in :func:`read_zarr`; an array's name is ``actions`` or ``obs/<name>``.
+        mask: use only the demonstrations listed in ``mask/<mask>``, such as ``train``.
+        scratch: as in :func:`read_zarr`.
 
     Raises:
-        DataError: no such file, array or mask, arrays of different lengths or of other shapes than asked for, or a
-            value that is not finite.
+        DataError: no such file, array or mask, arrays of different lengths or unexpected shapes, or a value that is not
+            finite.
     """
     import h5py
 
@@ -215,12 +219,12 @@ def read_hdf5(
                     if steps != lengths[-1] or not finite:
                         raise DataError(
                             f"{where} has {steps} steps for {lengths[-1]} actions, or a value that is not finite; drop "
-                            "or mend this demonstration"
+                            "or correct this demonstration"
                         )
     except DataError:
         raise
-    except Exception as error:  # of many kinds, where a file is damaged
-        raise DataError(f"{path} does not hold what was asked for in robomimic's layout: {error}") from error
+    except Exception as error:  # many kinds, if a file is damaged
+        raise DataError(f"{path} lacks a requested array, or does not have robomimic's layout: {error}") from error
     if not lengths:
         raise DataError(f"{path} holds no demonstrations{f' under mask {mask!r}' if mask else ''}")
     arrays = {key: torch.from_numpy(np.concatenate(values)) for key, values in parts.items()}
@@ -235,33 +239,33 @@ def _read_frames(source: Source, scratch: Path | None, where: str, array: Any) -
 
 
 def _codecs(array: Any) -> list[str]:
-    """Numcodecs' names of what an array of zarr's format 2 is packed by; format 3 has no unsafe ones."""
+    """The numcodecs of an array in zarr's format 2; format 3 has no unsafe ones."""
     packed = [*(array.filters or ()), *(getattr(array, "compressors", None) or (getattr(array, "compressor", None),))]
     return [codec.codec_id for codec in packed if hasattr(codec, "codec_id")]
 
 
 def _array(root: zarr.Group, group: str, name: str, path: Path, read: Callable[[Any], Any]) -> Any:
-    """What ``read`` takes from an array."""
+    """The result of ``read`` on an array of the data set."""
     try:
         array: Any = root[f"{group}/{name}"]
         unsafe = [codec for codec in _codecs(array) if codec not in CODECS]
         if unsafe:
             raise DataError(
-                f"{path}: {group}/{name} is packed by {unsafe}, expected some of {sorted(CODECS)}. Others may run what "
-                "the file says; write the array anew with one of these"
+                f"{path}: {group}/{name} is packed by {unsafe}, expected some of {sorted(CODECS)}. Other codecs may "
+                "run code from the file; write the array again with one of these"
             )
         return read(array)
     except DataError:
         raise
     except KeyError as error:
         there = sorted(root[group].array_keys()) if group in root else []  # type: ignore[union-attr]
-        raise DataError(f"{path} has no array {group}/{name}; {group}/ holds {there}. Name one of them") from error
-    except Exception as error:  # of many kinds, where a chunk is damaged
+        raise DataError(f"{path} has no array {group}/{name}; name one of {group}/'s: {there}") from error
+    except Exception as error:  # many kinds, if a chunk is damaged
         raise DataError(f"{path}: {group}/{name} cannot be read ({error}); copy the data set again") from error
 
 
 def _episode_ends(given: Any, path: Path) -> np.ndarray:
-    """(E,) int64, of (E,) or of a column (E, 1)."""
+    """Checked episode ends (E,) int64, from (E,) or a column (E, 1)."""
     ends = np.asarray(given)
     ends = ends[:, 0] if ends.ndim == 2 and ends.shape[1] == 1 else ends
     whole = ends.ndim == 1 and ends.size > 0 and ends.dtype.kind in "iuf" and (ends == np.floor(ends)).all()

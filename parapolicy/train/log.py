@@ -1,4 +1,4 @@
-"""Where a run's losses are recorded."""
+"""Records of a run's losses."""
 
 import csv
 from collections.abc import Callable, Mapping
@@ -11,14 +11,14 @@ LOG, EVENTS = "log.csv", "tensorboard"  # in the run's folder
 
 
 class Log(Protocol):
-    """A record of losses, closed behind its block."""
+    """A record of losses, a context manager."""
 
     def __enter__(self) -> "Log": ...
 
     def __exit__(self, *error: object) -> None: ...
 
     def write(self, step: int, values: Mapping[str, float]) -> None:
-        """Record values by name, as they are after so many steps."""
+        """Record named values after ``step`` steps."""
 
 
 class CsvLog:
@@ -26,7 +26,7 @@ class CsvLog:
 
     Args:
         folder: of the run.
-        step: that it goes on from. Lines of later steps, which are taken again, are dropped.
+        step: at which the run continues. Lines of later steps are dropped, because these steps are repeated.
     """
 
     def __init__(self, folder: Path, step: int) -> None:
@@ -49,10 +49,10 @@ class CsvLog:
 
 
 class TensorboardLog:
-    """Event files in the folder ``tensorboard``, which ``tensorboard --logdir`` shows.
+    """Event files in the folder ``tensorboard``, for ``tensorboard --logdir``.
 
     Args:
-        folder, step: as :class:`CsvLog` takes them.
+        folder, step: as in :class:`CsvLog`.
 
     Raises:
         ValueError: tensorboard is not installed.
@@ -62,7 +62,9 @@ class TensorboardLog:
         try:
             from torch.utils.tensorboard import SummaryWriter
         except ImportError as error:
-            raise ValueError(f"logger=tensorboard needs pip install 'parapolicy[tensorboard]' ({error})") from error
+            raise ValueError(
+                f"tensorboard is not installed ({error}); pip install 'parapolicy[tensorboard]'"
+            ) from error
         self._writer = SummaryWriter(str(folder / EVENTS), purge_step=step + 1 if step else None)
 
     def __enter__(self) -> "TensorboardLog":

@@ -1,4 +1,4 @@
-"""The loss of one training step, and of demonstrations that are held out."""
+"""The loss of one training step, and of held-out demonstrations."""
 
 from collections.abc import Mapping
 from typing import Any
@@ -19,19 +19,19 @@ HELD_OUT = 2**32  # step numbers of held-out batches, beyond any of training
 
 
 class Loss:
-    """The mean squared error of the network's prediction on step s's batch, and of its cameras' features on targets.
+    """The mean squared error of the network's prediction on a step's batch, plus that of camera features on targets.
 
     Args:
         spec: of the policy.
         network: in training, on ``device``.
         normalizer: of the observed and target keys and ``"action"``.
-        arrays: key -> (N, ...), in the environment's units; pictures (N, H, W, C) uint8.
-        targets: key of recorded numbers -> camera whose features say them, normalised.
+        arrays: key -> (N, ...), in the environment's units; images (N, H, W, C) uint8.
+        targets: key of recorded numbers -> camera whose features are trained to equal them, normalised.
         seed: of every draw.
         batch_size: windows per step.
-        compile: run what follows the cameras through ``torch.compile``.
-        bfloat16: autocast to it.
-        target_weight: of the targets' error.
+        compile: compile everything after the cameras' encoders with ``torch.compile``.
+        bfloat16: use autocast to bfloat16.
+        target_weight: weight of the targets' error.
         device: of the network.
     """
 
@@ -57,7 +57,7 @@ class Loss:
         self.predict = Compiling(network.predict) if compile else network.predict
         self.margins = network.image_margins
         self.normalizer = normalizer.to(device)
-        # Pictures stay where they are, as bytes; all else is small.
+        # Images stay in their file, as bytes; everything else is small.
         self.images = {key: arrays[key] for key, feature in spec.observation.items() if feature.kind == "image"}
         self.states = {
             key: normalizer.normalize(key, arrays[key]).to(device)
@@ -66,12 +66,12 @@ class Loss:
         }
 
     def __call__(self, step: int, windows: Tensor, targets_alone: bool = False) -> dict[str, Tensor]:
-        """The terms of the loss of step s: ``loss``, their sum, ``noise`` and ``target``.
+        """The terms of the loss of one step: ``loss``, their sum, ``noise`` and ``target``.
 
         Args:
-            step: whose draws to take.
-            windows: (M, H) indices of steps, as :meth:`parapolicy.train.data.Demonstrations.windows` gives them.
-            targets_alone: train the cameras alone, on the targets and on a window's newest step.
+            step: number of the step, which seeds the draws.
+            windows: (M, H) indices of steps, from :meth:`parapolicy.train.data.Demonstrations.windows`.
+            targets_alone: train only the cameras, on the targets and a window's newest step.
         """
         generator = torch.Generator().manual_seed(mix_seeds(self.seed, step))
         batch = torch.randint(len(windows), (self.batch_size,), generator=generator)
@@ -81,7 +81,7 @@ class Loss:
         count = self.scheduler.config.num_train_timesteps
         timestep = torch.randint(count, (len(action),), generator=generator).to(self.device)
         now = self.spec.n_obs_steps
-        newest = rows[:, now - 1 : now]  # the frames of a window are alike: for the targets one of them will do
+        newest = rows[:, now - 1 : now]  # a window's frames are similar: one is enough for the targets
         observation = {
             key: self._observed(
                 key, newest if targets_alone else rows[:, now - self.spec.obs_steps(key) : now], generator
@@ -103,7 +103,7 @@ class Loss:
 
     @torch.no_grad()
     def held_out(self, windows: Tensor, batches: int) -> dict[str, float]:
-        """The mean of each term over a number of batches, always the same ones, with pictures as at evaluation."""
+        """The mean of each term over ``batches`` fixed batches, with images as at evaluation."""
         margins, self.margins = self.margins, {}
         try:
             terms = [self(HELD_OUT + i, windows) for i in range(batches)]
@@ -112,7 +112,7 @@ class Loss:
         return {name: float(np.mean([term[name].item() for term in terms])) for name in terms[0]}
 
     def _observed(self, key: str, rows: Tensor, generator: torch.Generator) -> Tensor:
-        """What the network sees of one key at steps (B, To)."""
+        """The network's input of one key at steps (B, To)."""
         if key not in self.images:
             return self.states[key][rows.to(self.device)]
         pictures = self.images[key][rows]  # (B, To, H, W, C)
@@ -136,10 +136,10 @@ class Loss:
 
 
 def shift(pictures: Tensor, margin: tuple[int, int], generator: torch.Generator) -> Tensor:
-    """Pictures (B, To, H, W, C), those of a window moved alike, by up to ``margin`` pixels down and across.
+    """Shift images (B, To, H, W, C) by up to ``margin`` pixels down and across, equally within a window.
 
-    What moves in at an edge repeats it. A crop of the middle that leaves this margin sees none of that: it is a crop at
-    a random place.
+    Edges are repeated where nothing moves in. A centre crop that leaves this margin does not see them: it becomes a
+    crop at a random place.
     """
     batch, _, height, width, _ = pictures.shape
     down, across = (torch.randint(-most, most + 1, (batch, 1), generator=generator) for most in margin)

@@ -1,4 +1,4 @@
-"""Where a data set has the values of a key."""
+"""The source of a key's values in a data set."""
 
 import math
 from collections.abc import Mapping, Sequence
@@ -14,15 +14,15 @@ from parapolicy.spec import KINDS
 
 @dataclass(frozen=True)
 class Source:
-    """Where a data set has a key's values.
+    """Where to find a key's values in a data set.
 
     Attributes:
-        array: its name.
-        columns: those taken, of a step's first axis; None: all.
-        rotation_6d: whether to turn absolute actions with axis-angle, as robomimic keeps them, into those with six
-            numbers (:func:`parapolicy.rotation.to_rotation_6d`).
-        shape: of a step's value, to which numbers in another arrangement are brought; None: as the array has it.
-        kind: ``state``, or ``image``: pictures of ``shape`` (H, W, C), taken as they are.
+        array: name of the array.
+        columns: indices to use of a step's first axis; None: all.
+        rotation_6d: convert absolute actions with axis-angle, as in robomimic, to six numbers per rotation
+            (:func:`parapolicy.rotation.to_rotation_6d`).
+        shape: shape of a step's value, to which it is reshaped; None: the array's.
+        kind: ``state``, or ``image``: images of ``shape`` (H, W, C), used unchanged.
     """
 
     array: str
@@ -33,7 +33,7 @@ class Source:
 
     @classmethod
     def parse(cls, key: str, given: "str | Mapping[str, Any]") -> "Source":
-        """From an array's name, or a mapping of this class's fields.
+        """Make a source from an array's name, or from a mapping of this class's fields.
 
         Raises:
             DataError: unknown fields, no array, or fields that do not go together.
@@ -49,14 +49,14 @@ class Source:
         if source.kind not in KINDS:
             raise DataError(f"the source of {key!r} has the kind {source.kind!r}, expected one of {KINDS}")
         if source.kind == "image" and (source.shape is None or source.columns is not None or source.rotation_6d):
-            raise DataError(f"the source of the image {key!r} is {fields}, expected an array and its shape alone")
+            raise DataError(f"the source of the image {key!r} is {fields}, expected only an array and its shape")
         return source
 
     def take(self, values: Any, where: str) -> np.ndarray:
-        """The key's values (N, ...), float32, of an array (N, ...).
+        """The key's values (N, ...), float32, from an array (N, ...).
 
         Raises:
-            DataError: no real numbers, no such columns, or another shape than asked for.
+            DataError: not real numbers, no such columns, or an unexpected shape.
         """
         values = np.asarray(values)
         if values.dtype.kind not in "biuf" or values.ndim < 1:
@@ -65,19 +65,23 @@ class Source:
             try:
                 values = values[:, list(self.columns)]
             except (IndexError, TypeError) as error:
-                raise DataError(f"{where} has shape {values.shape}, no columns {list(self.columns)}") from error
+                raise DataError(
+                    f"{where} has shape {values.shape}, but columns asks for {list(self.columns)}"
+                ) from error
         if self.rotation_6d:
             try:
                 values = to_rotation_6d(values)
             except (ValueError, IndexError) as error:
-                raise DataError(f"{where} has shape {values.shape}, which rotation_6d cannot take: {error}") from error
+                raise DataError(
+                    f"{where} has shape {values.shape}, which rotation_6d cannot convert: {error}"
+                ) from error
         if self.shape is not None:
             shape = tuple(self.shape)
             if math.prod(values.shape[1:]) != math.prod(shape):
                 raise DataError(
                     f"{where} has the shape {values.shape[1:]} per step{' in these columns' if self.columns else ''}, "
-                    f"the configuration asks for {shape}; correct it, or take the right numbers by columns"
+                    f"expected {shape} from the configuration; correct it, or select numbers by columns"
                 )
             values = values.reshape(len(values), *shape)
-        with np.errstate(over="ignore"):  # what is too large for float32 is named as not finite
+        with np.errstate(over="ignore"):  # values too large for float32 become infinite, which is reported
             return values.astype(np.float32)

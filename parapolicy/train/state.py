@@ -1,4 +1,4 @@
-"""What a training run leaves in its folder: its state while it is under way, a record when it is finished."""
+"""A training run's folder: the state of an unfinished run, and the record of a finished one."""
 
 from collections.abc import Mapping
 from pathlib import Path
@@ -18,21 +18,21 @@ class TrainingFolder:
 
     Args:
         path: created if missing.
-        run: what must be the same for a run to go on: settings, and digests of data. Of dicts, lists, numbers, strings.
+        run: settings and digests of data that must be equal for a run to continue; of dicts, lists, numbers, strings.
 
     Raises:
-        ValueError: the folder holds a finished policy of another run, or a damaged record of one.
+        ValueError: the folder has a finished policy of another run, or a damaged record.
     """
 
     def __init__(self, path: Path, run: Mapping[str, Any]) -> None:
         self.path, self.run = path, run
-        self.finished: dict[str, Any] | None = None  # the results, where there is nothing left to do
+        self.finished: dict[str, Any] | None = None  # the results of a finished run
         path.mkdir(parents=True, exist_ok=True)
         if (path / CONFIG).is_file() and not (path / STATE).is_file():
             self.finished = self._read_record()
 
     def load(self, device: torch.device) -> dict[str, Any] | None:
-        """The state that was saved last; None for a run that begins.
+        """The state that was saved last; None if there is none.
 
         Raises:
             ValueError: it belongs to another run, or is damaged.
@@ -44,40 +44,38 @@ class TrainingFolder:
             saved = torch.load(path, map_location="cpu", weights_only=True)
             state: dict[str, Any] = saved["state"]
             sound = saved["digest"] == digest([saved["run"], state])
-        except Exception as error:  # of many kinds
-            raise ValueError(f"{path} is damaged or of an older version ({error}); delete it to start anew") from error
+        except Exception as error:  # many kinds
+            raise ValueError(f"{path} is damaged or of an older version ({error}); delete it to start again") from error
         if not sound:
-            raise ValueError(f"{path} is damaged: its digest does not match its content; delete it to start anew")
+            raise ValueError(f"{path} is damaged: its digest does not match its content; delete it to start again")
         if differing := _differing(saved["run"], self.run):
             raise ValueError(
-                f"{path} is the state of a run with other settings ({differing}); continue that one with its own "
-                "settings, or delete the file to start anew"
+                f"{path} is the state of a run with other settings ({differing}); continue that run with its own "
+                "settings, or delete the file to start again"
             )
         return _to(state, device)
 
     def save(self, state: Mapping[str, Any]) -> None:
-        """Write the state; the file appears whole or not at all."""
+        """Write the state, whole or not at all."""
         with replacing(self.path / STATE) as partial:
             torch.save({"run": self.run, "state": state, "digest": digest([self.run, state])}, partial)
 
     def record(self, results: Mapping[str, Any]) -> None:
-        """Write the record, before the policy itself: a policy is finished when both are there, and no state."""
+        """Write the record, before the policy: a run is finished when both exist and the state does not."""
         write_whole(self.path / RECORD, seal({"run": self.run, "results": results}, indent=2))
 
     def finish(self) -> None:
-        """Drop the state."""
+        """Delete the state."""
         (self.path / STATE).unlink(missing_ok=True)
 
     def _read_record(self) -> dict[str, Any]:
         path = self.path / RECORD
         way_out = "choose another folder (output=FOLDER), or delete this one"
         if not path.is_file():
-            raise ValueError(f"{self.path} holds a finished policy without {RECORD}, not to be trained over; {way_out}")
+            raise ValueError(f"{self.path} has a finished policy without {RECORD}, which is not overwritten; {way_out}")
         saved = unseal(path.read_bytes(), str(path), way_out, sealed=True)
         if differing := _differing(saved["run"], self.run):
-            raise ValueError(
-                f"{self.path} holds a finished policy of a run with other settings ({differing}); {way_out}"
-            )
+            raise ValueError(f"{self.path} has a finished policy of a run with other settings ({differing}); {way_out}")
         results: dict[str, Any] = saved["results"]
         return results
 

@@ -1,7 +1,7 @@
 """Training of a Diffusion Policy: noise prediction on demonstration windows, with an exponential moving average.
 
-Every random draw of step s comes from a generator seeded by (seed, s), so that a run that was interrupted and resumed
-takes exactly the steps of a run that was not.
+Every random draw of step s comes from a generator seeded by (seed, s), so a run that was interrupted and resumed takes
+exactly the same steps as one that was not.
 """
 
 import contextlib
@@ -29,7 +29,7 @@ from parapolicy.train.loss import Loss
 from parapolicy.train.start import begin_from, check_targets, fit_normalizer
 from parapolicy.train.state import STATE, TrainingFolder
 
-FAR = 100.0  # normalised: no value that a policy was trained on is as far from 0
+FAR = 100.0  # normalised; values of a policy's own training data are closer to 0
 VALIDATION_BATCHES = 8
 
 
@@ -38,22 +38,25 @@ class TrainConfig:
     """How to train.
 
     Attributes:
-        steps: optimizer steps in all; the cosine schedule ends there.
+        steps: total optimizer steps; the cosine schedule ends there.
         batch_size: windows per step.
         learning_rate: peak, reached after ``warmup_steps``.
         weight_decay: of AdamW.
         ema_power, ema_max_decay: the average's decay at step s is ``min(max, 1 - (1 + s) ** -power)``.
-        precision: ``float32``, ``bfloat16`` (autocast), or ``auto``: bfloat16 where the device computes in it.
-        compile: run the network through ``torch.compile``, where that works; the cameras' encoders stay as they are.
-        checkpoint_every: steps between savings of the run's whole state.
+        precision: ``float32``, ``bfloat16`` (autocast), or ``auto``: bfloat16 if the device supports it.
+        compile: use ``torch.compile`` for the network if it works; the cameras' encoders are not compiled.
+        checkpoint_every: steps between two savings of the run's state.
         seed: of weights, batches, noise, timesteps, crops and held-out episodes.
-        init: folder of a trained policy, whose weights and normalizer the run begins with; None: anew.
-        initial_weights: policy of any kind, of which the run begins with what fits: each tensor of the same name and
-            shape, and the normalizer of each key of the same name and shape; None: anew.
-        validation: share of the episodes that is held out, on which the averaged weights' loss is measured.
+        init: folder of a trained policy whose weights and normalizer the run starts with; None: new ones.
+        initial_weights: policy of any kind, from which the run starts with each tensor of the same name and shape, and
+            the normalizer of each key of the same name and shape; None: new ones.
+        validation: share of the episodes that is held out for measuring the averaged weights' loss.
         validate_every: steps between two measurements.
-        target_weight: of the targets' error beside that of the noise.
-        target_steps: steps at the beginning that train the cameras alone, on the targets.
+        target_weight: weight of the targets' error relative to that of the noise.
+        target_steps: first steps that train only the cameras, on the targets.
+
+    Raises:
+        ValueError: a value out of range, or both ``init`` and ``initial_weights``.
     """
 
     steps: int = 10_000
@@ -86,17 +89,17 @@ class TrainConfig:
         if not 0 <= self.validation < 1:
             raise ValueError(f"validation is {self.validation}, expected a share of the episodes from 0 to below 1")
         if self.init is not None and self.initial_weights is not None:
-            raise ValueError("init and initial_weights are both set, expected one policy at most to begin with")
+            raise ValueError("init and initial_weights are both set, expected at most one of them")
 
 
 @dataclass(frozen=True)
 class TrainResult:
-    """What a finished run reports.
+    """The results of a finished run.
 
     Attributes:
-        loss: the last losses' mean.
-        seconds: its whole wall time, resumed parts included.
-        validation: the averaged weights' denoising error on held-out episodes; None: there were none.
+        loss: mean of the last losses.
+        seconds: total wall time, including interrupted parts.
+        validation: denoising error of the averaged weights on held-out episodes; None: no held-out episodes.
     """
 
     loss: float
@@ -114,31 +117,31 @@ def train(
     targets: Mapping[str, str] | None = None,
     logger: Callable[[Path, int], Log] = CsvLog,
 ) -> TrainResult:
-    """Train a policy and write it, the averaged weights, to ``folder``.
+    """Train a policy and write it, with averaged weights, to ``folder``.
 
-    The run's state stands in ``folder/training.pt`` until the run is finished; calling again with the same arguments
-    resumes from it, and does nothing when it is finished. Ctrl-C saves the state before it ends the run.
+    The run's state is in ``folder/training.pt`` until the run is finished. Calling again with the same arguments
+    resumes from it; if the run is finished, nothing happens. Ctrl-C saves the state and ends the run.
 
     Args:
         spec: of the policy.
-        data: what it observes and does, and the targets.
+        data: its observations, actions and targets.
         config: how to train.
         folder: of the policy.
         device: to train on.
-        targets: key of recorded numbers -> camera whose features also learn to say them, normalised. The policy does
-            not observe them: they only tell the camera's encoder sooner what is worth seeing.
-        logger: opens the record of losses in a folder, of a run that goes on from a step.
+        targets: key of recorded numbers -> camera whose features are also trained to equal them, normalised. The policy
+            does not observe these numbers: they only help the camera's encoder to find useful features sooner.
+        logger: opens the record of losses in a folder, for a run that continues from a step.
 
     Raises:
         DataError: the data does not fit the policy, or has no window.
-        ValueError: the folder holds a run with other settings or data, or a damaged state; the scheduler is not one of
-            noise; the policy to begin with is of another kind or of data in another range; or targets that the cameras
-            cannot be trained on.
-        CheckpointError: the policy to begin with cannot be read.
+        ValueError: the folder has a run with other settings or data, or a damaged state; the scheduler is of flow
+            matching; the initial policy is of another kind or of data in another range; or the cameras cannot be
+            trained on the targets.
+        CheckpointError: the initial policy cannot be read.
         FloatingPointError: the loss is no longer finite.
     """
     if make_schedule(spec.scheduler, sample_shape=spec.sample_shape).solver == "flow":
-        raise ValueError("the scheduler is one of flow matching, which this does not train; take DDPMScheduler")
+        raise ValueError("the scheduler is of flow matching, which cannot be trained here; take DDPMScheduler")
     targets = targets or {}
     torch.manual_seed(config.seed)
     network = build_network(spec).to(device)
@@ -158,8 +161,8 @@ def train(
         if not (most := normalizer.normalize(key, value).abs().max()) < FAR:
             name = "init" if config.initial_weights is None else "initial_weights"
             raise ValueError(
-                f"{key!r} is up to {most:.3g} when normalised by the policy at {getattr(config, name)!r}, "
-                f"which was trained on data in another range; train without {name}"
+                f"{key!r} is up to {most:.3g} when normalised by the policy at {getattr(config, name)!r}, which was "
+                f"trained on data in another range; train without {name}"
             )
     same = {"data": digest([arrays, data.episode_ends, normalizer.state_dict()]), "targets": dict(targets)}
     run = {"spec": _json_like(spec.to_dict()), "config": dataclasses.asdict(config), **same}
@@ -253,7 +256,7 @@ def train(
 
 @contextlib.contextmanager
 def _swapped(network: Network, average: list[Tensor]) -> Iterator[None]:
-    """The network with the averaged weights, and behind the block with its own again."""
+    """Put the averaged weights into the network; restore its own afterwards."""
     parameters = [parameter.detach() for parameter in network.parameters()]
     own = [parameter.clone() for parameter in parameters]
     torch._foreach_copy_(parameters, average)
@@ -277,7 +280,7 @@ def _computes_bfloat16(device: torch.device) -> bool:
 
 
 def _json_like(value: Any) -> Any:
-    """Only what ``torch.load(weights_only=True)`` reads back: dicts, lists, numbers, strings."""
+    """Convert to the types that ``torch.load(weights_only=True)`` reads: dicts, lists, numbers, strings."""
     if isinstance(value, Mapping):
         return {str(key): _json_like(inner) for key, inner in value.items()}
     return [_json_like(inner) for inner in value] if isinstance(value, list | tuple) else value
