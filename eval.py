@@ -31,10 +31,10 @@ HERE = Path(__file__).parent
 
 
 def find_policy(name: str) -> str:
-    """A policy as it is named; a shipped one of the repository, such as ``pusht_lowdim``, from any folder.
+    """The path of a policy; a shipped policy's name, such as ``pusht_lowdim``, works from any folder.
 
     Raises:
-        ValueError: there is none.
+        ValueError: there is no such policy.
     """
     if "://" in name or Path(name).exists():
         return name
@@ -43,7 +43,7 @@ def find_policy(name: str) -> str:
             return str(shipped)
     raise ValueError(
         f"no checkpoint at {name!r}; give checkpoint=FOLDER, checkpoint=FILE or checkpoint=hf://owner/name. The "
-        "policies that are shipped stand in the folder checkpoints/ of parapolicy's repository, not in its wheel"
+        "shipped policies are in the folder checkpoints/ of parapolicy's repository, not in its wheel"
     )
 
 
@@ -73,7 +73,7 @@ def main(config: DictConfig) -> None:
     except ValueError as error:
         raise SystemExit(f"error: {error}") from error
     except KeyboardInterrupt:
-        print(f"interrupted; to go on: hydra.run.dir={folder}, or the same sweep again", file=sys.stderr)
+        print(f"interrupted; to continue: hydra.run.dir={folder}, or the same sweep again", file=sys.stderr)
         raise SystemExit(130) from None
 
 

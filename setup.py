@@ -1,8 +1,8 @@
-"""What pyproject.toml cannot say of a wheel: the evaluation stands in it, and compiled libraries of the engine fused.
+"""The part of a wheel that pyproject.toml cannot describe: the evaluation, and compiled libraries of the engine fused.
 
-``eval.py``, ``train.py``, ``conf`` and ``envs`` lie at the top of the repository. In a wheel they would be modules of
-every program of the environment, under names that others take too, so they go into ``parapolicy/application``. An
-editable install uses them where they are.
+``eval.py``, ``train.py``, ``conf`` and ``envs`` are at the top of the repository. In a wheel they would be top-level
+modules with common names for every program of the environment, so they go into ``parapolicy/application``. An editable
+install uses them where they are.
 """
 
 import importlib.util
@@ -27,7 +27,7 @@ _spec.loader.exec_module(native_build)
 
 
 class BuildPython(build_py):
-    """Adds to the packages what the module's text says."""
+    """Adds the evaluation and the compiled libraries to the packages."""
 
     def run(self) -> None:
         super().run()
@@ -35,19 +35,21 @@ class BuildPython(build_py):
             package = Path(self.build_lib, "parapolicy")
             prebuilt = package / "engine" / native_build.PREBUILT.name
             for folder in (package / "application", prebuilt):
-                shutil.rmtree(folder, ignore_errors=True)  # of an earlier build
+                shutil.rmtree(folder, ignore_errors=True)  # from an earlier build
                 folder.mkdir()
             copy_application(package / "application")
             compile_variants(prebuilt)
 
 
 class BuildWheel(bdist_wheel):
-    """Names the platform, if there is machine code in the wheel; any Python 3 can load it."""
+    """Names the platform in the wheel's tag if it contains machine code; any Python 3 can load it."""
 
     def run(self) -> None:
         self.run_command("build")
         self.root_is_pure = not any(Path(self.get_finalized_command("build_py").build_lib).rglob("*.so"))
-        self.distribution.has_ext_modules = lambda: not self.root_is_pure  # else all goes into the wheel's purelib
+        self.distribution.has_ext_modules = lambda: (
+            not self.root_is_pure
+        )  # otherwise everything goes into the wheel's purelib
         super().run()
 
     def get_tag(self) -> tuple[str, str, str]:
@@ -63,7 +65,7 @@ def copy_application(target: Path) -> None:
 
 
 def compile_variants(target: Path) -> None:
-    """Every variant of the library; none where there is no compiler: such a wheel compiles on its user's machine."""
+    """Compile every variant of the library. Without a compiler there is none, and the user's machine compiles it."""
     compiler = native_build.find_compiler()
     if compiler is None or sys.platform != "linux" or platform.machine() != "x86_64":
         logging.warning("the wheel has no compiled libraries: they need a C++ compiler, and Linux on x86-64")

@@ -35,7 +35,7 @@ DATA_SETTINGS = {"path", "name", "env", "control_hz", "mask", "observation", "ac
 
 
 def run(config: DictConfig) -> None:
-    """Train, score, write the card."""
+    """Train, score, and write the model card."""
     if config.threads:
         torch.set_num_threads(config.threads)
     if OmegaConf.is_missing(config.data, "path"):
@@ -48,18 +48,22 @@ def run(config: DictConfig) -> None:
     targets = data.get("targets") or {}
     given = {**data["observation"], "action": data["action"], **targets}
     if clashing := sorted(targets.keys() & {*data["observation"], "action"}):
-        raise ValueError(f"data.targets has {clashing}, which the policy observes or does; leave them out of one")
+        raise ValueError(
+            f"data.targets has {clashing}, which are also observations or actions; remove them from one of the two"
+        )
     for key, source in given.items():
         if not isinstance(source, dict) or not isinstance(source.get("shape"), list):
             raise ValueError(f"data gives {source!r} for {key!r}, expected {{shape: [...], array: NAME}}")
     for key, source in targets.items():
         if not isinstance(source.get("camera"), str):
             raise ValueError(
-                f"data.targets gives {source} for {key!r}, expected the camera that learns it, camera: KEY"
+                f"data.targets gives {source} for {key!r}, expected the camera to train on it, camera: KEY"
             )
     sources = {key: {k: v for k, v in source.items() if k != "camera"} for key, source in given.items()}
     if len(data["action"]["shape"]) != 1:
-        raise ValueError(f"data.action.shape is {data['action']['shape']}, expected the length of one action, as [2]")
+        raise ValueError(
+            f"data.action.shape is {data['action']['shape']}, expected the length of one action, such as [2]"
+        )
     spec = PolicySpec(
         observation={
             key: Feature(tuple(value["shape"]), value.get("kind", "state"))
@@ -88,7 +92,7 @@ def run(config: DictConfig) -> None:
     def build() -> gymnasium.Env:
         return make_env(data["env"], spec, **config.score.options)
 
-    if config.score.episodes:  # what it cannot build is known before the hours of training
+    if config.score.episodes:  # fail before hours of training if it cannot be built
         build().close()
     complete = not (folder / STATE).is_file() and all((folder / name).is_file() for name in (CONFIG, CARD))
     cameras = {key: source["camera"] for key, source in targets.items()}

@@ -2,9 +2,9 @@
 
     python examples/control_loop.py [checkpoint=checkpoints/pusht_lowdim] [seconds=10] [control_hz=10] [engine=eager]
 
-The "robot" here is a point that follows its target; put your drivers in place of ``Robot``. The policy speaks at its
-own 10 Hz; between two of its control steps the fast loop sends the robot towards the last action. For a soak test:
-``seconds=1800 control_hz=50 engine=auto``, where a chunk of 8 actions lasts 160 ms only.
+The "robot" here is a point that follows its target; replace ``Robot`` by your drivers. The policy runs at its 10 Hz;
+between two of its control steps the fast loop sends the robot towards the last action. For a soak test: ``seconds=1800
+control_hz=50 engine=auto``, where a chunk of 8 actions lasts only 160 ms.
 """
 
 import ctypes
@@ -42,22 +42,22 @@ class Robot:
 def main(
     checkpoint: str = "checkpoints/pusht_lowdim", seconds: str = "10", control_hz: str = "10", engine: str = "eager"
 ) -> None:
-    torch.set_num_threads(max(1, torch.get_num_threads() - 1))  # a core for this loop
-    set_priority(10)  # of the policy's thread, too: it may hold Python's lock while another program has its core
+    torch.set_num_threads(max(1, torch.get_num_threads() - 1))  # leave a core for this loop
+    set_priority(10)  # also for the policy's thread, which must not wait for a core while it holds Python's lock
     policy = parapolicy.load_policy(checkpoint, engine=engine)
     robot = Robot(policy.spec)
     every = round(FAST_HZ / float(control_hz))
     history = parapolicy.ObservationHistory(policy.spec)
     history.push(robot.observe())
-    for seed in range(30):  # compiling, and preparing for every size of call, would hold the loop up
+    for seed in range(30):  # compiling and preparing for every call size would delay the loop
         policy.predict(history.stacked(), seed=seed)
     with parapolicy.Controller(policy, float(control_hz), asynchronous=True, deadline_ms=500) as controller:
         controller.reset(seed=0)
-        target = controller.act(robot.observe())  # the first chunk is waited for, with the robot at rest
+        target = controller.act(robot.observe())  # waits for the first chunk, with the robot at rest
         gc.collect()
-        gc.freeze()  # what is loaded stays: a full collection would stop every thread for some 60 ms
+        gc.freeze()  # exclude loaded objects: a full collection would stop every thread for some 60 ms
         lock_memory()
-        sys.setswitchinterval(0.0005)  # seconds that the policy's thread may keep Python's lock when this one wants it
+        sys.setswitchinterval(0.0005)  # seconds that the policy's thread may keep Python's lock while this one waits
         set_priority(20)
         pacer, missed = parapolicy.Pacer(FAST_HZ), 0
         worked, (waited, faults) = 0.0, waits()
@@ -84,8 +84,8 @@ def main(
 
 
 def set_priority(priority: int) -> None:
-    """Let this thread, and those it starts from now on, go before every ordinary one, where the system allows it
-    (Linux: as root, or with ``rtprio`` in limits.conf)."""
+    """Give this thread, and those it starts from now on, real-time priority, if the system allows it (Linux: as root,
+    or with ``rtprio`` in limits.conf)."""
     try:
         os.sched_setscheduler(0, os.SCHED_FIFO, os.sched_param(priority))
     except (AttributeError, PermissionError) as error:
@@ -93,8 +93,8 @@ def set_priority(priority: int) -> None:
 
 
 def lock_memory() -> None:
-    """Keep in memory what this program has touched or will touch, where the system allows it (Linux: as root, or with
-    ``memlock`` in limits.conf): to read a page again that was dropped takes milliseconds."""
+    """Keep this program's memory from being paged out, if the system allows it (Linux: as root, or with ``memlock`` in
+    limits.conf): reading a dropped page again takes milliseconds."""
     current, future, on_fault = 1, 2, 4
     try:
         if ctypes.CDLL(None, use_errno=True).mlockall(current | future | on_fault):
@@ -104,8 +104,8 @@ def lock_memory() -> None:
 
 
 def waits() -> tuple[float, int]:
-    """How long this thread could have run and had no core, ms, and how often it waited for a page of memory that had
-    to be read; nan and 0 where the system does not tell."""
+    """How long this thread was ready to run but had no core, ms, and how often it waited for a page of memory to be
+    read; nan and 0 if the system does not tell."""
     try:
         faults = resource.getrusage(resource.RUSAGE_THREAD).ru_majflt
         with open("/proc/thread-self/schedstat") as counts:
@@ -115,7 +115,7 @@ def waits() -> tuple[float, int]:
 
 
 def memory() -> float:
-    """The most that this process ever held, MB."""
+    """Peak memory of this process, MB."""
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
 
 

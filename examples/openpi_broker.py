@@ -4,9 +4,9 @@
     python examples/openpi_broker.py [port=8000] [steps=30] [history=true]
 
 Needs openpi-client (pip install openpi-client) and nothing of parapolicy. The broker asks the server once per chunk,
-with the observation that it is given at that step. Without ``history`` that is the present step alone, as most
-programs do it, and the policy takes the robot for standing still; with it, the last steps go along, and more episodes
-succeed. The "robot" here is a point that follows its target; put your drivers in place of ``Robot``.
+with the observation of that step. Without ``history`` it sends only the present step, as most programs do, and the
+policy sees a robot that stands still; with it, it sends the last steps too, and more episodes succeed. The "robot" here
+is a point that follows its target; replace ``Robot`` by your drivers.
 """
 
 import collections
@@ -29,21 +29,21 @@ class Robot:
         return {key: value.copy() for key, value in self.observation.items()}
 
     def send(self, action: np.ndarray) -> bool:
-        """Follow an action (Da,) for a control step; whether the episode goes on."""
+        """Follow an action (Da,) for a control step; returns whether the episode continues."""
         self.observation["agent_pos"] += 0.2 * (action - self.observation["agent_pos"])
         return True
 
 
 def play(policy: WebsocketClientPolicy, robot: Robot, steps: int, history: bool = True) -> None:
-    """One episode, of at most so many control steps."""
+    """Run one episode of at most ``steps`` control steps."""
     metadata = policy.get_server_metadata()
     broker = ActionChunkBroker(policy, action_horizon=metadata["n_action_steps"])
     seen: collections.deque = collections.deque(maxlen=metadata["n_obs_steps"])
     for step in range(steps):
         now = robot.observe()
-        seen.extend([now] * (seen.maxlen if not seen else 1))  # before the first step it is repeated
+        seen.extend([now] * (seen.maxlen if not seen else 1))  # the first step is repeated for those before it
         past = {k: np.stack([each[k] for each in seen][-n:]) for k, n in metadata["obs_steps"].items()}
-        # A new episode is announced; the reset() of the broker and of the client send nothing.
+        # Announce a new episode: reset() of the broker and of the client send nothing.
         answer = broker.infer({**(past if history else now), "reset": step == 0})
         if not robot.send(answer["actions"]):
             return

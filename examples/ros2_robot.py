@@ -2,8 +2,8 @@
 
     python -m examples.ros2_robot [episodes=1] [hz=10] [steps=300] [wait=true] [seed=100000]
 
-With ``wait`` the simulated time stands still until an observation is answered, so that the reward is that of
-:class:`parapolicy.Controller` in one process; without it the robot follows the newest action, as real ones do.
+With ``wait`` the simulated time stands still until an observation is answered, so the reward equals that of
+:class:`parapolicy.Controller` in one process; without it the robot follows the newest action, like a real one.
 """
 
 import os
@@ -41,7 +41,7 @@ PATIENCE = 60.0  # seconds
 
 
 class Robot(Node):
-    """Joint states, the block's keypoints and a camera's images out; targets in."""
+    """Publishes joint states, the block's keypoints and a camera's images; receives targets."""
 
     def __init__(self, steps: int = 300) -> None:
         super().__init__("pusht")
@@ -63,7 +63,7 @@ class Robot(Node):
         self.state = message.data
 
     def reset(self, seed: int) -> dict[str, np.ndarray]:
-        """Begin an episode, here and in the policy's node."""
+        """Begin an episode here and in the policy's node."""
         observation, _ = self.env.reset(seed=seed)
         self._wait_for(
             lambda: self.again.service_is_ready() and self.state not in ("", "inactive"), "the policy's node"
@@ -77,7 +77,7 @@ class Robot(Node):
         return observation
 
     def publish(self, observation: dict[str, np.ndarray]) -> None:
-        """Send an observation, all of it with one stamp."""
+        """Publish an observation, all messages with the same stamp."""
         stamp = self.get_clock().now().to_msg()
         joints, block, image = JointState(), JointState(), Image()
         joints.name, joints.position = ["agent_x", "agent_y"], observation["agent_pos"].astype(float).tolist()

@@ -15,12 +15,12 @@ from openpi_client.websocket_client_policy import WebsocketClientPolicy
 
 
 def play(port: int, seconds: float, client: int, latencies: list[float], errors: list[str]) -> None:
-    """One robot: asks for a chunk, and for the next one as soon as it has it."""
+    """One robot: requests a chunk, and the next one as soon as it has arrived."""
     try:
         policy = WebsocketClientPolicy("127.0.0.1", port)
         metadata = policy.get_server_metadata()
         rng = np.random.default_rng(client)
-        steps = metadata["obs_steps"]  # one step alone would stand for all of them
+        steps = metadata["obs_steps"]  # a single step would be repeated for all of them
         end = time.monotonic() + seconds
         while time.monotonic() < end:
             observation = {

@@ -3,7 +3,7 @@
     pip install opencv-python
     python examples/usb_camera.py [--camera 0 | --camera FILE.mp4] [--checkpoint checkpoints/pusht_image] [--seconds 60]
 
-Put your robot in place of ``read_state`` and ``send``. Without new frames the last action is held, then the loop stops.
+Replace ``read_state`` and ``send`` by your robot. Without new frames the last action is held, then the loop stops.
 """
 
 import argparse
@@ -19,17 +19,17 @@ START_S, HOLD_S, STOP_S = 5.0, 0.3, 2.0  # without a new frame: wait for the fir
 
 
 def read_state() -> dict[str, np.ndarray]:
-    """What the policy observes beside the picture; of the Push-T policy, where the agent is, x and y from 0 to 512."""
+    """The policy's other observations; for the Push-T policy the agent's position, x and y from 0 to 512."""
     return {"agent_pos": np.array([256.0, 256.0])}
 
 
 def send(action: np.ndarray) -> None:
-    """Hand the robot its target; of the Push-T policy, x and y from 0 to 512."""
+    """Send the robot its target; for the Push-T policy, x and y from 0 to 512."""
     print("action", action.round(1), flush=True)
 
 
 def to_picture(frame: np.ndarray, shape: tuple[int, ...]) -> np.ndarray:
-    """The middle of OpenCV's frame (h, w, 3), blue, green, red, as the policy's picture (H, W, 3), red, green, blue."""
+    """The middle of OpenCV's BGR frame (h, w, 3) as the policy's RGB image (H, W, 3)."""
     (h, w), (height, width) = frame.shape[:2], shape[:2]
     cut_h, cut_w = min(h, w * height // width), min(w, h * width // height)
     top, left = (h - cut_h) // 2, (w - cut_w) // 2
@@ -38,7 +38,7 @@ def to_picture(frame: np.ndarray, shape: tuple[int, ...]) -> np.ndarray:
 
 
 class Camera:
-    """The newest frame, by a thread: OpenCV's ``read`` gives the oldest that it has, and waits when a camera hangs."""
+    """Reads the newest frame in a thread: OpenCV's ``read`` returns the oldest frame, and blocks if a camera hangs."""
 
     def __init__(self, source: str) -> None:
         live = source.isdecimal()
@@ -78,7 +78,7 @@ def main(arguments: list[str] | None = None) -> None:
                 print(f"no new frame for {age:.1f} s: the action is held", flush=True)
                 held = True
             else:
-                if held:  # what was seen before is of another time
+                if held:  # earlier observations are too old
                     controller.reset()
                 action, held = controller.act({key: to_picture(frame, shape), **read_state()}), False
             send(action)

@@ -190,7 +190,7 @@ def test_calibrate_writes_what_collocation_takes_from_then_on(
     assert torch.equal(after.response, before.response)
     assert after.distances != before.distances
     (folder / FILE).unlink()
-    with pytest.raises(SystemExit, match="has no calibration of its own"):
+    with pytest.raises(SystemExit, match="the policy has no calibration"):
         main(["calibrate", str(folder), "--keep"])
 
 
@@ -214,10 +214,10 @@ def test_a_calibration_of_other_weights_is_measured_again(tmp_path: Path, monkey
 
 def test_observations_for_calibration_are_checked(folder: Path, tmp_path: Path) -> None:
     (tmp_path / "bad.npz").write_bytes(b"no zip")
-    with pytest.raises(SystemExit, match=r"bad\.npz is no \.npz file of observations"):
+    with pytest.raises(SystemExit, match=r"bad\.npz is not an \.npz file of observations"):
         main(["calibrate", str(folder), "--observations", str(tmp_path / "bad.npz")])
     np.savez(tmp_path / "uneven.npz", a=np.zeros((3, 2)), b=np.zeros((4, 2)))
-    with pytest.raises(SystemExit, match=r"arrays of the lengths \[3, 4\]"):
+    with pytest.raises(SystemExit, match=r"arrays of lengths \[3, 4\]"):
         main(["calibrate", str(folder), "--observations", str(tmp_path / "uneven.npz")])
 
 

@@ -117,7 +117,7 @@ def test_a_failing_step_is_named_and_the_others_go_on(
     assert ended.value.code == 1
     printed = capsys.readouterr()
     assert "error: bad: failed with status 5" in printed.err
-    assert "[2/3] absent: left out, no_such_module is not here" in printed.out
+    assert "[2/3] absent: left out, no_such_module is missing" in printed.out
     assert (tmp_path / "good" / RECORD).is_file()
     monkeypatch.setattr(sys, "argv", ["make_results", "--only", "unknown"])
     with pytest.raises(SystemExit, match="--only has unknown, expected some of bad, absent, good"):

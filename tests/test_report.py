@@ -129,7 +129,10 @@ def test_a_sequential_sampler_that_is_the_fastest_is_recommended_itself(tmp_path
     summary = summarize(episode_table(runs), gather_latencies(runs, [tmp_path]), Margins())
     chosen, sentence = recommend(summary, Margins())
     assert chosen == "sequential"
-    assert "15.6 ms per chunk. What is shown to keep its reward and success is no faster: “slow”, 33.9 ms" in sentence
+    assert (
+        "15.6 ms per chunk. The samplers shown to keep its reward and success are no faster: “slow”, 33.9 ms"
+        in sentence
+    )
 
 
 def distances(mean: float, spread: float = 1.0) -> dict[str, Any]:
@@ -154,7 +157,7 @@ def test_what_is_far_from_the_policy_is_never_recommended(made_up: Path) -> None
     chosen, sentence = ask(table, sequential=0.0)
     assert chosen is None
     assert "“ours”, 150 ms, was not compared in distribution" in sentence
-    assert "No distance of distributions was measured." in ask(table)[1]
+    assert "No distance between distributions was measured." in ask(table)[1]
     other = table.assign(other=table["sampler"] == "ours")
     chosen, sentence = ask(other, ours=0.0)
     assert (chosen, "samples another distribution" in ask(other)[1]) == (None, False)

@@ -179,7 +179,7 @@ def test_bad_latencies_are_named(text: str, message: str) -> None:
     [
         ("", "is empty"),
         ("{}", "line 1: expected"),
-        ('{"sampler": "a", "seed": 1, "chunk": 0, "seconds": -1}', "must not be negative"),
+        ('{"sampler": "a", "seed": 1, "chunk": 0, "seconds": -1}', "expected a number of at least 0"),
         ('{"sampler": "a", "seed": 1, "chunk": 0, "seconds": NaN}', "line 1"),
         ('{"seconds": 0.1}\n{"second": 0.1}', "line 2: .*unknown second"),
         ('{"seed": 1, "seconds": 0.1}', "line 1: .*no 'chunk'"),

@@ -69,7 +69,7 @@ def test_hybrid_encoders_that_do_not_fit_are_refused(tmp_path: Path) -> None:
             read_checkpoint(path)
 
     refused("crops at random at evaluation", eval_fixed_crop=False)
-    refused("pictures of another size", crop_shape=None)
+    refused("for another picture size", crop_shape=None)
     refused("obs_encoder_group_norm is False", obs_encoder_group_norm=False)
     copied = state[f"{name}.nets.0.nets.0.weight"]
     refused("has different values", {f"{name}.nets.0.nets.0.weight": copied + 1})

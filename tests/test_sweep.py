@@ -137,7 +137,7 @@ def test_an_interrupted_run_ends_with_the_same_table(tmp_path: Path) -> None:
         assert cut.poll() is None, finish(cut)
         time.sleep(0.01)
     cut.send_signal(signal.SIGINT)
-    assert "interrupted; to go on: hydra.run.dir=" in finish(cut)
+    assert "interrupted; to continue: hydra.run.dir=" in finish(cut)
     assert not (tmp_path / "cut" / "results.json").exists()
     assert lines.read_text().count("\n") == 2
     (tmp_path / "holding" / "go").touch()
@@ -153,7 +153,7 @@ def test_an_interrupted_run_ends_with_the_same_table(tmp_path: Path) -> None:
     assert tables[0] == tables[1]
     about = json.loads((tmp_path / "cut" / "run.json").read_text())
     about["config"]["videos"] = 1
-    with pytest.raises(ValueError, match="holds a run with another videos"):
+    with pytest.raises(ValueError, match="has a run with another videos"):
         RunFolder(tmp_path / "cut", about)
 
 
@@ -200,7 +200,7 @@ def test_an_episode_comes_back_as_it_was(tmp_path: Path) -> None:
     assert (back.seams, back.motion) == ([2.5], [1.0, 0.5])
     np.testing.assert_array_equal(back.observations[2]["state"], steps[2]["state"])
     assert row["max_reward"] == 0.5
-    with pytest.raises(ValueError, match="holds a run with another a"):
+    with pytest.raises(ValueError, match="has a run with another a"):
         RunFolder(tmp_path, {"config": {"a": 2}})
 
 
@@ -269,7 +269,7 @@ def test_damage_of_a_run_folder_is_named_with_the_way_out(tmp_path: Path) -> Non
     with pytest.raises(ValueError, match=r"8.npz is damaged or missing; delete the line of seed 8 and sampler 'ours'"):
         kept.load_episodes("ours")
     results.write_text(results.read_text().replace("ours", "outs"))
-    with pytest.raises(ValueError, match=r"results.json is damaged.*; delete it, and the same run writes it again"):
+    with pytest.raises(ValueError, match=r"results.json is damaged.*; delete it, and the same command writes it again"):
         kept.results()
     about.write_text(about.read_text()[:50])
     with pytest.raises(ValueError, match=r"run.json is damaged.*; choose another folder"):

@@ -51,7 +51,7 @@ def convert(path: Path, output: Path) -> int:
     import h5py
 
     if output.exists():
-        raise ValueError(f"{output} exists; give another name, or delete it to write it anew")
+        raise ValueError(f"{output} exists; give another name, or delete it")
     try:
         with h5py.File(path, "r") as file:
             name = json.loads(file["data"].attrs["env_args"])["env_name"]
@@ -59,10 +59,10 @@ def convert(path: Path, output: Path) -> int:
             if not all("states" in file[f"data/{demo}"] for demo in demos):
                 raise DataError(f"{path} has no simulator states, which give the poses that deltas are relative to")
     except (OSError, KeyError, TypeError) as error:
-        raise DataError(f"{path} is no robomimic data set with env_args: {error}") from error
+        raise DataError(f"{path} is not a robomimic data set with env_args: {error}") from error
     tasks = {simulated: (task, robots) for task, (simulated, robots, _) in TASKS.items()}
     if name not in tasks:
-        raise DataError(f"{path} is of the task {name!r}, expected one of {list(tasks)}")
+        raise DataError(f"{path} has the task {name!r}, expected one of {list(tasks)}")
     task, robots = tasks[name]
     spec = PolicySpec({"robot0_eef_pos": Feature((3,))}, 1, 1, 1, ARM_DIM * robots, {}, {}, CONTROL_HZ)
     env = Robomimic(spec, task, dataset=str(path))

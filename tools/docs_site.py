@@ -1,7 +1,7 @@
-"""MkDocs hooks: the site has the same pages as GitHub, and a reference that is made from docstrings.
+"""MkDocs hooks: the site gets the pages as on GitHub, and a reference made from docstrings.
 
-A page of the repository that lies outside of ``docs``, and a file that a page links to, become files of the site; links
-to them are rewritten. So the Markdown needs nothing that GitHub does not show.
+Pages of the repository outside of ``docs``, and files that pages link to, become files of the site, and links to them
+are rewritten. So the Markdown needs nothing that GitHub does not support.
 """
 
 import ast
@@ -20,7 +20,7 @@ SEAMS = ("networks.Network", "samplers.Sampler", "samplers.Rounds", "engine.Engi
 
 
 def on_files(files: Files, config: Any) -> Files:
-    """Add the pages outside of ``docs``, what is linked from any page, and the reference."""
+    """Add the pages outside of ``docs``, files linked from any page, and the reference."""
     waiting = [ROOT / page for page in PAGES] + [ROOT / "docs" / file.src_uri for file in files.documentation_pages()]
     seen = set(waiting)
     while waiting:
@@ -36,7 +36,7 @@ def on_files(files: Files, config: Any) -> Files:
 
 
 def on_page_markdown(markdown: str, page: Any, **_: Any) -> str:
-    """Links, which are those of the repository, as the site has them."""
+    """Rewrite the repository's links to the site's."""
     source = page.file.abs_src_path
     if source is None:  # the reference
         return markdown
@@ -47,7 +47,7 @@ def on_page_markdown(markdown: str, page: Any, **_: Any) -> str:
 
 
 def on_page_content(html: str, page: Any, **_: Any) -> str:
-    """Sphinx roles of docstrings, as links where the reference has what they name."""
+    """Replace Sphinx roles in docstrings by links if the reference has their target, otherwise by text."""
     return ROLE.sub(
         lambda match: f'<a href="#{match[2]}">{match[1]}</a>' if f'id="{match[2]}"' in html else match[1], html
     )
@@ -78,7 +78,7 @@ def _reference() -> str:
     lines = [
         "# Reference",
         "",
-        "From docstrings. The first two sections are what `import parapolicy` gives.",
+        "From docstrings. The first two sections are the names in `import parapolicy`.",
     ]
     for title, members in sections.items():
         lines += ["", f"## {title}", *(f"\n::: parapolicy.{name}" for name in members)]

@@ -1,6 +1,6 @@
-"""The tables of README and docs, made from the folders of finished runs, and the blocks of a page that hold them.
+"""The tables of README and docs, made from the folders of finished runs, and the blocks of the pages that hold them.
 
-A block is the text between ``<!-- NAME -->`` and ``<!-- end -->``. Every table takes the folders of its steps.
+A block is the text between ``<!-- NAME -->`` and ``<!-- end -->``. Every table function gets the folders of its steps.
 """
 
 import json
@@ -18,7 +18,7 @@ from parapolicy.evaluate.report.markdown import costs_table, equivalence_table
 from parapolicy.evaluate.report.summary import Margins, recommend, summarize
 
 BLOCK = re.compile(r"<!-- ([\w ]+) -->\n(.*?)<!-- end -->", re.DOTALL)
-MARGINS = Margins(reward=0.02)  # of the equivalence of the frontier, chosen before its episodes were run
+MARGINS = Margins(reward=0.02)  # of equivalence in the frontier; chosen before its episodes were run
 TASKS = {"pusht": "Push-T", "pusht_image": "Push-T, images", "lift": "Lift", "can": "Can", "square": "Square"}
 HEADLINE = {  # chunk of bench.json -> sampler of the runs
     "sequential": "sequential",
@@ -36,7 +36,7 @@ def block_names(page: str) -> list[str]:
 
 
 def fill_page(page: str, texts: Mapping[str, str]) -> str:
-    """The page with these texts in its blocks, by name; other blocks and all other text stay."""
+    """The page with these texts, by name, in its blocks; everything else is unchanged."""
 
     def fill(match: re.Match[str]) -> str:
         return f"<!-- {match[1]} -->\n{texts[match[1]]}\n<!-- end -->" if match[1] in texts else match[0]
@@ -45,7 +45,7 @@ def fill_page(page: str, texts: Mapping[str, str]) -> str:
 
 
 def speedups(folders: Folders) -> str:
-    """One sentence: how many times as fast as the published code."""
+    """A sentence with the speed-ups over the published code."""
     chunks, engine = _bench_chunks(folders[0])
     upstream = chunks["upstream, DDPM-100"]["p50"]
     exact, draw = (upstream / chunks[f"{way}, {engine}"]["p50"] for way in ("sequential", "collocation (19 nodes)"))
@@ -56,7 +56,7 @@ def speedups(folders: Folders) -> str:
 
 
 def headline(folders: Folders) -> str:
-    """README's results: times of the fastest engine, and the scores of the same samplers."""
+    """README's results: times of the fastest engine, and scores of the same samplers."""
     chunks, engine = _bench_chunks(folders[0])
     scores = _summary(folders[1:]).set_index("sampler")
     upstream = chunks["upstream, DDPM-100"]["p50"]
@@ -162,7 +162,7 @@ def equivalence_tables(folders: Folders) -> str:
 
 
 def rounding_scores_table(folders: Folders) -> str:
-    """The scores of one engine's run, paired by seed with those of another's, of one sampler each."""
+    """The scores of one sampler with one engine, paired by seed with those of another engine."""
     scores: list[dict[int, dict[str, float]]] = []
     for folder in folders:
         (row,) = _results(folder)["samplers"].values()
@@ -177,7 +177,7 @@ def rounding_scores_table(folders: Folders) -> str:
 
 
 def calibrations_table(folders: Folders) -> str:
-    """How near collocation comes, from what ``parapolicy calibrate`` wrote for several policies."""
+    """The distance of collocation from several policies, from the records of ``parapolicy calibrate``."""
     rows = []
     for folder in folders:
         with safe_open(folder / "calibration.safetensors", "pt") as file:
@@ -243,7 +243,7 @@ def _scores(row: Mapping[str, Any]) -> list[str]:
 
 
 def _paired(label: str, row: Mapping[str, Any]) -> str:
-    """The difference of reward by seed; empty for the sampler that others are compared with."""
+    """The difference of reward by seed; empty for the sampler that the others are compared with."""
     paired = row.get("paired_reward_difference")
     return _interval("{:+.3f}", paired["mean"], paired["ci95"]) if paired and paired["to"] != label else ""
 
@@ -257,7 +257,7 @@ def _summary(folders: Folders, tasks: int | None = 1) -> Any:
     """The report's summary of runs and sweeps.
 
     Raises:
-        ValueError: they are of another number of tasks.
+        ValueError: the number of tasks differs from ``tasks``.
     """
     runs = gather_runs(folders)
     latencies, fidelities = gather_latencies(runs, folders), gather_fidelities(runs, folders)

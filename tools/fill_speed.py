@@ -82,7 +82,7 @@ def _threads(run: Any) -> str:
 
 
 def scaling_tables(folders: Folders) -> str:
-    """By robots, and by window, steps, horizon and processes, the last engine's; from ``bench.json``."""
+    """Times by robots, and of the last engine by window, steps, horizon and processes; from ``bench.json``."""
     return _scaling(_read(folders[0], "bench.json"))
 
 
@@ -99,7 +99,7 @@ def _scaling(results: Any) -> str:
 
 
 def robots_table(folders: Folders) -> str:
-    """Several robots in one call, by sampler and engine."""
+    """Times of one call for several robots, by sampler and engine."""
     return _robots(_read(folders[0], "bench.json")["robots"])
 
 
@@ -119,7 +119,7 @@ def _robots(rows: Any) -> str:
 
 
 def soak_table(folders: Folders) -> str:
-    """Percentiles and memory along many chunks, or a controller's ticks."""
+    """Percentiles and memory along many chunks or a controller's ticks."""
     found = _read(folders[0], "soak.json")
     percentiles = [f"p{p:g} ms" for p in found["percentiles"]]
     lines = [
@@ -139,7 +139,7 @@ def soak_table(folders: Folders) -> str:
 
 
 def frames_table(folders: Folders) -> str:
-    """Encoding of two frames, without and with one kept."""
+    """Times of encoding two frames, without and with one of them cached."""
     lines = [
         [row["encoder"], f"{row['two']:.1f} ms", f"{row['one']:.1f} ms", f"{row['two'] / row['one']:.1f}×"]
         for row in _read(folders[0], "frames.json")
@@ -165,7 +165,7 @@ def cameras_table(folders: Folders) -> str:
 
 
 def rounding_table(folders: Folders) -> str:
-    """What rounding to bfloat16 changes in the chunks of the shipped policies."""
+    """The effect of rounding to bfloat16 on the chunks of the shipped policies."""
     lines = [
         [
             TASKS[row["env"]],
@@ -179,7 +179,7 @@ def rounding_table(folders: Folders) -> str:
 
 
 def gpu_tables(folders: Folders) -> str:
-    """Everything of ``gpu.json``, with what failed and what was left out."""
+    """All of ``gpu.json``, including failed and skipped parts."""
     found = _read(folders[0], "gpu.json")
     parts, git = dict(found["parts"]), found["git"] or {"commit": "unknown", "changed": False}
     failed = [name for name, part in parts.items() if "error" in part]
@@ -209,7 +209,7 @@ def gpu_tables(folders: Folders) -> str:
 
 
 def lerobot_table(folders: Folders) -> str:
-    """LeRobot's own sampling against ours."""
+    """LeRobot's own sampling compared with ours."""
     rows = _read(folders[0], "lerobot.json")
     lines = [
         [
@@ -225,7 +225,7 @@ def lerobot_table(folders: Folders) -> str:
 
 
 def history_table(folders: Folders) -> str:
-    """What a policy scores with its last observations, and with the present one alone."""
+    """A policy's scores with its last observations, and with the present observation alone."""
     found = _read(folders[0], "history.json")
     names = {"stacked": "the last steps, stacked", "single": "the present step"}
     rows = [[names[row["way"]], f"{row['reward']:.3f}", f"{row['success']:.2f}"] for row in found["rows"]]
@@ -243,7 +243,7 @@ def live_table(folders: Folders) -> str:
 
 
 def printed(folders: Folders) -> str:
-    """What a program printed."""
+    """The output of a program."""
     return f"```\n{(folders[0] / 'printed.txt').read_text().strip()}\n```"
 
 

@@ -1,10 +1,10 @@
-"""Would int8 weights keep the policy? Their rounding, without the kernels.
+"""Experiment: do int8 weights keep the policy? Rounds like int8 kernels, but computes in float32.
 
-    python -m tools.int8_experiment [CHECKPOINT] [--observations 16] [--draws 100]
+  python -m tools.int8_experiment [CHECKPOINT] [--observations 16] [--draws 100]
 
-Rounds weights to int8 with a scale per output channel, and then the inputs of every product, too, with a scale per
-row, as a kernel of vpdpbusd would take them; computes whole sequential chunks, and compares them with float32 chunks of
-the same noise. ``tools.measure_rounding`` does so with bfloat16.
+Rounds weights to int8 with a scale per output channel; in a second pass also the inputs of every product, with a scale
+per row, as a kernel with vpdpbusd would. Computes whole sequential chunks and compares them with float32 chunks of the
+same noise. ``tools.measure_rounding`` does the same for bfloat16.
 """
 
 import argparse
@@ -29,7 +29,7 @@ def rounded(value: Tensor, over: tuple[int, ...]) -> Tensor:
 
 
 def quantise(policy: Policy, inputs: bool) -> Policy:
-    """Round the weights of all products, and their inputs, too, in place."""
+    """Round the weights of all products in place and, with ``inputs``, also their inputs."""
     for module in policy.network.modules():
         if not isinstance(module, nn.Linear | nn.Conv1d | nn.ConvTranspose1d):
             continue

@@ -1,4 +1,4 @@
-"""LeRobot's own sampling against ours, on the shipped Push-T policy inside LeRobot's ``DiffusionPolicy``.
+"""LeRobot's own sampling compared with ours, on the shipped Push-T policy inside LeRobot's ``DiffusionPolicy``.
 
     python -m tools.lerobot_table [--chunks 20] [--threads 2] [--output FILE]
 
@@ -31,7 +31,7 @@ FOLDER = "checkpoints/pusht_lowdim"
 
 
 def in_lerobot(shipped: parapolicy.Policy) -> DiffusionPolicy:
-    """A LeRobot policy with the shipped weights. What the shipped one observes is cut into LeRobot's two features."""
+    """A LeRobot policy with the shipped weights. The shipped observation is split into LeRobot's two features."""
     spec = shipped.spec
     numbers = spec.condition_dim // spec.n_obs_steps
     network = {theirs: spec.network[ours] for ours, (theirs, _) in UNET.items() if ours in spec.network}

@@ -2,10 +2,10 @@
 
     python -m tools.make_results [--quick] [--only STEP…] [--output outputs/results] [--fill]
 
-The steps and the blocks that they fill are in ``make_results.yaml``. A step whose output is there for this code and
-these settings is not run again, and one that was interrupted goes on; one that fails is named, the others go on, and
-the command ends with status 1. A full run fills README.md and docs/*.md. A quick run has few episodes and chunks, so
-that its pages are written to its own folder instead. ``--fill`` runs nothing.
+The steps and the blocks that they fill are in ``make_results.yaml``. A step with output from this code and these
+settings is not run again, and an interrupted step continues. A step that fails is named, the others continue, and the
+command ends with status 1. A full run fills README.md and docs/*.md. A quick run has few episodes and chunks, and
+writes its pages to its own folder. ``--fill`` runs nothing.
 """
 
 import argparse
@@ -38,8 +38,8 @@ CODE = (
     *LIVE,
     ":!*.md",
 )
-RECORD = "step.json"  # of a step that is done, in its folder
-PLACES = re.compile(r" (?:> |--output |output=|hydra\.(?:run|sweep)\.dir=)\$OUT\S*")  # of no interest in a caption
+RECORD = "step.json"  # of a finished step, in its folder
+PLACES = re.compile(r" (?:> |--output |output=|hydra\.(?:run|sweep)\.dir=)\$OUT\S*")  # removed in captions
 
 Step = Mapping[str, Any]
 
@@ -56,7 +56,7 @@ def pages(root: Path = ROOT) -> list[Path]:
 
 
 def code_digest(root: Path = ROOT) -> str:
-    """A digest of all files that results depend on, as they are, committed or not."""
+    """A digest of all files that results depend on, in their present state, committed or not."""
     names = subprocess.run(
         ["git", "ls-files", "-z", "--cached", "--others", "--exclude-standard", "--", *CODE],
         cwd=root,
@@ -71,12 +71,12 @@ def code_digest(root: Path = ROOT) -> str:
 
 
 def command_of(step: Step, quick: bool) -> str:
-    """What the shell runs."""
+    """The step's shell command."""
     return f"{step['run']} {step['quick']}" if quick else str(step["run"])
 
 
 def missing(step: Step, root: Path = ROOT) -> str | None:
-    """The first module, file or variable (``$NAME``) that the step needs and that is not there."""
+    """The first module, file or variable (``$NAME``) that the step needs but that is missing."""
     for need in str(step.get("needs", "")).split():
         if need.startswith("$"):
             found = bool(os.environ.get(need[1:]))
@@ -88,7 +88,7 @@ def missing(step: Step, root: Path = ROOT) -> str | None:
 
 
 def run_step(name: str, step: Step, results: Path, quick: bool, digest: str, root: Path = ROOT) -> str:
-    """Run one step, or find that it is done.
+    """Run one step, unless it is done.
 
     Returns:
         ``done``, ``done before``, or why there is no output.
@@ -98,7 +98,7 @@ def run_step(name: str, step: Step, results: Path, quick: bool, digest: str, roo
     started = folder / "started.json"
     if (folder / step["output"]).is_file() and _matches(folder / RECORD, key):
         return "done before"
-    if folder.is_dir() and not _matches(started, key):  # of other code or settings
+    if folder.is_dir() and not _matches(started, key):  # from other code or settings
         shutil.rmtree(folder)
     folder.mkdir(parents=True, exist_ok=True)
     started.write_text(json.dumps(key))
@@ -167,7 +167,7 @@ def fill(
     texts: dict[str, str] = {}
     errors: dict[str, str] = {}
     for name, block in blocks.items():
-        measured = root / block.get("file", "")  # elsewhere; its table has its own caption
+        measured = root / block.get("file", "")  # a file outside of the step's folder; its table has its own caption
         folders = [measured.parent] if "file" in block else [results / step for step in block["from"]]
         if not all(path.is_file() for path in ([measured] if "file" in block else [f / RECORD for f in folders])):
             continue
@@ -186,7 +186,7 @@ def fill(
 
 
 def find_table(name: str) -> Callable[[Sequence[Path]], str]:
-    """A block's function, of :mod:`tools.fill_docs` or :mod:`tools.fill_speed`."""
+    """A block's function, from :mod:`tools.fill_docs` or :mod:`tools.fill_speed`."""
     found: Callable[[Sequence[Path]], str] = getattr(fill_docs, name, None) or getattr(fill_speed, name)
     return found
 
@@ -203,9 +203,9 @@ def copy_figures(steps: Mapping[str, Step], results: Path, docs: Path) -> None:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--quick", action="store_true", help="few episodes and chunks")
-    parser.add_argument("--only", nargs="+", metavar="STEP", help="run these steps alone")
+    parser.add_argument("--only", nargs="+", metavar="STEP", help="run only these steps")
     parser.add_argument("--output", type=Path, help="outputs/results, or outputs/results_quick")
-    parser.add_argument("--fill", action="store_true", help="fill the blocks from what is there, and run nothing")
+    parser.add_argument("--fill", action="store_true", help="fill the blocks from existing output, and run nothing")
     given = parser.parse_args()
     steps, blocks = read_table()
     if unknown := sorted(set(given.only or ()) - steps.keys()):
@@ -218,14 +218,14 @@ def main() -> None:
             print(f"[{i}/{len(chosen)}] {name}: left out of a quick run", flush=True)
             continue
         if (need := missing(step)) is not None:
-            print(f"[{i}/{len(chosen)}] {name}: left out, {need} is not here", flush=True)
+            print(f"[{i}/{len(chosen)}] {name}: left out, {need} is missing", flush=True)
             continue
         print(f"[{i}/{len(chosen)}] {name} …", flush=True)
         begin = time.perf_counter()
         try:
             outcome = run_step(name, step, results, given.quick, digest)
         except KeyboardInterrupt:
-            print("interrupted; the same command goes on", file=sys.stderr)
+            print("interrupted; the same command continues", file=sys.stderr)
             raise SystemExit(130) from None
         print(f"    {outcome}, {time.perf_counter() - begin:.0f} s", flush=True)
         if not outcome.startswith("done"):

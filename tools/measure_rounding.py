@@ -1,10 +1,10 @@
-"""What rounding to bfloat16 changes in the chunks of the shipped policies.
+"""The effect of rounding to bfloat16 on the chunks of the shipped policies.
 
     python -m tools.measure_rounding [--chunks 200] [--observations 20] [--draws 150] [--output FILE]
 
 Per policy, on made-up observations: the largest difference of the sequential chunk of ``fused_bfloat16`` from that of
 ``eager``, normalised (median and 95th percentile), and the energy distance of its chunks from those of ``fused``, with
-equal noise and with noise of their own.
+the same noise and with other noise.
 """
 
 import argparse

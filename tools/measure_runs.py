@@ -2,8 +2,8 @@
 
     python -m tools.measure_runs RUN_OR_SWEEP_FOLDER… --output FOLDER [--latency-chunks 40] [--observations 16]
 
-Writes ``latency.json`` and ``fidelity.json`` to the output folder, which ``parapolicy report`` takes beside those
-of the runs. What is in them already is not measured again. Latencies need a machine that is idle otherwise.
+Writes ``latency.json`` and ``fidelity.json`` to the output folder, for ``parapolicy report`` together with the folders
+of the runs. Existing measurements in them are not repeated. Latencies need an otherwise idle machine.
 """
 
 import argparse
@@ -17,9 +17,9 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("folders", type=Path, nargs="+", metavar="FOLDER")
     parser.add_argument("--output", type=Path, required=True)
-    parser.add_argument("--latency-chunks", type=int, default=0, help="chunks that are timed per sampler; 0: none")
-    parser.add_argument("--engine", help="of these; the runs' own if it is left out")
-    parser.add_argument("--observations", type=int, default=0, help="where distributions are compared; 0: nowhere")
+    parser.add_argument("--latency-chunks", type=int, default=0, help="timed chunks per sampler; 0: none")
+    parser.add_argument("--engine", help="engine of these chunks; left out: the runs' own")
+    parser.add_argument("--observations", type=int, default=0, help="at which distributions are compared; 0: none")
     parser.add_argument("--draws", type=int, default=100, help="chunks per observation and sampler")
     parsed = parser.parse_args()
     try:

@@ -1,9 +1,9 @@
-"""What a client loses that sends the present observation alone, for a policy that looks at several steps.
+"""The loss of a client that sends only the present observation, for a policy that takes several steps.
 
     python -m tools.observation_history [--episodes 20] [--steps 300] [--output FILE]
 
-Push-T, the shipped policy, episodes from seed 100000, the same noise both ways: the last observations as they were, and
-the present one in place of all of them, which is what the server makes of a single observation.
+Push-T, the shipped policy, episodes from seed 100000, with the same noise both ways: with the last observations, and
+with the present one repeated for all of them, which is what the server does with a single observation.
 """
 
 import argparse

@@ -1,11 +1,11 @@
-"""Every measurement of a GPU, in at most nine minutes and without a network.
+"""All measurements for a GPU, in at most nine minutes and without a network.
 
     python -m tools.results_gpu [--output outputs/gpu] [--minutes 7] [--dry]
     python -m tools.results_gpu --packages
 
-Writes ``gpu.json``, whole after every part; `make results ARGS=--fill` makes the block of docs/performance.md from it.
-A part that fails is named in it and the others go on; parts whose turn does not come in time are left out. ``--dry``
-runs tiny sizes on the CPU. ``--packages`` prints what is needed besides torch and what torch needs, for ``pip wheel``.
+Writes ``gpu.json``, complete after every part; `make results ARGS=--fill` makes the block of docs/performance.md from
+it. A failed part is named in it and the others continue; parts that do not start in time are left out. ``--dry`` runs
+tiny sizes on the CPU. ``--packages`` prints the packages needed besides torch and its own, for ``pip wheel``.
 """
 
 import argparse
@@ -47,7 +47,7 @@ TINY_STEPS, TINY_MACHINE = 30, {"flops_per_second": 1e11, "bytes_per_second": 1e
 
 
 def packages() -> list[str]:
-    """``name==version`` of :data:`NEEDED` and of what they require, without what torch brings."""
+    """``name==version`` of :data:`NEEDED` and its requirements, without those of torch."""
     from importlib.metadata import PackageNotFoundError, distribution
 
     from packaging.requirements import Requirement
@@ -72,7 +72,7 @@ def packages() -> list[str]:
 
 
 def samplers(base: Policy) -> dict[str, Policy]:
-    """What is timed, cold, and warm where a sampler gains by it."""
+    """The timed samplers: cold, and also warm if a sampler gains by it."""
     return {
         "sequential": base.with_sampler("sequential"),
         "DDIM-10": base.with_schedule("ddim", 10).with_sampler("sequential"),
@@ -87,7 +87,7 @@ def samplers(base: Policy) -> dict[str, Policy]:
 
 
 def make_policy(size: str, device: torch.device, dry: bool) -> Policy:
-    """The shipped policy, or one of the same function in a published size; in a dry run a tiny one of few steps."""
+    """The shipped policy, or the same function in a published size; in a dry run a tiny policy with few steps."""
     name, factor = SIZES[size]
     policy = load_policy(ROOT / "checkpoints" / name, device=str(device), engine="eager")
     if dry:
@@ -101,7 +101,7 @@ def make_policy(size: str, device: torch.device, dry: bool) -> Policy:
 
 
 def measure_size(size: str, device: torch.device, dry: bool) -> dict[str, Any]:
-    """Calls and chunks of one size, as ``parapolicy bench`` has them; TF32 is off, as torch sets it."""
+    """Calls and chunks of one size, as in ``parapolicy bench``. TF32 is off, torch's default."""
     policy, engines = make_policy(size, device, dry), make_engines(device, dry)
     machine = (TINY_MACHINE if dry else measure_machine(policy.network)) | describe_machine(device)
     chunks = 1 if dry else CHUNKS[size]
@@ -122,7 +122,7 @@ def make_engines(device: torch.device, dry: bool) -> dict[str, Engine]:
 
 
 def measure_scaling(device: torch.device, dry: bool) -> dict[str, Any]:
-    """By robots, and by window, steps and horizon, of the smallest size."""
+    """Times by robots, and by window, steps and horizon, of the smallest size."""
     policy, engines = make_policy("pusht", device, dry), make_engines(device, dry)
     last = dataclasses.replace(policy, engine=list(engines.values())[-1])
     repeats = 1 if dry else 5
@@ -168,7 +168,7 @@ def run_tests(device: torch.device, dry: bool) -> dict[str, Any]:
 
 
 def measure(output: Path, device: torch.device, minutes: float, dry: bool) -> dict[str, Any]:
-    """Run all parts that there is time for; the content of ``gpu.json``."""
+    """Run the parts that fit into the time; returns the content of ``gpu.json``."""
     first, *others = (partial(measure_size, size) for size in SIZES)
     parts: dict[str, Callable[[torch.device, bool], Mapping[str, Any]]] = {
         next(iter(SIZES)): first,
@@ -198,7 +198,7 @@ def measure(output: Path, device: torch.device, minutes: float, dry: bool) -> di
             continue
         try:
             results["parts"][name] = dict(part(device, dry))
-        except Exception:  # of many kinds; the other parts are worth having
+        except Exception:  # any error: continue with the other parts
             results["parts"][name] = {"error": traceback.format_exc()}
         results["parts"][name]["seconds"] = time.monotonic() - started
         print(
@@ -214,7 +214,7 @@ def measure(output: Path, device: torch.device, minutes: float, dry: bool) -> di
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--output", type=Path, default=Path("outputs/gpu"))
-    parser.add_argument("--minutes", type=float, default=7.0, help="after which no further part is begun")
+    parser.add_argument("--minutes", type=float, default=7.0, help="time after which no further part starts")
     parser.add_argument("--dry", action="store_true", help="tiny sizes on the CPU")
     parser.add_argument("--packages", action="store_true", help="print what is needed besides torch")
     given = parser.parse_args()
@@ -230,7 +230,7 @@ def main() -> None:
     failed = [name for name, part in results["parts"].items() if "error" in part or part.get("passed") is False]
     print(f"wrote {given.output / 'gpu.json'}; left out: {', '.join(results['left_out']) or 'nothing'}")
     if failed:
-        raise SystemExit(f"error: {', '.join(failed)} failed; gpu.json says why")
+        raise SystemExit(f"error: {', '.join(failed)} failed; see gpu.json")
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""State and motion of scripted experts for robomimic's tasks: a proportional controller follows target poses."""
+"""State and motion of the scripted experts for robomimic's tasks: a proportional controller follows target poses."""
 
 import contextlib
 from collections.abc import Callable, Iterator
@@ -49,7 +49,7 @@ class Scene:
 
     @property
     def yaw(self) -> float:
-        """Of the gripper, defined as in :class:`Target`."""
+        """Yaw of the gripper, rad, defined as in :class:`Target`."""
         return _yaw(self.rotation @ DOWN.T)
 
     def body(self, name: str) -> tuple[np.ndarray, float]:
@@ -63,7 +63,7 @@ class Scene:
 
 
 class Stuck(Exception):
-    """An expert makes no progress: its attempt has failed."""
+    """An expert makes no progress, so its attempt has failed."""
 
 
 Targets = Iterator[Target]

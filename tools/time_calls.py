@@ -1,12 +1,12 @@
-"""Time one call of a network by several engines in one run, in rotating order.
+"""Time one call of a network with several engines in one run, in rotating order.
 
     python -m tools.time_calls NETWORK [--engines compiled fused …] [--threads 1] [--seconds 10] [--output FILE]
 
-NETWORK is ``pusht``, the shipped policy's, ``published``, the same with four times the channels, or one of random
-weights: ``transformer``, as published for Push-T's states (8 layers of 256), or ``image``, the UNet of the published
-image policies (263 M). Beside the engines of :func:`parapolicy.engine.make_engine`, ``openvino_static`` is the network
-converted for each number of rows, in bfloat16: what OpenVINO does at best (``pip install 'parapolicy[openvino]'``).
-Prints medians in ms.
+NETWORK is ``pusht`` (the shipped policy's), ``published`` (the same with four times the channels), or a network with
+random weights: ``transformer``, as published for Push-T's states (8 layers of 256), or ``image``, the UNet of the
+published image policies (263 M). In addition to the engines of :func:`parapolicy.engine.make_engine`,
+``openvino_static`` is the network converted for each number of rows, in bfloat16: OpenVINO at its best (``pip install
+'parapolicy[openvino]'``). Prints medians in ms.
 """
 
 import argparse
@@ -43,7 +43,7 @@ OBSERVED = {"pusht": 20, "published": 20, "transformer": 20, "image": 66}  # num
 
 
 class Rows(torch.nn.Module):
-    """A network whose rows' embeddings are its inputs, as OpenVINO converts it."""
+    """A network with its rows' embeddings as inputs, for conversion to OpenVINO."""
 
     def __init__(self, network: Network) -> None:
         super().__init__()
@@ -55,7 +55,7 @@ class Rows(torch.nn.Module):
 
 
 def convert(network: Any, tables: tuple[Tensor, Tensor], given: tuple[Tensor, ...], threads: int) -> Callable[[], Any]:
-    """A call of OpenVINO for as many rows as are given."""
+    """A call of OpenVINO for a fixed number of rows."""
     openvino = import_openvino()
     x, step, element = given
     inputs = x, tables[0][step], tables[1][element]
@@ -103,7 +103,7 @@ def main() -> None:
     end = time.perf_counter() + arguments.seconds
     while time.perf_counter() < end:
         for key, call in calls.items():
-            call()  # so that each begins with its own weights in the caches
+            call()  # fills the caches with the call's own weights
             begin = time.perf_counter()
             call()
             times[key].append(1e3 * (time.perf_counter() - begin))

@@ -1,8 +1,8 @@
-"""Time what a camera's encoder takes for two frames, and for one where the other's features are kept.
+"""Time a camera's encoder for two new frames, and for one new frame if the other's features are cached.
 
     python -m tools.time_frames [--chunks 20] [--output FILE]
 
-The shipped policy, and ResNet18 of made-up weights on two sizes of pictures. Medians in ms, in rotating order.
+The shipped policy, and ResNet18 with made-up weights on two image sizes. Medians in ms, in rotating order.
 """
 
 import argparse
@@ -26,7 +26,7 @@ RESNETS = (((96, 96), (84, 84)), ((240, 320), (216, 288)))  # size and crop of t
 
 
 def resnet(policy: Policy, size: tuple[int, int], crop: tuple[int, int]) -> Policy:
-    """The same policy with a ResNet18 of made-up weights on pictures of another size."""
+    """The same policy with a ResNet18 with made-up weights on images of another size."""
     image = Feature((*size, 3), "image")
     camera = {"backbone": "resnet18", "norm": "group", "crop": list(crop)}
     network = {**policy.spec.network, "encoder": {"cameras": {"image": camera}}}
@@ -35,12 +35,12 @@ def resnet(policy: Policy, size: tuple[int, int], crop: tuple[int, int]) -> Poli
 
 
 def measure(policy: Policy, chunks: int) -> dict[str, float]:
-    """Medians (ms) of encoding ``two`` new frames and ``one`` beside a kept one."""
+    """Medians (ms) of encoding ``two`` new frames, and ``one`` new frame next to a cached one."""
     times: dict[str, list[float]] = {"two": [], "one": []}
     for i, observation in enumerate(made_up_observations(policy, chunks + 1)):
         for name in ("two", "one") if i % 2 else ("one", "two"):
             features = [FrameFeatures()] if name == "one" else None
-            if features:  # the older frame was the newest of the chunk before
+            if features:  # the older frame was the newest of the previous chunk
                 before = {key: value[[0, 0]] for key, value in observation.items()}
                 policy.predict(before, deadline=lambda: True, features=features)
             stats = policy.predict(observation, seed=i, deadline=lambda: True, features=features).stats

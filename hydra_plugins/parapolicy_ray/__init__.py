@@ -1,8 +1,8 @@
 """Hydra's jobs as tasks of a Ray cluster: ``python eval.py -m hydra/launcher=parapolicy_ray …``.
 
-Hydra's own hydra-ray-launcher (1.2.2) cannot stand beside this project: it asks for cloudpickle below 3, and for boto3
-and Ray's dashboard, too. This one needs ``ray`` alone. A job whose process dies, or whose machine does, is begun again
-by Ray; as its folder has the episodes that had ended, only the others are run.
+Hydra's own hydra-ray-launcher (1.2.2) cannot be installed with this project: it needs cloudpickle below 3, boto3 and
+Ray's dashboard. This launcher needs only ``ray``. If a job's process or machine dies, Ray starts the job again; its
+folder has the finished episodes, so only the others are run.
 """
 
 import os
@@ -23,13 +23,13 @@ from parapolicy.evaluate.run.run_folder import note_failure
 
 @dataclass
 class RayLauncherConf:
-    """Settings, as ``hydra.launcher.cpus_per_job=2``.
+    """Settings, such as ``hydra.launcher.cpus_per_job=2``.
 
     Attributes:
-        address: of a cluster, as ``ray.init`` takes it; ``local`` starts one on this machine for the sweep's duration.
+        address: of a cluster, as for ``ray.init``; ``local`` starts one on this machine for the duration of the sweep.
         cpus: of the local cluster; None: all of the machine's.
-        cpus_per_job, gpus_per_job: what a job occupies, which decides how many run at a time.
-        max_retries: how often a job is begun again whose process died.
+        cpus_per_job, gpus_per_job: resources of a job, which limit the number of jobs at a time.
+        max_retries: how often a job is restarted after its process died.
     """
 
     _target_: str = "hydra_plugins.parapolicy_ray.RayLauncher"
@@ -44,7 +44,7 @@ ConfigStore.instance().store(group="hydra/launcher", name="parapolicy_ray", node
 
 
 class RayLauncher(Launcher):
-    """Runs each job in a process of its own, somewhere in a Ray cluster that shares this machine's folders.
+    """Runs each job in its own process in a Ray cluster that shares this machine's folders.
 
     The parameters are those of :class:`RayLauncherConf`.
     """
@@ -54,7 +54,7 @@ class RayLauncher(Launcher):
     ) -> None:
         local: dict[str, Any] = {"num_cpus": cpus, "include_dashboard": False, "object_store_memory": 80 * 2**20}
         self.cluster = {"address": address} | (local if address == "local" else {})
-        # A process per job: threads and other settings of one do not stay for the next.
+        # A process per job: threads and other settings must not carry over to the next.
         self.task: dict[str, Any] = {
             "num_cpus": cpus_per_job,
             "num_gpus": gpus_per_job,
@@ -67,8 +67,8 @@ class RayLauncher(Launcher):
         self.hydra_context, self.task_function, self.config = hydra_context, task_function, config
 
     def launch(self, job_overrides: Sequence[Sequence[str]], initial_job_idx: int) -> Sequence[JobReturn]:
-        """Called by hydra: run the jobs to their ends, and shut down what was started for them."""
-        os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")  # nothing is sent anywhere, unless it is asked for
+        """Called by hydra: run all jobs, and shut down a local cluster."""
+        os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")  # no usage reports, unless requested
         try:
             import ray
         except ImportError as error:
@@ -94,14 +94,14 @@ class RayLauncher(Launcher):
 
 def _run(context: HydraContext, function: TaskFunction, config: DictConfig, singletons: Any, folder: str) -> JobReturn:
     """One job, in a worker's process."""
-    os.chdir(folder)  # relative paths are those of the launching process
+    os.chdir(folder)  # relative paths are relative to the launching process
     setup_globals()
     Singleton.set_state(singletons)
     return run_job(function, config, "hydra.sweep.dir", "hydra.sweep.subdir", context)
 
 
 def _result(config: DictConfig, wait: Any) -> JobReturn:
-    """What a job returned. One whose process died once too often is noted in its folder, and the others go on."""
+    """A job's result. If its process died too often, that is noted in its folder, and the others continue."""
     found = [JobReturn(status=JobStatus.COMPLETED)]
     folder = Path(config.hydra.sweep.dir, str(config.hydra.sweep.subdir))
     folder.mkdir(parents=True, exist_ok=True)

@@ -1,6 +1,6 @@
 """LeRobot's commands import this package, because its name begins with ``lerobot_policy_``.
 
-Where the variable ``PARAPOLICY_LEROBOT`` says so, all diffusion policies of the process are then sampled by parapolicy.
+If the variable ``PARAPOLICY_LEROBOT`` is set, all diffusion policies of the process are then sampled by parapolicy.
 """
 
 from parapolicy.lerobot import accelerate_by_environment

@@ -1,4 +1,4 @@
-"""How near collocation comes to the whole schedule, on chunks that its calibration has not seen."""
+"""The distance of collocation from the whole schedule, on chunks that were not used for its calibration."""
 
 import zipfile
 from collections.abc import Mapping, Sequence
@@ -17,11 +17,11 @@ from parapolicy.observation import stack_observations
 from parapolicy.policy import Policy
 from parapolicy.schedule import Calibration
 
-COUNTS = (12, 15, 19, 24, 32)  # numbers of nodes that are measured
-RIVALS = (16,)  # steps of DDIM that are measured beside them
+COUNTS = (12, 15, 19, 24, 32)  # measured numbers of nodes
+RIVALS = (16,)  # steps of DDIM, measured for comparison
 QUANTILES = {"median": 0.5, "p95": 0.95, "p99": 0.99, "max": 1.0}
-SITUATIONS = 16  # held-out observations for which distributions are compared
-HELD_OUT = 1 << 32  # seeds from here on are not those of calibration
+SITUATIONS = 16  # held-out observations at which distributions are compared
+HELD_OUT = 1 << 32  # first seed; calibration uses smaller ones
 
 
 def measure_calibration(
@@ -32,22 +32,22 @@ def measure_calibration(
     Args:
         policy: with the schedule to calibrate.
         observations: {key: (To, …)} each.
-        chunks: chunks to calibrate on, and as many to measure errors on.
+        chunks: number of chunks to calibrate on, and to measure errors on.
         draws: chunks per situation and set of the energy distances.
-        keep: measure the policy's own calibration instead, on all observations, which it has not seen.
+        keep: measure the policy's existing calibration instead, on all observations, none of which it has seen.
 
     Returns:
-        The calibration, and one row per number of nodes: ``rounds`` and ``evaluations`` (means), ``error`` (quantiles
+        The calibration, and a record per number of nodes: ``rounds`` and ``evaluations`` (means), ``error`` (quantiles
         of the largest absolute difference from the sequential chunk, normalised), ``energy`` (mean of the paired energy
-        distance over situations), ``energy_ci95`` (its interval over them) and ``spread`` (mean distance between two
-        sequential chunks).
+        distance over situations), ``energy_ci95`` (its interval over situations) and ``spread`` (mean distance between
+        two sequential chunks).
 
     Raises:
-        ValueError: too few observations, or nothing to keep.
+        ValueError: too few observations, or ``keep`` without a calibration.
     """
     half = 0 if keep else len(observations) // 2
     if keep and policy.schedule.calibration is None:
-        raise ValueError("the policy has no calibration of its own; calibrate it first")
+        raise ValueError("keep is set, but the policy has no calibration; calibrate it first")
     if len(observations) - half < 1 or (half < 1 and not keep):
         raise ValueError(f"there are {len(observations)} observations, expected at least 2: half are held out")
     if policy.schedule.calibration is not None and keep:
@@ -94,7 +94,7 @@ def measure_calibration(
 
 
 def present(rows: Sequence[Mapping[str, Any]]) -> str:
-    """The rows as a table."""
+    """The records as a table."""
     head = f"{'held-out chunks':<16}{'rounds':>8}{'evaluations':>13}{'error: median':>15}{'p95':>9}{'p99':>9}{'max':>9}"
     lines = [f"{head}{'energy distance':>33}"]
     for row in rows:
@@ -118,11 +118,9 @@ def read_observations(path: Path) -> list[dict[str, np.ndarray]]:
             arrays = {key: file[key] for key in file.files}
     except (OSError, ValueError, zipfile.BadZipFile) as error:
         raise ValueError(
-            f"{path} is no .npz file of observations ({error}); expected arrays {{key: (N, To, …)}}"
+            f"{path} is not an .npz file of observations ({error}), expected arrays {{key: (N, To, …)}}"
         ) from error
     lengths = {len(value) for value in arrays.values()}
     if len(lengths) != 1:
-        raise ValueError(
-            f"{path} has arrays of the lengths {sorted(lengths)}, expected one length and at least one key"
-        )
+        raise ValueError(f"{path} has arrays of lengths {sorted(lengths)}, expected equal lengths and at least one key")
     return [{key: value[i] for key, value in arrays.items()} for i in range(lengths.pop())]

@@ -24,11 +24,11 @@ class SequentialChunks:
 
     def __init__(self, observation: Mapping[str, np.ndarray]) -> None:
         self.observation = observation
-        # Warm starts shift the noise of the chunk before, so they need their own reference.
+        # Warm starts shift the previous chunk's noise, so they need their own reference.
         self._trajectories: dict[tuple[int, bool], np.ndarray] = {}
 
     def find(self, policy: Policy, chunk: Chunk) -> np.ndarray:
-        """The trajectory of the same schedule and noise as ``chunk``, which ``policy`` computed."""
+        """The sequential trajectory for the schedule and noise of ``chunk``, which ``policy`` computed."""
         key = (id(policy.schedule), policy.warm_start)
         if key not in self._trajectories:
             if not policy.sampler.is_reference:
@@ -42,7 +42,7 @@ class ChunkErrors:
     """One entry per chunk.
 
     Attributes:
-        errors: of :func:`normalized_error` to the sequential chunk.
+        errors: :func:`normalized_error` to the sequential chunk.
         action_errors: the same in the environment's units.
         rounds, evaluations: of the chunk.
     """

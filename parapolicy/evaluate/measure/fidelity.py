@@ -11,7 +11,7 @@ from scipy.spatial.distance import cdist, pdist
 from parapolicy.noise import mix_seeds
 from parapolicy.policy import Policy
 
-PREVIOUS = 1 << 40  # in the seeds of chunks that others start from
+PREVIOUS = 1 << 40  # in the seeds of chunks that warm starts begin from
 
 
 def energy_distance(a: np.ndarray, b: np.ndarray) -> float:
@@ -24,11 +24,11 @@ def energy_distance(a: np.ndarray, b: np.ndarray) -> float:
 
 
 def paired_energy_distance(a: np.ndarray, b: np.ndarray) -> float:
-    """Energy distance of two samples (n, D) of which row i of both was drawn with the same noise.
+    """Energy distance of two samples (n, D), where row i of both was drawn with the same noise.
 
-    It is the estimate over pairs i != j only. Those are independent whatever row i of one set has to do with row i of
-    the other, so that it is unbiased for every pair of sets. What the sets have in common cancels: chunks of the same
-    noise leave far less of the chance in it than :func:`energy_distance` of two independent sets has.
+    It is the estimate over pairs i != j only. These are independent for every relation between row i of one set and
+    row i of the other, so the estimate is unbiased for every pair of sets. The randomness that the sets share cancels:
+    chunks with the same noise give far less variance than the independent sets of :func:`energy_distance`.
     """
     n = len(a)
     between = cdist(a, b)
@@ -43,9 +43,9 @@ def draw_chunks(
     seed: int | Sequence[int],
     previous: Mapping[str, np.ndarray] | None = None,
 ) -> np.ndarray:
-    """Chunks at one observation {key: (To, …)}, normalised and flat, (draws, H Da); ``seed`` is that of ``predict``.
+    """Chunks at one observation {key: (To, …)}, normalised and flat, (draws, H Da); ``seed`` as in ``predict``.
 
-    With the observation of one chunk before, each chunk starts from a cold one of the same policy drawn there.
+    If the observation one chunk earlier is given, each chunk starts from a cold chunk of the same policy at it.
     """
     batch = {key: np.repeat(value[None], draws, axis=0) for key, value in observation.items()}
     warm = None
@@ -63,7 +63,7 @@ class ReferenceChunks:
 
     Attributes:
         other: with noise that no other sampler gets.
-        same: with the seeds that the samplers to be measured get, too.
+        same: with the seeds that the measured samplers also get.
     """
 
     other: list[np.ndarray]
@@ -71,12 +71,12 @@ class ReferenceChunks:
 
     @property
     def resampling(self) -> list[float]:
-        """Energy distance between the two sets at each observation, as an exact sampler would have it."""
+        """Energy distance between the two sets at each observation: that of an exact sampler."""
         return [energy_distance(*sets) for sets in zip(self.same, self.other, strict=True)]
 
     @property
     def spread(self) -> float:
-        """Mean distance between two chunks of one observation: what energy distances are to be compared with."""
+        """Mean distance between two chunks of one observation: the scale of energy distances."""
         return float(np.mean([pdist(chunks).mean() for chunks in (*self.other, *self.same)]))
 
 
@@ -102,21 +102,21 @@ def measure_fidelity(
     previous: Sequence[Mapping[str, np.ndarray]] | None = None,
     progress: Callable[[int], Any] = lambda sets: None,
 ) -> tuple[list[float], list[float]]:
-    """How far a policy's chunks are from the reference's in distribution, at each observation.
+    """The distance in distribution of a policy's chunks from the reference's, at each observation.
 
     Args:
         policy: with the reference's weights.
         reference: its chunks at these observations: the trained schedule with the sequential sampler.
         observations: {key: (To, ...)} each, unbatched.
-        previous: the observation one chunk before each, where a policy with ``warm_start`` draws the chunk that it
-            starts from.
+        previous: for policies with ``warm_start``, the observation one chunk before each, where the chunk is drawn that
+            they start from.
         progress: called with 1 after each set.
 
     Returns:
-        :func:`energy_distance` to chunks of other noise, and :func:`paired_energy_distance` to those of the same seeds.
-        With the same seeds a schedule of as many steps has the same noise, one of other steps the same first state, and
-        a warm start the same noise where its chunk does not overlap with the one before: the less two samplers share,
-        the more of chance is left in the second number.
+        :func:`energy_distance` to chunks of other noise, and :func:`paired_energy_distance` to chunks of the same
+        seeds. With the same seeds, a schedule with the same number of steps has the same noise, one with another number
+        has the same first state, and a warm start has the same noise where its chunk does not overlap the previous one.
+        The less two samplers share, the larger is the variance of the second number.
     """
     independent, paired = [], []
     for i, (observation, other, same) in enumerate(zip(observations, reference.other, reference.same, strict=True)):

@@ -72,8 +72,8 @@ def equivalence_p(differences: Sequence[float], margin: float) -> float:
 def is_equivalent(differences: Sequence[float], margin: float) -> bool:
     """Whether a bootstrap shows at 5 % that the mean of paired differences is within ±margin.
 
-    The 90 % interval must lie within, and there must be enough pairs that a difference of 1 in some of them, of which
-    none was seen, could not lift the mean out of it: see :func:`least_episodes`.
+    The 90 % interval must lie within the margin. There must also be enough pairs: a difference of 1 that occurs in some
+    pairs but was not observed must not be able to move the mean out of the margin; see :func:`least_episodes`.
     """
     if len(differences) < least_episodes(margin):
         return False
@@ -82,7 +82,7 @@ def is_equivalent(differences: Sequence[float], margin: float) -> bool:
 
 
 def least_episodes(margin: float) -> int:
-    """Episodes from which on none that differs by 1 shows, at 5 %, that fewer than ``margin`` of all do: 3 / margin."""
+    """Fewest episodes, 3 / margin: if none differs by 1, fewer than ``margin`` of all do, at 5 %."""
     return int(np.ceil(3 / margin - 1e-9))
 
 

@@ -1,4 +1,4 @@
-"""The latency of a chunk at batch 1, its error, and how often it evaluates each step of the schedule."""
+"""Latency of a chunk at batch 1, its error, and its number of evaluations of each step of the schedule."""
 
 import contextlib
 import dataclasses
@@ -25,10 +25,10 @@ class ChunkMeasurements:
     """One entry per measured chunk.
 
     Attributes:
-        seconds: wall time of ``predict``, noise drawing included.
-        encode: of which until sampling begins, the cameras' encoders included; empty for the published code.
-        errors: of :func:`normalized_error` to the sequential chunk of the same schedule and noise; empty for the
-            published code, which draws other noise.
+        seconds: wall time of ``predict``, including drawing noise.
+        encode: the part of it before sampling, including the cameras' encoders; empty for the published code.
+        errors: :func:`normalized_error` to the sequential chunk of the same schedule and noise; empty for the published
+            code, which draws other noise.
     """
 
     seconds: list[float] = field(default_factory=list)
@@ -44,7 +44,7 @@ def measure_chunks(
     progress: Callable[[int], Any] = lambda chunks: None,
     upstream: Mapping[str, Policy] | None = None,
 ) -> dict[str, ChunkMeasurements]:
-    """Time every policy on every observation, one chunk at a time, in an order that rotates with each observation.
+    """Time every policy on every observation, one chunk at a time, in an order that rotates.
 
     Args:
         policies: label -> policy, all of the same weights.
@@ -75,7 +75,7 @@ def measure_chunks(
             warm = None
             if previous is not None and policies[label].warm_start:
                 warm = policies[label].predict(previous[i], seed=mix_seeds(noise_seed, i)).warm_state
-            else:  # one round: in a control loop, too, an engine has just computed with this sampler's schedule
+            else:  # one round: as in a control loop, the engine has just used this sampler's schedule
                 policies[label].predict(observation, seed=noise_seed + i, deadline=lambda: True)
             chunks[label] = policies[label].predict(observation, seed=noise_seed + i, warm=warm)
             results[label].seconds.append(chunks[label].stats.seconds)
@@ -102,9 +102,8 @@ def select_observations(
 class CountingEngine(Engine):
     """Counts how often each step of the schedule is evaluated.
 
-    Args:
-        engine: that computes.
-        steps: of the schedule.
+    engine: computes the network.
+    steps: number of the schedule's steps.
     """
 
     def __init__(self, engine: Engine, steps: int) -> None:
@@ -114,7 +113,7 @@ class CountingEngine(Engine):
         return self.engine.exclusive()
 
     def rounds(self, sampler: Sampler, denoiser: Denoiser, noise: Tensor) -> Rounds:
-        return sampler.rounds(denoiser.schedule, noise)  # no graph, which would not count
+        return sampler.rounds(denoiser.schedule, noise)  # not captured: a graph would not count
 
     def bind(self, network: Network, timesteps: Tensor, observation: Mapping[str, Tensor]) -> Evaluate:
         evaluate = self.engine.bind(network, timesteps, observation)

@@ -1,4 +1,4 @@
-"""Sampling as the published code does it (Chi et al., RSS 2023), for comparison."""
+"""Sampling like the published code (Chi et al., RSS 2023), for comparison."""
 
 from collections.abc import Mapping
 from typing import Any
@@ -15,7 +15,7 @@ from parapolicy.schedule import make_scheduler
 def upstream_chunk(policy: Policy, observation: Mapping[str, Any], seed: int) -> np.ndarray:
     """Sample a chunk with the eager network and diffusers' scheduler, along ``policy.schedule``.
 
-    With the same noise it equals the chunk of ``sequential`` to rounding: rewards are the same, only time differs.
+    With the same noise, it equals the chunk of ``sequential`` up to rounding: same rewards, another time.
 
     Args:
         policy: its network, schedule and normalizer are used.
@@ -26,12 +26,12 @@ def upstream_chunk(policy: Policy, observation: Mapping[str, Any], seed: int) ->
         The trajectory, (H, Da), in the environment's units.
 
     Raises:
-        ValueError: diffusers' scheduler cannot take the timesteps of ``policy.schedule``.
+        ValueError: diffusers' scheduler does not give the timesteps of ``policy.schedule``.
     """
     inputs, _ = normalize_observation(policy.spec, policy.normalizer, observation)
     solver, timesteps = policy.schedule.solver, policy.schedule.timesteps.tolist()
     scheduler = make_scheduler(policy.spec.scheduler, solver)
-    if solver in ("ddim", "flow"):  # these take no list of timesteps
+    if solver in ("ddim", "flow"):  # these do not accept a list of timesteps
         scheduler.set_timesteps(len(timesteps))
     else:
         scheduler.set_timesteps(timesteps=timesteps)

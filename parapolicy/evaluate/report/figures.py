@@ -1,4 +1,4 @@
-"""The figures of the HTML report, by plotly."""
+"""The figures of the HTML report, made with plotly."""
 
 from collections.abc import Mapping, Sequence
 from itertools import cycle
@@ -11,7 +11,7 @@ from plotly.colors import qualitative
 from plotly.subplots import make_subplots
 
 COLORS = [color for color in qualitative.D3 + qualitative.T10 if color not in ("#2CA02C", "#54A24B")]
-CHOSEN = "#1b8a5a"  # green, which no other sampler gets
+CHOSEN = "#1b8a5a"  # green; no other sampler gets it
 
 
 def sampler_colors(task: pd.DataFrame, chosen: str | None) -> dict[str, str]:
@@ -31,11 +31,11 @@ def legend_entries(task: pd.DataFrame, chosen: str | None) -> list[tuple[pd.Seri
 
 
 def latency_figure(task: pd.DataFrame, chosen: str | None) -> go.Figure:
-    """What each sampler keeps, against its chunk latency.
+    """Each sampler's scores and fidelity against its chunk latency.
 
-    Reward and success are differences to the sequential sampler by seed, whose intervals are those of the comparison;
-    where there is none to compare with, they are means. Beside them stands the distance from the policy's distribution
-    with equal noise, where it was measured.
+    Reward and success are differences from the sequential sampler by seed, with the intervals of the comparison;
+    without a sequential sampler they are means. A further panel has the distance from the policy's distribution with
+    equal noise, if it was measured.
     """
     panels = _panels(task)
     figure = make_subplots(rows=1, cols=len(panels), subplot_titles=[title for title, _ in panels])
@@ -76,7 +76,7 @@ def latency_figure(task: pd.DataFrame, chosen: str | None) -> go.Figure:
 
 
 def _panels(task: pd.DataFrame) -> list[tuple[str, str]]:
-    """(title, score) of each."""
+    """(title, score) of each panel."""
     compared = "difference" in task and task["difference"].notna().any()
     panels = [
         ("reward, difference by seed", "difference") if compared else ("mean maximum reward", "reward"),
@@ -87,7 +87,7 @@ def _panels(task: pd.DataFrame) -> list[tuple[str, str]]:
 
 
 def _interval(row: pd.Series, score: str) -> tuple[float, float, float]:
-    """Value, low and high; the sequential sampler's differences to itself, and those of its copies, are 0."""
+    """Value, low and high; the differences of the sequential sampler and its copies are 0."""
     if score.endswith("difference") and pd.isna(row[score]) and (row["baseline"] or row["upstream"]):
         return 0.0, 0.0, 0.0
     return row[score], row[f"{score}_low"], row[f"{score}_high"]
@@ -99,7 +99,7 @@ def _error_bar(value: float, low: float, high: float, color: str) -> dict[str, A
 
 
 def _log_axis(values: pd.Series) -> dict[str, Any]:
-    """A logarithmic axis whose labels are whole numbers: plotly's own leave out the decade."""
+    """A logarithmic axis with whole numbers as labels; plotly's own labels leave out the decade."""
     positive = values[values > 0]
     first, last = (int(np.floor(np.log10(bound))) for bound in (positive.min(), positive.max()))
     decades = range(first, last + 1)

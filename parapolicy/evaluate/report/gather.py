@@ -97,12 +97,12 @@ def find_references(run: Run) -> set[str]:
 
 
 def find_others(run: Run) -> set[str]:
-    """Labels of what samples another distribution than the policy's: another schedule, or a sampler that says so."""
+    """Labels of samplers of other distributions than the policy's: another schedule, or ``keeps_distribution`` off."""
     return {label for label, sampler, own in _samplers(run) if not own or (sampler and not sampler.keeps_distribution)}
 
 
 def _samplers(run: Run) -> list[tuple[str, type[Any] | None, bool]]:
-    """(label, sampler, whether on the trained schedule). A label without an entry names its sampler."""
+    """(label, sampler, whether on the trained schedule). A label without an entry is a sampler's name."""
     entries = run.settings["samplers"] if run.about else list(run.results["samplers"])
     found = []
     for entry in entries:
@@ -123,7 +123,7 @@ def chunk_table(runs: Sequence[Run]) -> pd.DataFrame:
                 if (label, episode["seed"]) not in found:
                     raise ValueError(
                         f"{run.folder / 'episodes.jsonl'} lacks seed {episode['seed']} of {label}, which results.json "
-                        "has; delete results.json, and the same run runs that episode again"
+                        "has; delete results.json, and the same command runs that episode again"
                     )
         for episode in episodes:
             name = {"sampler": episode["sampler"], "seed": episode["seed"]}
@@ -134,12 +134,12 @@ def chunk_table(runs: Sequence[Run]) -> pd.DataFrame:
 
 
 def gather_latencies(runs: Sequence[Run], folders: Sequence[Path]) -> dict[tuple[str, str, str], dict[str, Any]]:
-    """(env, checkpoint, sampler) -> its measurements, such as chunk_ms; those of a sweep replace those of its runs."""
+    """(env, checkpoint, sampler) -> measurements, such as chunk_ms; those of a sweep replace those of its runs."""
     return _gather_records(runs, folders, "latency.json", TIMED)
 
 
 def gather_fidelities(runs: Sequence[Run], folders: Sequence[Path]) -> dict[tuple[str, str, str], dict[str, Any]]:
-    """(env, checkpoint, sampler) -> its distances from the policy's distribution, likewise."""
+    """(env, checkpoint, sampler) -> distances from the policy's distribution, as :func:`gather_latencies`."""
     return _gather_records(runs, folders, "fidelity.json", COMPARED)
 
 
@@ -160,7 +160,7 @@ def _gather_records(
 def select_latencies(
     latencies: Mapping[tuple[str, str, str], dict[str, Any]], env: str, checkpoint: str
 ) -> dict[str, dict[str, Any]]:
-    """Sampler -> measurements of :func:`gather_latencies`, for one task."""
+    """Sampler -> measurements from :func:`gather_latencies`, for one task."""
     return {sampler: row for (*task, sampler), row in latencies.items() if task == [env, checkpoint]}
 
 

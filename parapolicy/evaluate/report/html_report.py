@@ -65,7 +65,7 @@ COSTS = (
 
 
 def _table(task: pd.DataFrame, chosen: str | None, columns: Sequence[tuple[str, str, str, bool]]) -> str:
-    """A line per sampler, without the columns that nothing was measured for."""
+    """A line per sampler, without columns that were not measured."""
     shown = [column for column in columns if column[1] in task and task[column[1]].notna().any()]
     headings = ["sampler", "episodes", *(heading for heading, *_ in shown)]
     lines = ["<tr>" + "".join(f"<th>{heading}</th>" for heading in headings) + "</tr>"]
@@ -106,13 +106,13 @@ def write_report(folders: Sequence[Path], output: Path, margins: Margins = MARGI
     Args:
         folders: of runs and sweeps.
         output: created if missing.
-        margins: within which a sampler counts as the same as the policy's own steps.
+        margins: within which a sampler counts as equivalent to the policy's own steps.
 
     Returns:
         The path of the page.
 
     Raises:
-        ValueError: the folders hold no finished run.
+        ValueError: the folders have no finished run.
     """
     runs = gather_runs(folders)
     episodes, chunks = episode_table(runs), chunk_table(runs)
@@ -150,12 +150,12 @@ def write_report(folders: Sequence[Path], output: Path, margins: Margins = MARGI
         f"the sequential sampler, by seed. Equivalent: two one-sided t-tests with margin ±{margins.reward} of reward "
         f"and ±{margins.success} of success. Energy distance to the policy's own chunks, with the same seeds and with "
         f"others; its bound is {margins.fidelity:.0%} of the mean distance between two chunks of the policy. In "
-        "italics: what samples another distribution than the policy's. Latency at "
+        "italics: samplers of other distributions than the policy's. Latency at "
         f"batch 1{', engine ' + ', '.join(engines) if engines else ''}; "
-        "“upstream”: the eager network and diffusers' scheduler step by step, whose chunks, and so rewards, "
-        "are those of the sampler named. Jump at seams: distance from the last action executed of one chunk to the "
-        "first of the next; motion inside: from action to action within a chunk; both in the actions' own units, over "
-        "all their numbers."
+        "“upstream”: the eager network and diffusers' scheduler step by step, whose chunks and rewards are those of "
+        "the sampler named. Jump at seams: distance from a chunk's last executed action to the next chunk's first; "
+        "motion inside: distance between successive actions within a chunk; both over all numbers of an action, in its "
+        "own units."
     )
     script = go.Figure().to_html(full_html=False, include_plotlyjs=True)
     page = output / "report.html"

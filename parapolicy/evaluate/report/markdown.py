@@ -6,7 +6,7 @@ import pandas as pd
 
 
 def markdown(summary: pd.DataFrame) -> str:
-    """Two tables per environment and checkpoint: what each sampler costs and keeps, and the tests of equivalence."""
+    """Two tables per environment and checkpoint: costs and scores of the samplers, and the tests of equivalence."""
     parts = []
     for (env, checkpoint), task in summary.groupby(["env", "checkpoint"], sort=False):
         parts.append(f"## {env}, {checkpoint}\n\n{costs_table(task)}\n\n{equivalence_table(task)}\n")
@@ -48,7 +48,7 @@ def costs_table(task: pd.DataFrame) -> str:
 
 
 def equivalence_table(task: pd.DataFrame) -> str:
-    """The samplers of one task against its sequential one, by seed."""
+    """The samplers of one task compared with its sequential one, by seed."""
     headings = ("sampler", "pairs", "reward", "TOST, p", "shown", "success", "TOST, p", "shown", "episodes needed")
     rows = [
         [

@@ -44,7 +44,7 @@ def plot_latency_reward(results: Mapping[str, Any], path: Path) -> None:
     )
     _log_axis(axes)
     axes.margins(x=0.1)
-    if timed:  # names beside the points would lie on each other
+    if timed:  # names beside the points would overlap
         figure.legend(loc="outside right center", frameon=False)
     _save(figure, path)
 

@@ -1,4 +1,4 @@
-"""Scores, costs and fidelity of each sampler, and which sampler to use."""
+"""Scores, costs and fidelity of each sampler, and the recommended sampler."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -18,17 +18,17 @@ from parapolicy.evaluate.measure.statistics import (
 from parapolicy.evaluate.report.gather import select_latencies
 
 Measurements = Mapping[tuple[str, str, str], dict[str, Any]]  # by env, checkpoint and sampler
-SCORES = (("", "reward"), ("success_", "success"))  # prefix of a comparison's columns, and its score
+SCORES = (("", "reward"), ("success_", "success"))  # prefix of a comparison's columns, its score
 
 
 @dataclass(frozen=True)
 class Margins:
-    """What counts as the same as the policy's own steps.
+    """The margins within which a sampler counts as equivalent to the policy's own steps.
 
     Attributes:
         reward, success: largest differences of the mean.
-        fidelity: largest energy distance, as a part of the mean distance between two chunks of the policy.
-        others: also recommend what samples another distribution than the policy's.
+        fidelity: largest energy distance, relative to the mean distance between two chunks of the policy.
+        others: also recommend samplers of other distributions than the policy's.
     """
 
     reward: float = 0.03
@@ -48,10 +48,10 @@ def summarize(
     A latency with ``same_as`` computes the chunks of that sampler; its record has that sampler's scores.
 
     Args:
-        episodes: of :func:`parapolicy.evaluate.report.gather.episode_table`.
-        latencies: of :func:`parapolicy.evaluate.report.gather.gather_latencies`.
+        episodes: from :func:`parapolicy.evaluate.report.gather.episode_table`.
+        latencies: from :func:`parapolicy.evaluate.report.gather.gather_latencies`.
         margins: of the comparison.
-        fidelities: of :func:`parapolicy.evaluate.report.gather.gather_fidelities`; None: not measured.
+        fidelities: from :func:`parapolicy.evaluate.report.gather.gather_fidelities`; None: not measured.
     """
     rows = []
     for (env, checkpoint), task in episodes.groupby(["env", "checkpoint"], sort=False):
@@ -106,7 +106,7 @@ def _costs(timed: Mapping[str, Any] | None) -> dict[str, Any]:
 
 
 def _fidelity(measured: Mapping[str, Any] | None, share: float) -> dict[str, Any]:
-    """Energy distances, and whether the interval of the one with equal noise is within the bound."""
+    """Energy distances, and whether the interval of the distance with equal noise is within the bound."""
     if measured is None:
         return {}
     row: dict[str, Any] = {}
@@ -131,28 +131,28 @@ def _comparison(paired: pd.DataFrame, margins: Margins) -> dict[str, Any]:
 
 
 def _baseline(task: pd.DataFrame) -> str | None:
-    """The sampler to compare with: sequential, with the most evaluations per chunk."""
+    """The sampler to compare with: the sequential one with the most evaluations per chunk."""
     sequential = task[task["is_reference"]]
     return None if sequential.empty else str(sequential.loc[sequential["evaluations"].idxmax(), "sampler"])
 
 
 def recommend(task: pd.DataFrame, margins: Margins) -> tuple[str | None, str]:
-    """Which sampler to use, and a sentence with the reason.
+    """The recommended sampler, and a sentence with the reason.
 
-    It is the fastest one that samples the policy's own distribution and for which three things are shown: the
-    sequential sampler's mean reward and success rate within the margins, by enough episodes, and, where distributions
-    were compared, an energy distance below its bound; or the sequential sampler, where that is faster.
+    It is the fastest sampler of the policy's own distribution for which three things are shown: the sequential
+    sampler's mean reward and success rate within the margins, from enough episodes, and, if distributions were
+    compared, an energy distance below the bound. If the sequential sampler is faster, that one is recommended.
     """
     if "p50_ms" not in task or task["p50_ms"].isna().all():
-        return None, "No latency was measured, so that no sampler can be recommended."
+        return None, "No latency was measured, so no sampler can be recommended."
     base = task[task["baseline"]]
     if base.empty or "equivalence_p" not in task:
-        return None, "There is no sequential sampler with other samplers beside it to compare with."
+        return None, "There is no sequential sampler, or nothing to compare with it."
     base = base.iloc[0]
     rivals = task[task["equivalence_p"].notna() & task["p50_ms"].notna() & ~task["upstream"]].sort_values("p50_ms")
     lacks = {str(row["sampler"]): _missing(row, margins, "keeps" in task) for _, row in rivals.iterrows()}
     shown = rivals[[not lacks[name] for name in rivals["sampler"]]]
-    compared = "" if "keeps" in task else " No distance of distributions was measured."
+    compared = "" if "keeps" in task else " No distance between distributions was measured."
     if shown.empty:
         own = rivals if margins.others else rivals[~rivals["other"]]
         if own.empty:
@@ -166,8 +166,8 @@ def recommend(task: pd.DataFrame, margins: Margins) -> tuple[str | None, str]:
     best = shown.iloc[0]
     if best["p50_ms"] >= base["p50_ms"]:
         return str(base["sampler"]), (
-            f"Use “{base['sampler']}”: {base['p50_ms']:.3g} ms per chunk. What is shown to keep its reward and success "
-            f"is no faster: “{best['sampler']}”, {best['p50_ms']:.3g} ms."
+            f"Use “{base['sampler']}”: {base['p50_ms']:.3g} ms per chunk. The samplers shown to keep its reward and "
+            f"success are no faster: “{best['sampler']}”, {best['p50_ms']:.3g} ms."
             f"{_reasons(rivals[rivals['p50_ms'] < base['p50_ms']], lacks)}{compared}"
         )
     faster = f", {base['p50_ms'] / best['p50_ms']:.1f} times as fast"
@@ -184,7 +184,7 @@ def recommend(task: pd.DataFrame, margins: Margins) -> tuple[str | None, str]:
 
 
 def _missing(row: pd.Series, margins: Margins, compared: bool) -> list[str]:
-    """What a sampler lacks to be recommended."""
+    """The reasons against recommending a sampler."""
     lacks = []
     same = bool(row["same"]) and bool(row["success_same"])
     if row["other"] and not margins.others:
@@ -195,7 +195,7 @@ def _missing(row: pd.Series, margins: Margins, compared: bool) -> list[str]:
             f"[{row['success_difference_low']:+.2f}, {row['success_difference_high']:+.2f}]"
         )
     if not same and int(row["episodes_needed"]) > int(row["pairs"]):
-        lacks.append(f"is not shown to score the same, for which it takes about {int(row['episodes_needed'])} episodes")
+        lacks.append(f"is not shown to score the same, which takes about {int(row['episodes_needed'])} episodes")
     elif not same and row["success_difference_high"] >= 0:
         lacks.append("does not score the same")
     known = compared and not pd.isna(row["keeps"])

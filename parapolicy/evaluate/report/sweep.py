@@ -1,4 +1,4 @@
-"""Sweeps by hydra: a progress bar over all jobs; at the end, measurements of all samplers and a report."""
+"""Sweeps with hydra: a progress bar over all jobs; at the end, measurements of all samplers and a report."""
 
 from collections.abc import Collection, Sequence
 from pathlib import Path
@@ -26,13 +26,13 @@ COUNTED = 20  # chunks per sampler whose evaluations are counted by step of the 
 def measure_latencies(
     runs: Sequence[Run], path: Path, chunks: int, engine: str | None = None, upstream: Collection[str] = ()
 ) -> None:
-    """Time all samplers of the runs in turn, per environment and checkpoint. Groups that are in ``path`` are skipped.
+    """Time all samplers of the runs in turn, per environment and checkpoint. Groups in ``path`` are skipped.
 
     Args:
         runs: with ``run.json`` and the observations of their episodes.
         path: of the result, JSON with a record per sampler.
         chunks: per sampler.
-        engine: None for the runs' own.
+        engine: that computes the chunks; None: the runs' own.
         upstream: labels of sequential samplers whose schedules are also timed with the published code, see
             :func:`parapolicy.evaluate.measure.upstream.upstream_chunk`.
     """
@@ -66,15 +66,14 @@ def measure_latencies(
 
 
 def measure_fidelities(runs: Sequence[Run], path: Path, observations: int, draws: int) -> None:
-    """Measure how far the samplers of the runs are from the policy in distribution, per environment and checkpoint.
+    """Measure the samplers' distance in distribution from the policy, per environment and checkpoint.
 
-    A sampler that is in ``path`` is skipped, and each is written as soon as it is measured.
+    A sampler that is in ``path`` is skipped. Each result is written as soon as it is measured.
 
     Args:
-        runs: with ``run.json`` and the observations of their episodes; those of the policy's own steps one after the
-            other are taken.
+        runs: with ``run.json`` and the observations of their episodes; the episodes of the policy's own steps are used.
         path: of the result, JSON with a record per sampler.
-        observations: how many, evenly spaced.
+        observations: their number, evenly spaced.
         draws: chunks per observation and sampler.
     """
     done = read_records(path, COMPARED)
@@ -102,7 +101,7 @@ def measure_fidelities(runs: Sequence[Run], path: Path, observations: int, draws
 
 
 def _group(runs: Sequence[Run]) -> dict[tuple[str, str], list[Run]]:
-    """(env, checkpoint) -> its runs that say what they ran."""
+    """(env, checkpoint) -> its runs that have a ``run.json``."""
     groups: dict[tuple[str, str], list[Run]] = {}
     for run in runs:
         if run.about is not None:
@@ -111,7 +110,7 @@ def _group(runs: Sequence[Run]) -> dict[tuple[str, str], list[Run]]:
 
 
 def _entries(runs: Sequence[Run]) -> dict[str, Any]:
-    """Label -> entry of every sampler of the runs; of a label in several, the first counts."""
+    """Label -> entry of every sampler of the runs; if several runs have a label, the first counts."""
     entries: dict[str, Any] = {}
     for run in runs:
         for entry in run.settings["samplers"]:
@@ -122,14 +121,14 @@ def _entries(runs: Sequence[Run]) -> dict[str, Any]:
 class SweepReport(Callback):
     """Hydra's callback of a sweep: a progress bar over all its jobs, and the report at the end.
 
-    When all jobs have ended and the machine is free, it measures every sampler of the sweep in this process and writes
+    After all jobs, when the machine is free, it measures every sampler of the sweep in this process and writes
     the report to the sweep's folder.
 
     Args:
-        latency_chunks: chunks per sampler that are timed; 0 for none, for example to time them in a later run.
-        engine: of these chunks; None for the jobs' own.
+        latency_chunks: number of timed chunks per sampler; 0: none, for example to time them in a later run.
+        engine: of these chunks; None: the jobs' own.
         upstream: labels of sequential samplers whose schedules are also timed with the published code.
-        fidelity_observations: observations at which distributions are compared; 0 for none.
+        fidelity_observations: number of observations at which distributions are compared; 0: none.
         fidelity_draws: chunks per observation and sampler.
     """
 

@@ -11,14 +11,14 @@ from rich.table import Table
 from parapolicy.evaluate.report.gather import episode_table, gather_fidelities, gather_latencies, gather_runs
 from parapolicy.evaluate.report.summary import MARGINS, recommend, summarize
 
-WIDTH = 80  # columns that every table fits into
+WIDTH = 80  # columns; every table fits
 
 
 def print_tables(results: Mapping[str, Any], console: Console | None = None) -> None:
-    """Print the tables of one ``results.json``, with a line per sampler: what it scores, and what it costs.
+    """Print the tables of one ``results.json``, with a line per sampler: its scores and its costs.
 
     Args:
-        console: at least 80 columns wide, where long names are wrapped and numbers are whole.
+        console: at least 80 columns wide; long names are wrapped, numbers are not.
     """
     console = console or Console()
     console = console if console.width >= WIDTH else Console(file=console.file, width=WIDTH)
@@ -32,14 +32,14 @@ def print_tables(results: Mapping[str, Any], console: Console | None = None) -> 
 
 
 def advise(folder: Path) -> str:
-    """What to take from a finished run: the sentence that the report's page has on it."""
+    """The recommendation of the report for a finished run, as a sentence."""
     runs = gather_runs([folder])
     measured = gather_latencies(runs, [folder]), MARGINS, gather_fidelities(runs, [folder])
     return recommend(summarize(episode_table(runs), *measured).dropna(axis=1, how="all"), MARGINS)[1]
 
 
 def _table(headings: str, **settings: Any) -> Table:
-    """Names, in the first column, are wrapped; numbers never."""
+    """A table that wraps the names in its first column, but no numbers."""
     table = Table(box=box.SIMPLE_HEAD, show_edge=False, padding=(0, 1, 0, 0), **settings)
     for i, heading in enumerate(headings.split("|")):
         table.add_column(heading, justify="right" if i else "left", no_wrap=i > 0, overflow="fold", vertical="top")
@@ -47,7 +47,7 @@ def _table(headings: str, **settings: Any) -> Table:
 
 
 def _short(value: float, digits: int = 1) -> str:
-    """With so many decimals below 100, and none from there on."""
+    """A number with ``digits`` decimals below 100, and none above."""
     return f"{value:.{digits}f}" if abs(value) < 100 else f"{value:.0f}"
 
 

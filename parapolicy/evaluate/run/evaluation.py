@@ -59,8 +59,8 @@ def evaluate(config: DictConfig, folder: Path, make_env: MakeEnv) -> dict[str, A
     asked = config.fidelity
     if asked.observations < 1 or asked.draws < 2:
         raise ValueError(
-            f"fidelity.observations is {asked.observations}, fidelity.draws {asked.draws}, expected at least 1 and 2; "
-            "fidelity.measure=false measures none"
+            f"fidelity.observations is {asked.observations} and fidelity.draws {asked.draws}, expected at least 1 and "
+            "2; set fidelity.measure=false to measure none"
         )
     if config.env_timeout_s is not None and not config.env_timeout_s > 0:
         raise ValueError(f"env_timeout_s is {config.env_timeout_s}, expected seconds, or null for no limit")
@@ -86,7 +86,7 @@ def evaluate(config: DictConfig, folder: Path, make_env: MakeEnv) -> dict[str, A
         "samplers": {},
     }
     cameras = [key for key, feature in policy.spec.observation.items() if feature.kind == "image"]
-    recorded: Recorded = []  # of the first sampler
+    recorded: Recorded = []  # by the first sampler
     with open_watcher(config.watch, cameras) as view:
         for label, variant in variants.items():
             episodes, row = run_episodes(label, variant, config, kept, make_env, not recorded, view)
@@ -95,8 +95,8 @@ def evaluate(config: DictConfig, folder: Path, make_env: MakeEnv) -> dict[str, A
     if not any(recorded) and (config.latency_chunks or config.fidelity.measure or config.errors.chunks):
         first, row = next(iter(results["samplers"].items()))
         raise ValueError(
-            f"no episode of {first} came to its first chunk ({row['per_episode'][0]['error']}), so there is nothing to "
-            "measure; mend the environment and delete this folder, or set latency_chunks=0"
+            f"no episode of {first} reached its first chunk ({row['per_episode'][0]['error']}), so there is nothing to "
+            "measure; repair the environment and delete this folder, or set latency_chunks=0"
         )
     policies = {label: variant.policy for label, variant in variants.items()}
     for measure in (_add_latency, _add_fidelity):
@@ -121,9 +121,9 @@ def run_episodes(
     keep_observations: bool,
     view: Watcher | None = None,
 ) -> tuple[list[EpisodeRecord], dict[str, Any]]:
-    """Run one sampler's episodes that the folder does not have yet; all its episodes, and their summary.
+    """Run one sampler's episodes that are not in the folder yet. Returns all its episodes, and their summary.
 
-    With simulated latency, asynchronous control or a view, episodes run one after the other by a controller.
+    With simulated latency, asynchronous control or a view, a controller runs episodes one after the other.
     """
     before = kept.load_episodes(label)
     episodes, rows = [episode for episode, _ in before], [row for _, row in before]
@@ -135,7 +135,7 @@ def run_episodes(
     with tqdm(total=len(all_seeds) * length, initial=len(episodes) * length, desc=label, unit="step") as bar:
 
         def advance(steps: int) -> None:
-            if bar.update(steps):  # True when the bar is drawn again
+            if bar.update(steps):  # True when the bar is redrawn
                 kept.note_progress(label, bar.n / bar.total)
 
         stream: Iterator[tuple[EpisodeRecord, ControlRecord | None]]

@@ -1,4 +1,4 @@
-"""How smoothly a robot was asked to move: jumps between chunks, steps inside them, and jerk."""
+"""Smoothness of the executed actions: jumps between chunks, steps inside them, and jerk."""
 
 from collections.abc import Sequence
 
@@ -10,7 +10,7 @@ def seam_jumps(actions: np.ndarray, chunks: Sequence[int]) -> list[float]:
 
     Args:
         actions: executed, (N, Da).
-        chunks: the number of the chunk that each is from, N of them.
+        chunks: number of each action's chunk, N of them.
     """
     return [float(d) for d, a, b in zip(_distances(actions), chunks, chunks[1:], strict=False) if a != b]
 
@@ -25,7 +25,7 @@ def chunk_motion(actions: np.ndarray, chunks: Sequence[int]) -> list[float]:
 
 
 def jerks(actions: np.ndarray) -> list[float]:
-    """Norms of the third differences of successive actions (N, Da), units per control step cubed; N - 3 of them."""
+    """The N - 3 norms of the third differences of successive actions (N, Da), in units per control step cubed."""
     return [float(norm) for norm in np.linalg.norm(np.diff(actions, 3, axis=0), axis=1)] if len(actions) > 3 else []
 
 

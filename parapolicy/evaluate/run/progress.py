@@ -1,4 +1,4 @@
-"""The progress bar of a sweep. It reads the jobs' folders, so the jobs may run on any machine that shares them."""
+"""The progress bar of a sweep. It reads the jobs' folders, so jobs may run on any machine that shares these."""
 
 import itertools
 import json
@@ -15,10 +15,10 @@ from tqdm import tqdm
 from parapolicy.evaluate.run.run_folder import read_about
 from parapolicy.evaluate.run.variants import entry_label
 
-# Evaluations per chunk, in multiples of the schedule's length. Rough: they only weight the jobs of the time estimate.
+# Evaluations per chunk, in multiples of the schedule's length. Rough values that only weight the time estimate.
 EVALUATIONS = {"sequential": 1.0, "paradigms": 4.0}
 OTHER_EVALUATIONS = 2.0
-STEPS = 100  # of the schedule, for entries that do not set it
+STEPS = 100  # of the schedule, for entries that do not set them
 
 
 class SweepBar:
@@ -62,15 +62,13 @@ class SweepBar:
 
 
 class SweepStatus(Callback):
-    """Hydra's callback of a sweep that ends the command with status 1 where a job in its folder has failed."""
+    """Hydra's callback of a sweep that ends the command with status 1 if a job in its folder has failed."""
 
     def on_multirun_end(self, config: DictConfig, **kwargs: Any) -> None:
         """Called by hydra, after the other callbacks."""
         failed = sorted(str(note) for note in Path(config.hydra.sweep.dir).rglob("error.txt"))
         if failed:
-            print(
-                f"{len(failed)} jobs failed: {', '.join(failed)}; run the sweep again, or delete what it is not to have"
-            )
+            print(f"{len(failed)} jobs failed: {', '.join(failed)}; run the sweep again, or delete these folders")
             raise SystemExit(1)
 
 
@@ -94,12 +92,12 @@ def job_cost(config: Mapping[str, Any]) -> float:
 
 
 def sweep_cost(folder: Path) -> float:
-    """The cost of what the jobs in a sweep's folder have computed so far."""
+    """The cost of the episodes that a sweep's jobs have computed so far."""
     done = 0.0
     for about in folder.rglob("run.json"):
         try:
             costs = _sampler_costs((read_about(about.parent) or {})["config"])
-        except (ValueError, KeyError, TypeError):  # its job says so
+        except (ValueError, KeyError, TypeError):  # the job itself reports it
             continue
         finished = about.with_name("results.json").is_file()
         parts = dict.fromkeys(costs, 1.0) if finished else _read_parts(about.with_name("progress.json"))
@@ -110,7 +108,7 @@ def sweep_cost(folder: Path) -> float:
 def _read_parts(path: Path) -> dict[str, float]:
     try:
         return {str(label): float(part) for label, part in json.loads(path.read_text()).items()}
-    except (OSError, ValueError, TypeError, AttributeError):  # not started, or being written now
+    except (OSError, ValueError, TypeError, AttributeError):  # not started, or being written
         return {}
 
 

@@ -1,4 +1,4 @@
-"""What a sweep records about its samplers besides their episodes: latencies and distances of distributions."""
+"""A sweep's records about its samplers besides their episodes: latencies and distances of distributions."""
 
 from collections.abc import Mapping, Sequence, Set
 from pathlib import Path
@@ -20,15 +20,15 @@ def read_records(path: Path, keys: Set[str] = TIMED) -> list[dict[str, Any]]:
     """The records of such a file; none if there is no such file.
 
     Args:
-        keys: that every record has.
+        keys: which every record must have.
 
     Raises:
         ValueError: it is damaged.
     """
     if not path.is_file():
         return []
-    text, way_out = path.read_bytes(), "delete it, and the same sweep measures it again"
-    if text[:1] == b"[":  # of an older version
+    text, way_out = path.read_bytes(), "delete it, and the same command measures it again"
+    if text[:1] == b"[":  # from an older version
         text = b'{"records": %b}' % text
     found = unseal(text, str(path), way_out).get("records")
     if not isinstance(found, list) or not all(isinstance(row, dict) and row.keys() >= keys for row in found):

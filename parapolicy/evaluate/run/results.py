@@ -48,7 +48,7 @@ def summarize_episodes(episodes: Sequence[EpisodeRecord], seconds: float, video_
 
 
 def _summarize_motion(episodes: Sequence[EpisodeRecord]) -> dict[str, Any]:
-    """Means over episodes, in the actions' own units; the jump relative to the usual step inside chunks."""
+    """Means over episodes, in the actions' own units, and the jump relative to the mean step inside chunks."""
     measured = [episode for episode in episodes if episode.seams and episode.motion and episode.jerk]
     if not measured:
         return {}
@@ -83,7 +83,7 @@ def summarize_chunks(measured: ChunkMeasurements, policy: Policy | None) -> dict
     """Summarise latencies (ms, batch 1) and distances from the sequential chunk.
 
     Args:
-        policy: that computed the chunks; None for the published code.
+        policy: which computed the chunks; None: the published code.
     """
     p50, p95, p99 = np.percentile(np.asarray(measured.seconds) * 1e3, [50, 95, 99])
     summary: dict[str, Any] = {
@@ -130,7 +130,7 @@ def summarize_errors(measured: ChunkErrors, tolerance: float | None) -> dict[str
     """Summarise the errors and costs of many chunks.
 
     Args:
-        tolerance: of the sampler, see :func:`asked_error`; the chunks above ten times the tolerance are counted.
+        tolerance: of the sampler (``asked_error``); chunks above ten times the tolerance are counted.
     """
     summary: dict[str, Any] = {
         "chunks": len(measured.errors),
@@ -185,5 +185,5 @@ def compare_to_baseline(row: dict[str, Any], baseline: dict[str, Any], name: str
 
 
 def _mean_p95(values: Sequence[int]) -> dict[str, float]:
-    values = values or [0]  # where every episode failed before its first chunk
+    values = values or [0]  # if every episode failed before its first chunk
     return {"mean": float(np.mean(values)), "p95": float(np.percentile(values, 95))}

@@ -1,4 +1,4 @@
-"""Closed-loop episodes, many at a time. Batching does not change the chunk that an environment gets."""
+"""Closed-loop episodes, many at a time. Batching does not change an environment's chunks."""
 
 import dataclasses
 import gc
@@ -32,7 +32,7 @@ class EpisodeRecord:
         seams: distance from the last action of a chunk to the first of the next, one per chunk except the first.
         motion: mean distance between successive actions inside a chunk, one per chunk with two actions or more.
         jerk: norms of the third differences of the executed actions.
-        charged: simulated latency, seconds, one per chunk that was begun, also of one that the episode's end cut off.
+        charged: simulated latency, seconds, one per chunk that was begun, including one cut off by the episode's end.
         error: why the episode was aborted; None if it was not.
     """
 
@@ -50,11 +50,11 @@ class EpisodeRecord:
     error: str | None = None
 
     def fail(self, error: str) -> None:
-        """The episode is aborted, which counts as a failure."""
+        """Mark the episode as aborted; it counts as a failure."""
         self.success, self.error = False, f"{error}, after {len(self.rewards)} control steps"
 
     def measure(self, actions: Sequence[np.ndarray], chunks: Sequence[int]) -> None:
-        """Record how smooth the executed actions (Da,) were, given the number of the chunk that each is from."""
+        """Record the smoothness of the executed actions (Da,), given the number of each action's chunk."""
         stacked = np.array(actions, np.float64)
         self.seams, self.motion = seam_jumps(stacked, chunks), chunk_motion(stacked, chunks)
         self.jerk = jerks(stacked)
@@ -79,8 +79,8 @@ class _Slot:
     def begin(self, seed: int, film: bool) -> None:
         self.record, self.film, self.begun = EpisodeRecord(seed), film, False
         self.episode = Episode(self.policy.spec, (self.noise_seed, seed), self.policy.warm_start)
-        self.submitted = np.empty((0, 0))  # actions of this chunk
-        self.executed: list[np.ndarray] = []  # actions of the episode, and the chunk that each is from
+        self.submitted = np.empty((0, 0))  # actions of the present chunk
+        self.executed: list[np.ndarray] = []  # actions of the episode, and their chunks' numbers
         self.chunks: list[int] = []
         self.env.submit(reset, seed, film)
 
@@ -94,13 +94,13 @@ class _Slot:
         self.env.submit(execute, chunk.actions, self.film)
 
     def receive(self) -> bool:
-        """Record the outcome of the last request; True when the episode is over."""
+        """Record the outcome of the last request; True if the episode is over."""
         transitions = self.env.receive()
         for transition in transitions:
             try:
                 self.episode.push(transition.observation)
             except ObservationError as error:
-                raise EnvFailed(f"the environment does not give what the policy observes: {error}") from error
+                raise EnvFailed(f"the environment does not give the policy's observations: {error}") from error
             if transition.frame is not None:
                 self.record.frames.append(transition.frame)
             if self.begun:
@@ -132,8 +132,8 @@ def rollout(
 ) -> Iterator[EpisodeRecord]:
     """Run one episode per seed with a receding horizon, and yield each as it ends.
 
-    All waiting environments share one ``predict`` call. An episode depends on its seed and ``noise_seed`` only, not
-    on ``num_envs``. With ``policy.warm_start`` every chunk except an episode's first starts from the one before.
+    All waiting environments share one ``predict`` call. An episode depends only on its seed and ``noise_seed``, not on
+    ``num_envs``. With ``policy.warm_start`` every chunk except an episode's first starts from the previous one.
 
     Args:
         policy: runs with ``reproducible=True``.
@@ -148,8 +148,8 @@ def rollout(
         timeout: seconds that an environment may take for the steps of one chunk, or for its start; needs
             ``processes``. None: no limit.
 
-    An environment that fails costs its episode, which ends without success and has an ``error``: one that raises an
-    error, gives numbers that are not finite, takes too long, or dies twice. The others go on.
+    If an environment fails, its episode ends without success and has an ``error``; the others continue. An environment
+    fails if it raises an error, gives numbers that are not finite, takes too long, or dies twice.
 
     Raises:
         ValueError: ``num_envs`` below 1.
@@ -198,7 +198,7 @@ def rollout(
         for slot in slots:
             slot.env.close()
         slots.clear()
-        gc.collect()  # simulators are in reference cycles, whose native memory Python does not count
+        gc.collect()  # simulators are in reference cycles, and Python does not count their native memory
 
 
 def _predict(policy: Policy, slots: Sequence[_Slot]) -> None:

@@ -1,4 +1,4 @@
-"""A run's folder: its results, and what is needed to continue after an interruption."""
+"""A run's folder: its results, and the data needed to continue after an interruption."""
 
 import hashlib
 import json
@@ -16,28 +16,28 @@ from parapolicy.evaluate.run.rollout import EpisodeRecord
 from parapolicy.files import seal, unseal, write_whole
 from parapolicy.observation import stack_observations
 
-MAX_NAME = 100  # characters of a folder's
+MAX_NAME = 100  # characters of a folder's name
 LISTS = ("rewards", "rounds", "evaluations", "seams", "motion", "jerk")  # fields of an EpisodeRecord in episodes.jsonl
 
 
-FORMAT = 2  # of a folder whose records all have one
-NEUTRAL = {"env_timeout_s"}  # settings that results do not depend on
+FORMAT = 2  # all records of a folder of this format have a digest
+NEUTRAL = {"env_timeout_s"}  # settings that do not change results
 OTHER_FOLDER = "choose another folder (hydra.run.dir), or delete this one"
 
 
 class RunFolder:
-    """Results of one configuration; an episode is on disk as soon as it ends.
+    """Results of one configuration. An episode is written to disk as soon as it ends.
 
     ``run.json`` describes the run, ``episodes.jsonl`` has a line per sampler and episode, ``observations/`` has the
     observations of the first sampler's episodes, and ``results.json``, written last, has the summary. Every record has
-    its own digest, so that what was damaged is refused.
+    a digest, so that damaged records are refused.
 
     Args:
         path: created if missing.
         description: of the run, with its ``config`` and the ``checkpoint_digest`` of its policy.
 
     Raises:
-        ValueError: the folder holds a run of another configuration or checkpoint, or is damaged.
+        ValueError: the folder has a run of another configuration or checkpoint, or is damaged.
     """
 
     def __init__(self, path: Path, description: Mapping[str, Any]) -> None:
@@ -47,18 +47,18 @@ class RunFolder:
         if about is None:
             for name in ("results.json", "episodes.jsonl"):
                 if (path / name).exists():
-                    raise ValueError(f"{path} has {name}, but no run.json that says of which run; {OTHER_FOLDER}")
+                    raise ValueError(f"{path} has {name}, but no run.json that describes its run; {OTHER_FOLDER}")
             write_whole(path / "run.json", seal({"format": FORMAT, **description}, indent=2))
             return
         here, new = about["config"], json.loads(json.dumps(description["config"]))
         differing = sorted(key for key in (here.keys() | new.keys()) - NEUTRAL if here.get(key) != new.get(key))
         if differing:
-            raise ValueError(f"{path} holds a run with another {', '.join(differing)}; {OTHER_FOLDER}")
+            raise ValueError(f"{path} has a run with another {', '.join(differing)}; {OTHER_FOLDER}")
         weights = about.get("checkpoint_digest")  # older folders have none
         if weights is not None and weights != description.get("checkpoint_digest"):
             raise ValueError(
-                f"{path} holds a run of another checkpoint: the one at {new.get('checkpoint')!r} was replaced since; "
-                f"put the old one back, {OTHER_FOLDER}"
+                f"{path} has a run of another checkpoint: the one at {new.get('checkpoint')!r} was replaced since; "
+                f"restore the old one, {OTHER_FOLDER}"
             )
 
     def results(self) -> dict[str, Any] | None:
@@ -70,7 +70,7 @@ class RunFolder:
         write_whole(self.path / "results.json", seal({"format": FORMAT, **results}, indent=2))
 
     def note_progress(self, label: str, part: float) -> None:
-        """Write which share of a sampler's episodes is done, 0 to 1; the bar of a sweep reads it."""
+        """Write the finished share of a sampler's episodes, 0 to 1, for the progress bar of a sweep."""
         self._progress[label] = part
         (self.path / "progress.json").write_text(json.dumps(self._progress))
 
@@ -80,7 +80,7 @@ class RunFolder:
             lines.write(seal(row))
 
     def save_episode(self, label: str, episode: EpisodeRecord, row: Mapping[str, Any], observations: bool) -> None:
-        """Write an episode that has ended; its observations first, so that an episode on disk is complete."""
+        """Write a finished episode: its observations first, so that an episode on disk is complete."""
         if observations and episode.observations:
             path = self._observations(episode.seed)
             path.parent.mkdir(exist_ok=True)
@@ -91,21 +91,23 @@ class RunFolder:
         self.append("episodes.jsonl", {"sampler": label, **row, **lists})
 
     def save_video(self, label: str, seed: int, frames: Sequence[np.ndarray], fps: int) -> None:
-        """Write an episode's frames (H, W, 3), uint8, as an mp4 at the environment's own pace; if that works."""
+        """Write an episode's frames (H, W, 3), uint8, as an mp4 at ``fps``. If that fails, warn and continue."""
         path = self.video(label, seed)
         part = path.with_suffix(".part.mp4")
         try:
             path.parent.mkdir(parents=True, exist_ok=True)
             imageio.mimwrite(part, list(frames), fps=fps)
             part.replace(path)
-        except Exception as error:  # of many kinds: no ffmpeg, one that dies, a full disk
+        except Exception as error:  # many kinds: no ffmpeg, ffmpeg fails, a full disk
             part.unlink(missing_ok=True)
             if not self._told:
-                tqdm.write(f"there are no videos, the run goes on without: {error}; install ffmpeg, or set videos=0")
+                tqdm.write(
+                    f"videos cannot be written, the run continues without: {error}; install ffmpeg, or set videos=0"
+                )
             self._told = True
 
     def video(self, label: str, seed: int) -> Path:
-        """Where an episode's video is, if it was filmed."""
+        """The path of an episode's video, if it was filmed."""
         return self.path / "videos" / f"{label}_{seed}.mp4"
 
     def load_episodes(self, label: str) -> list[tuple[EpisodeRecord, dict[str, Any]]]:
@@ -127,7 +129,7 @@ class RunFolder:
                     **lists,
                 )
                 found[episode.seed] = episode, row
-        if path.is_file() and path.read_bytes()[-1:] not in (b"", b"\n"):  # separate a truncated line from the next one
+        if path.is_file() and path.read_bytes()[-1:] not in (b"", b"\n"):  # end a truncated line before appending
             with path.open("a") as lines:
                 lines.write("\n")
         return list(found.values())
@@ -142,7 +144,7 @@ class RunFolder:
         if not path.is_file() or hashlib.sha256(path.read_bytes()).hexdigest() != expected:
             raise ValueError(
                 f"{path} is damaged or missing; delete the line of seed {row['seed']} and sampler {row['sampler']!r} "
-                f"from {self.path / 'episodes.jsonl'}, and the episode is run again"
+                f"from {self.path / 'episodes.jsonl'}, and the same command runs the episode again"
             )
         return read_observations(path)
 
@@ -168,12 +170,12 @@ def read_results(folder: Path) -> dict[str, Any] | None:
     Raises:
         ValueError: it is damaged.
     """
-    path, way_out = folder / "results.json", "delete it, and the same run writes it again from episodes.jsonl"
+    path, way_out = folder / "results.json", "delete it, and the same command writes it again from episodes.jsonl"
     if not path.is_file():
         return None
     results = unseal(path.read_bytes(), str(path), way_out, _is_sealed(folder))
     if results.pop("format", None) and read_about(folder) is None:
-        raise ValueError(f"{path} has no run.json beside it, which says of which run it is; copy that, too")
+        raise ValueError(f"{path} has no run.json beside it, which describes its run; copy that too")
     if not isinstance(results.get("samplers"), dict):
         raise ValueError(f"{path} is damaged: it has no samplers; {way_out}")
     return results
@@ -183,7 +185,7 @@ def read_episodes(folder: Path) -> list[dict[str, Any]]:
     """The records of a run's ``episodes.jsonl``, all samplers. A line that an interruption truncated is skipped.
 
     Raises:
-        ValueError: a line is whole, but not what was written.
+        ValueError: a complete line is damaged.
     """
     path, sealed = folder / "episodes.jsonl", _is_sealed(folder)
     records = []
@@ -191,13 +193,13 @@ def read_episodes(folder: Path) -> list[dict[str, Any]]:
         where = f"{path}, line {number}"
         try:
             json.loads(line)
-        except (ValueError, RecursionError):  # its episode is run again
+        except (ValueError, RecursionError):  # truncated; the episode is run again
             continue
         row = unseal(line, where, way_out := "delete this line, and its episode is run again", sealed)
         lists = [row.get(name, []) for name in LISTS]
         whole = isinstance(row.get("seed"), int) and isinstance(row.get("success"), bool) and "sampler" in row
         if not whole or not all(isinstance(values, list) for values in lists):
-            raise ValueError(f"{where} is no episode's record; {way_out}")
+            raise ValueError(f"{where} is not an episode's record; {way_out}")
         records.append(row)
     return records
 
@@ -214,12 +216,12 @@ def read_observations(path: Path) -> list[dict[str, np.ndarray]]:
         with np.load(path, allow_pickle=False) as stacked:
             arrays = dict(stacked)
         return [{key: value[i] for key, value in arrays.items()} for i in range(len(next(iter(arrays.values()))))]
-    except Exception as error:  # of many kinds: numpy's, zipfile's, zlib's
+    except Exception as error:  # many kinds: from numpy, zipfile or zlib
         raise ValueError(f"{path} is damaged ({error}); delete this run's folder and run it again") from error
 
 
 def job_folder(overrides: str) -> str:
-    """The name of a sweep's job's folder, from its overrides: the same in a sweep of more or of other jobs."""
+    """The name of a job's folder in a sweep, from its overrides: independent of the sweep's other jobs."""
     name = re.sub(r"[^\w.=,+-]+", "_", overrides, flags=re.ASCII)
     if name == overrides and 0 < len(name) <= MAX_NAME:
         return name
@@ -233,7 +235,7 @@ def note_failure(folder: Path, job: Callable[[], Any]) -> None:
         job()
     except Exception:
         note.write_text(traceback.format_exc())
-        print(f"this job failed; the others go on: {note}")
+        print(f"this job failed; the others continue: {note}")
     else:
         note.unlink(missing_ok=True)
 

@@ -19,7 +19,7 @@ from parapolicy.observation import copy_observation
 from parapolicy.policy import Chunk, Policy
 from parapolicy.spec import PolicySpec
 
-# (episode's seed, chunk) -> seconds. Chunks that were not recorded in an episode: (None, line in the file).
+# (episode's seed, chunk) -> seconds. Times without an episode have the key (None, line in the file).
 Trace = Mapping[tuple[int | None, int], float]
 TRACE_LINE = '{"seconds": …}, and besides "sampler", or "seed" and "chunk"'
 
@@ -42,12 +42,12 @@ class SimulatedLatency:
     def parse(cls, text: str) -> "SimulatedLatency":
         """From ``none``, ``measured``, ``fixed:80ms`` (or ``fixed:0.08s``), or ``trace:FILE``.
 
-        A trace has one JSON object per line, ``{"sampler": …, "seed": …, "chunk": …, "seconds": …}``, as a run with
-        simulated latency writes it to ``chunks.jsonl``. ``{"seconds": …}`` is enough: times without a sampler are for
-        all that have none of their own, those without seed and chunk are drawn in any order.
+        A trace has one JSON object per line, ``{"sampler": …, "seed": …, "chunk": …, "seconds": …}``, as in the
+        ``chunks.jsonl`` of a run with simulated latency. ``{"seconds": …}`` is enough: times without a sampler are for
+        all samplers that have none; times without seed and chunk are drawn in any order.
 
         Raises:
-            ValueError: any other text, or a file that is not a trace.
+            ValueError: another text, or a file that is not a trace.
         """
         kind, _, value = text.partition(":")
         if text == "none":
@@ -100,19 +100,19 @@ def _read_trace(path: Path) -> dict[str | None, dict[tuple[int | None, int], flo
         raise ValueError(f"there is no latency trace {str(path)!r}")
     for number, line in enumerate(path.read_text().splitlines(), 1):
         try:
-            row = unseal(line, "the line", "run the run that it is from again")
+            row = unseal(line, "the line", "run again to record it")
             if unknown := sorted(row.keys() - {"sampler", "seed", "chunk", "seconds"}):
                 raise ValueError(f"unknown {', '.join(unknown)}")
             seconds = float(row["seconds"])
             if not 0 <= seconds < float("inf"):
-                raise ValueError(f"seconds is {seconds}, which must be a number and must not be negative")
+                raise ValueError(f"seconds is {seconds}, expected a number of at least 0")
             recorded = "seed" in row or "chunk" in row
             key = (int(row["seed"]), int(row["chunk"])) if recorded else (None, number)
             sampler = str(row["sampler"]) if "sampler" in row else None
         except (ValueError, KeyError, TypeError) as error:
             missing = "no " if isinstance(error, KeyError) else ""
             raise ValueError(f"{path}, line {number}: expected {TRACE_LINE}: {missing}{error}") from None
-        trace.setdefault(sampler, {})[key] = seconds  # a run that was interrupted may have an episode's chunks twice
+        trace.setdefault(sampler, {})[key] = seconds  # an interrupted run may have an episode's chunks twice
     if not trace:
         raise ValueError(f"the latency trace {str(path)!r} is empty")
     return trace
@@ -120,7 +120,7 @@ def _read_trace(path: Path) -> dict[str | None, dict[tuple[int | None, int], flo
 
 @dataclasses.dataclass
 class _ClockedPolicy:
-    """A policy whose inference time passes on the clock; it records its observations."""
+    """A policy whose inference time passes on the clock. It records its observations."""
 
     policy: Policy
     clock: SimulatedClock
@@ -150,21 +150,21 @@ def run_with_latency(
     view: Watcher | None = None,
     seam: str = "none",
 ) -> Iterator[tuple[EpisodeRecord, ControlRecord]]:
-    """Run one episode per seed, one after the other, by a :class:`parapolicy.Controller` on simulated time.
+    """Run one episode per seed, one after the other, with a :class:`parapolicy.Controller` on simulated time.
 
     Args:
         policy: runs at batch 1, with its ``warm_start``.
         label: of its sampler, used by traces.
         make_env: builds an environment that runs on the clock (:class:`envs.inference_delay.InferenceDelay`).
         seeds: of the episodes' initial states.
-        latency: of each chunk. With ``measured``, results differ from run to run, and other load on the machine counts;
-            the other kinds repeat exactly.
+        latency: of each chunk. With ``measured``, results differ from run to run and depend on other load on the
+            machine; the other kinds repeat exactly.
         asynchronous: compute the next chunk during the execution of the current one.
         noise_seed: of the sampling noise.
         record: seeds whose episodes are filmed.
         log: called with the controller's record of each action, and the episode's seed under ``episode``.
         progress: called with the number of control steps since the last call.
-        view: is told of each control step.
+        view: gets each control step.
         seam: how chunks are joined; see :class:`parapolicy.control.seam.Seam`.
     """
     episode = EpisodeRecord(0)  # the running one
@@ -192,7 +192,7 @@ def run_with_latency(
         executor=clock if asynchronous else None,
         seam=seam,
     )
-    executed: list[tuple[np.ndarray, int]] = []  # actions, and the chunk that each is from
+    executed: list[tuple[np.ndarray, int]] = []  # actions, and their chunks' numbers
     try:
         for seed in seeds:
             executed.clear()
@@ -200,7 +200,7 @@ def run_with_latency(
             show = _watcher(view, label, seed, env, controller, newest)
             try:
                 (first,) = attempt(env, reset, seed, seed in record)
-                controller.reset((noise_seed, seed))  # rollout() draws the same noise for this episode
+                controller.reset((noise_seed, seed))  # the noise that rollout() draws for this episode
                 clocked.observations = episode.observations
                 _run_episode(controller, env, first, episode, progress, show)
                 if view is not None and episode.rewards:
@@ -221,7 +221,7 @@ def run_with_latency(
 def _watcher(
     view: Watcher | None, label: str, seed: int, env: gymnasium.Env, controller: Controller, newest: Mapping[str, Any]
 ) -> Callable[[EpisodeRecord], Any]:
-    """A function that tells the view of the newest control step; without a view, it does nothing."""
+    """A function that passes the newest control step to the view; without a view, it does nothing."""
     if view is None:
         return lambda episode: None
     view.begin(label, seed)

@@ -17,8 +17,8 @@ class Variant:
 
     Attributes:
         policy: the weights with this sampler and schedule.
-        asynchronous: each chunk is computed during the execution of the one before.
-        latency: simulated in closed loop, as :meth:`SimulatedLatency.parse` takes it.
+        asynchronous: each chunk is computed during the execution of the previous one.
+        latency: simulated in closed loop, as text for :meth:`SimulatedLatency.parse`.
         seam: how chunks are joined; see :class:`parapolicy.control.seam.Seam`.
     """
 
@@ -29,7 +29,7 @@ class Variant:
 
     @property
     def needs_controller(self) -> bool:
-        """More than chunk after chunk, each executed as it is."""
+        """Whether chunks are not simply executed one after the other."""
         return self.latency != "none" or self.asynchronous or self.seam != "none"
 
 
@@ -45,10 +45,10 @@ def build_variants(
     Args:
         policy: the weights, with their own schedule.
         entries: sampler names, or mappings with ``name`` and, optionally, ``label``, ``warm: true`` to start each chunk
-            from the one before, ``control``, ``latency`` and ``seam`` of this entry, the sampler's parameters, and
+            from the previous one, ``control``, ``latency`` and ``seam`` of this entry, the sampler's parameters, and
             settings of :func:`parapolicy.schedule.make_schedule`.
         control: ``sync`` or ``async``, for entries without their own.
-        latency: simulated, for entries without their own.
+        latency: simulated latency, for entries without their own.
         seam: how chunks are joined, for entries without their own.
 
     Raises:
@@ -70,10 +70,12 @@ def build_variants(
             raise ValueError(f"control is {loop!r}, expected sync or async")
         joined = parameters.pop("seam", seam)
         SimulatedLatency.parse(simulated)  # raises an error before the first episode
-        Seam(joined, policy.spec, loop == "async")  # likewise
+        Seam(joined, policy.spec, loop == "async")  # also raises
         schedule = {key: parameters.pop(key) for key in SCHEDULE_SETTINGS if key in parameters}
         if label in variants or not label or "/" in label:
-            raise ValueError(f"label is {label!r}, expected a file name that no other entry has; set label: to one")
+            raise ValueError(
+                f"label is {label!r}, expected a file name unique among the entries; set the entry's label"
+            )
         base = policy.with_schedule(**schedule) if schedule else policy
         sampled = dataclasses.replace(base.with_sampler(name, **parameters), warm_start=bool(warm))
         variants[label] = Variant(sampled, loop == "async", simulated, joined)
@@ -86,6 +88,6 @@ def entry_label(entry: str | Mapping[str, Any]) -> str:
 
 
 def find_baseline(policies: Mapping[str, Policy]) -> str | None:
-    """Label of the sampler to compare with: sequential, with the most steps; the first of several."""
+    """Label of the sampler to compare with: the first sequential one with the most steps."""
     sequential = [label for label, policy in policies.items() if policy.sampler.is_reference]
     return max(sequential, key=lambda label: len(policies[label].schedule), default=None)

@@ -24,11 +24,11 @@ class View:
 
     Args:
         target: ``web`` serves a page for the browser during the run, ``spawn`` opens rerun's own window, and a name
-            that ends in .rrd writes a file, which ``rerun FILE`` shows.
-        cameras: observation keys of the policy that are images, each of which has a panel beside the scene.
+            that ends in .rrd writes a file for ``rerun FILE``.
+        cameras: observation keys of the policy that are images; each has a panel beside the scene.
 
     Raises:
-        ValueError: another target, or rerun is not installed.
+        ValueError: an unknown target, or rerun is not installed.
     """
 
     def __init__(self, target: str, cameras: Sequence[str] = ()) -> None:
@@ -38,7 +38,7 @@ class View:
             import rerun as rr
             import rerun.blueprint as rrb
         except ImportError as error:
-            raise ValueError("watch needs rerun; pip install 'parapolicy[watch]'") from error
+            raise ValueError("rerun is not installed; pip install 'parapolicy[watch]'") from error
         self._rr = rr
         panels = rrb.Vertical(
             rrb.TimeSeriesView(origin="latency", name="chunk latency, ms"),
@@ -80,14 +80,14 @@ class View:
         reward: float | None,
         seen: Mapping[str, Any],
     ) -> None:
-        """Show one control step: the scene before it, the rest of the chunk and what it was computed from, and the cost
-        of the action; see :class:`parapolicy.evaluate.run.watchers.Watcher`.
+        """Show one control step: the scene before it, the rest of the chunk and its observation, and the cost of the
+        action; see :class:`parapolicy.evaluate.run.watchers.Watcher`.
 
         Raises:
-            ValueError: the environment does not say where actions are in its picture.
+            ValueError: the environment has no ``to_frame``.
         """
         if not hasattr(env, "to_frame"):
-            raise ValueError(f"{type(env).__name__} has no to_frame(actions), which watching in rerun needs")
+            raise ValueError(f"{type(env).__name__} has no to_frame(actions), which rerun needs; take watch=FILE.mcap")
         rr = self._rr
         self._time += 1 / controller.control_hz
         rr.set_time("time", duration=self._time)
@@ -113,9 +113,9 @@ class View:
         self._rr.log("reward/step", self._rr.Scalars(reward))
 
     def close(self) -> None:
-        """Nothing: what rerun shows stays there, and its file is whole, when the process ends."""
+        """Do nothing: rerun's view stays, and its file is complete, when the process ends."""
 
 
 def _side_by_side(frames: np.ndarray) -> np.ndarray:
-    """A policy's frames (To, …) as one picture (H, To W, C) uint8, the oldest left."""
+    """A policy's frames (To, …) as one image (H, To W, C) uint8, the oldest on the left."""
     return np.concatenate(list(to_pixels(frames)), axis=1)

@@ -10,10 +10,10 @@ from parapolicy.control.mcap_log import McapLog
 
 
 class McapWatcher:
-    """Logs control steps; where the environment draws its actions (``to_frame``), also the scene and the chunk in it.
+    """Logs control steps and, if the environment has ``to_frame``, the scene with the chunk in it.
 
     Args:
-        path: of the file, which is replaced.
+        path: of the file; an existing file is replaced.
 
     Raises:
         ValueError: mcap is not installed, or the file cannot be written.

@@ -1,4 +1,4 @@
-"""What shows or logs the control steps of a run, by the setting ``watch``."""
+"""Watchers, which show or log the control steps of a run; chosen by the setting ``watch``."""
 
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -10,29 +10,29 @@ from parapolicy.evaluate.run.watch_mcap import McapWatcher
 
 
 class Watcher(Protocol):
-    """Told of every control step of a run."""
+    """Gets every control step of a run."""
 
     def begin(self, label: str, seed: int) -> None:
-        """An episode of a sampler begins."""
+        """Called when an episode of a sampler begins."""
 
     def step(
         self, env: Any, controller: Controller, row: Mapping[str, Any], reward: float | None, seen: Mapping[str, Any]
     ) -> None:
-        """One control step.
+        """Called for each control step.
 
         Args:
             env: before the step.
             controller: after it chose the action.
             row: the controller's log of the action.
             reward: of the previous step; None at an episode's first.
-            seen: {key: (To, …)}, what the action's chunk was computed from.
+            seen: {key: (To, …)}, the observation of the action's chunk.
         """
 
     def end(self, controller: Controller, reward: float) -> None:
-        """An episode has ended, with the reward of its last step."""
+        """Called when an episode has ended, with the reward of its last step."""
 
     def close(self) -> None:
-        """The run's episodes have ended."""
+        """Called when the run's episodes have ended."""
 
 
 @contextmanager
@@ -44,7 +44,7 @@ def open_watcher(target: str | None, cameras: Sequence[str]) -> Iterator[Watcher
         cameras: observation keys of the policy that are images.
 
     Raises:
-        ValueError: another target, or its library is not installed.
+        ValueError: an unknown target, or its library is not installed.
     """
     if not target:
         yield None

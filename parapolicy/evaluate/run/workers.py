@@ -1,4 +1,4 @@
-"""Environments in this process or in worker processes. What goes wrong in one costs only the episode that runs in it.
+"""Environments in this process or in worker processes. A failure in one costs only the episode that runs in it.
 
 gymnasium's ``AsyncVectorEnv`` steps all its environments together and fails when one of them dies. Here each
 environment has its own process and pipe. A process that dies closes its pipe, so nothing waits for it forever.
@@ -64,18 +64,18 @@ def _frame(env: gymnasium.Env, film: bool) -> np.ndarray | None:
         return None
     try:
         return np.asarray(env.render())
-    except Exception as error:  # of many kinds: GL's, the simulator's
-        warnings.warn(f"the environment gives no pictures, the run goes on without: {error}", stacklevel=2)
+    except Exception as error:  # many kinds: from GL or the simulator
+        warnings.warn(f"the environment cannot render, the run continues without pictures: {error}", stacklevel=2)
         return None
 
 
 def _check(observation: Mapping[str, Any], reward: float) -> None:
     if not np.isfinite(reward):
-        raise ValueError(f"its reward is {reward}")
+        raise ValueError(f"its reward is {reward}, expected a finite number")
     for key, value in observation.items():
         value = np.asarray(value)
         if value.dtype.kind == "f" and not np.isfinite(value).all():
-            raise ValueError(f"its observation {key!r} holds {value[~np.isfinite(value)][0]}")
+            raise ValueError(f"its observation {key!r} holds {value[~np.isfinite(value)][0]}, expected finite numbers")
 
 
 class EnvFailed(RuntimeError):
@@ -87,7 +87,7 @@ class WorkerDied(EnvFailed):
 
 
 def attempt(env: gymnasium.Env, function: Callable[..., list[Transition]], *arguments: Any) -> list[Transition]:
-    """``function(env, *arguments)``.
+    """Return ``function(env, *arguments)``.
 
     Raises:
         EnvFailed: the environment raised an error.
@@ -99,7 +99,7 @@ def attempt(env: gymnasium.Env, function: Callable[..., list[Transition]], *argu
 
 
 def close(env: gymnasium.Env) -> None:
-    """Close an environment; one that has failed may not be able to."""
+    """Close an environment, and ignore errors of one that has failed."""
     with contextlib.suppress(Exception):
         env.close()
 
@@ -116,7 +116,7 @@ class EnvHandle(Protocol):
         Raises:
             EnvFailed: the environment failed.
             WorkerDied: the process ended before it answered.
-            Exception: what building the environment raised.
+            Exception: any error of building the environment.
         """
 
     def close(self) -> None:
@@ -210,13 +210,13 @@ def _serve(pipe: Connection, pickled: bytes) -> None:
         except (BrokenPipeError, ConnectionResetError):
             break
         except Exception as error:  # a result that cannot be pickled
-            pipe.send(("failed", f"the environment gave what cannot be sent: {error}"))
+            pipe.send(("failed", f"the environment's result cannot be pickled: {error}"))
     if env is not None:
         env.close()
 
 
 def _sendable(error: Exception) -> Exception:
-    """The error, or one like it, where it cannot be pickled and back."""
+    """The error, or a RuntimeError with its text if it cannot be pickled."""
     try:
         return error if isinstance(pickle.loads(pickle.dumps(error)), type(error)) else RuntimeError(str(error))
     except Exception:
