@@ -239,7 +239,7 @@ def test_the_program_in_c_samples_the_same_chunks(tmp_path: Path) -> None:
 
     (tmp_path / "plan").write_bytes((tmp_path / "plan").read_bytes()[:-64])
     done = subprocess.run(names, capture_output=True, text=True, timeout=600)
-    assert (done.returncode, done.stderr) == (1, "error: the plan file is damaged; export it anew\n")
+    assert (done.returncode, done.stderr) == (1, "error: the plan file is damaged; export it again\n")
 
 
 ARM_COMPILER, ARM_EMULATOR = "aarch64-linux-gnu-g++", "qemu-aarch64"

@@ -1,7 +1,7 @@
 // A policy in a control loop of 1 kHz, without Python: push_t PLAN OBSERVATIONS CHUNKS [NOISE]
 //
-// PLAN is what ``parapolicy export`` wrote; the other files are float32. OBSERVATIONS holds one observation per control
-// step, as a robot would measure them, CHUNKS receives every sampled trajectory, and NOISE may hold each chunk's noise.
+// PLAN is a file of ``parapolicy export``; the other files are float32. OBSERVATIONS holds one observation per control
+// step, as a robot would measure it. CHUNKS receives every sampled trajectory. NOISE may hold each chunk's noise.
 #include <algorithm>
 #include <chrono>
 #include <cstdio>
@@ -41,7 +41,7 @@ int main(int count, char** arguments) {
     std::normal_distribution<float> normal;
     const int64_t control_steps = observations.size() / size.observed, per_step = 1000 / size.control_hz;
 
-    // One chunk, in a thread of its own: the loop goes on with the chunk before.
+    // Sample one chunk in its own thread; meanwhile the loop continues with the previous chunk.
     const auto sample = [&](Floats observation, Floats noise) {
         Floats trajectory(size.horizon * size.action_dim);
         check(parapolicy_sample(policy, observation.data(), noise.data(), nullptr, trajectory.data(), nullptr));
@@ -62,7 +62,7 @@ int main(int count, char** arguments) {
         const int64_t step = tick / per_step;
         if (tick % per_step == 0 && step % size.action_steps == 0 && !next.valid()) {
             Floats observation, noise(size.noise);
-            for (int64_t i = size.obs_steps - 1; i >= 0; i--) {  // before the first step, the first
+            for (int64_t i = size.obs_steps - 1; i >= 0; i--) {  // the first step is repeated for those before it
                 const auto at = observations.begin() + std::max<int64_t>(step - i, 0) * size.observed;
                 observation.insert(observation.end(), at, at + size.observed);
             }
@@ -73,13 +73,13 @@ int main(int count, char** arguments) {
             next = std::async(std::launch::async, sample, observation, noise), asked_at = step;
         }
         if (next.valid() && (chunk.empty() || next.wait_for(std::chrono::seconds(0)) == std::future_status::ready))
-            take();  // the first one is waited for
+            take();  // waits for the first chunk
         const int64_t index = size.first_action + step - begun_at;
         held += index >= size.horizon;
         const float* action = &chunk[std::min(index, size.horizon - 1) * size.action_dim];
         (void)action;  // to the robot's servos
     }
-    if (next.valid()) take();  // which still reads the policy
+    if (next.valid()) take();  // its thread still reads the policy
     std::printf("%lld chunks; %lld ticks of 1 ms, %lld late, %lld without an action\n", (long long)sampled,
                 (long long)(control_steps * per_step), (long long)late, (long long)held);
     parapolicy_free(policy);

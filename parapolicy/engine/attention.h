@@ -1,4 +1,4 @@
-// What a transformer does between its products: LayerNorm, and attention over few tokens. Tokens are positions.
+// A transformer's operations between its products: LayerNorm, and attention over few tokens. Tokens are positions.
 #pragma once
 #include <algorithm>
 #include <cmath>
@@ -6,15 +6,15 @@
 #include "fused.h"
 #include "vectors.h"
 
-// Hidden: two libraries in one process, built with other flags, would share what templates keep.
+// Hidden: two libraries in one process, built with different flags, must not share template instances.
 namespace parapolicy __attribute__((visibility("hidden"))) {
 
-constexpr int64_t MOST_KEYS = 64, KEY_ROOM = 16;  // tokens that are attended to, filled up to the widest vector
+constexpr int64_t MOST_KEYS = 64, KEY_ROOM = 16;  // attended tokens, and the multiple to which they are padded
 
-// Two copies of a layer's target: as what reads it takes it.
+// The two forms of a layer's target, float32 and bfloat16.
 struct Target {
-    float* exact;       // null: not read
-    uint16_t* rounded;  // likewise
+    float* exact;       // null: not needed
+    uint16_t* rounded;  // null: not needed
     void write(int64_t at, Vector v) const {
         if (exact) store(exact + at, v);
         if (rounded) store_rounded(rounded + at, v);
@@ -49,9 +49,9 @@ inline int64_t attention_scratch(const Layer& l) {
     return 2 * room * (l.outputs / l.heads) + l.target_length * l.outputs;
 }
 
-// Multi-head attention of one row. ``tokens``: queries, and where there is no memory keys and values behind them, of
-// positions that are ``pitch`` apart; they are written ``target_pitch`` apart. The memory's keys and values are
-// by_step + by_element, (l.memory, 2, l.outputs). A position p attends to the first p + l.seen tokens.
+// Multi-head attention of one row. ``tokens``: queries and, without a memory, keys and values after them, at positions
+// ``pitch`` apart. Results are written ``target_pitch`` apart. The memory's keys and values are by_step + by_element,
+// (l.memory, 2, l.outputs). Position p attends to the first p + l.seen tokens.
 inline void attend(const Layer& l, const float* tokens, int64_t pitch, const float* by_step, const float* by_element,
                    float* scratch, const Target& target, int64_t target_pitch) {
     const int64_t dim = l.outputs, size = dim / l.heads, keys = attended(l);
@@ -79,7 +79,7 @@ inline void attend(const Layer& l, const float* tokens, int64_t pitch, const flo
             }
             for (int64_t j = 0; j < seen; j++) most = std::max(most, weight[j]);
             for (int64_t j = 0; j < seen; j += LANES) {
-                const Vector x = load(weight + j) - most;  // above -88 for the exponential; e^-80 adds nothing
+                const Vector x = load(weight + j) - most;  // clamped below: exponential() needs > -88, e^-80 is negligible
                 store(weight + j, exponential(splat(-80.f) > x ? splat(-80.f) : x));
             }
             for (int64_t j = 0; j < seen; j++) total += weight[j];

@@ -20,7 +20,7 @@ namespace {
 typedef std::chrono::steady_clock Clock;
 typedef std::vector<float> Floats;
 
-// Asked after every round.
+// Whether to stop; called after every round.
 class Stop {
   public:
     explicit Stop(const Job& job) : job(job), begin(Clock::now()) {}
@@ -34,7 +34,7 @@ class Stop {
     const Clock::time_point begin;
 };
 
-// The clean estimate u from the network's output at a state x; may be in the output's place.
+// The clean estimate u from the network's output at a state x; u may be the same array as output.
 void estimate(const Schedule& s, int64_t step, const float* output, const float* x, int64_t size, float* u) {
     const float alpha = s.alpha[step], sigma = s.sigma[step];
     switch (s.prediction) {
@@ -57,7 +57,7 @@ void estimate(const Schedule& s, int64_t step, const float* output, const float*
     const float high = static_cast<float>(s.clip), low = -high, overshoot = s.overshoots ? s.overshoot[step] : 0.f;
 #pragma omp simd
     for (int64_t i = 0; i < size; i++) {
-        const float clean = u[i], bounded = clean < low ? low : clean;  // what is no number stays so
+        const float clean = u[i], bounded = clean < low ? low : clean;  // NaN stays NaN
         const float clipped = bounded > high ? high : bounded;
         u[i] = s.overshoots ? clipped + overshoot * (clean - clipped) : clipped;
     }
@@ -114,14 +114,14 @@ int64_t sequential(const Job& job, const float* noise, int64_t batch, float* x, 
         ends = stop();
     }
     if (taken < s.steps) std::memcpy(x, before.data(), total * sizeof(float));
-    if (u)  // what was never asked is taken to be as the last one
+    if (u)  // steps not reached repeat the last estimate
         for (int64_t b = 0; b < batch; b++)
             for (int64_t j = taken; j < s.steps; j++)
                 std::memcpy(u + (b * s.steps + j) * size, &before[b * size], size * sizeof(float));
     return taken;
 }
 
-// out += table * values, with a table of one number or of one for each value.
+// out += table * values, where the table has one number, or one per value.
 void add_product(float* out, const float* table, int64_t own, const float* values, int64_t size) {
     if (own == 1) {
         const float factor = table[0];
@@ -133,7 +133,7 @@ void add_product(float* out, const float* table, int64_t own, const float* value
     }
 }
 
-// (rows, size) times a matrix (size, size), or the same values where there is none.
+// (rows, size) times a matrix (size, size); a copy if the matrix is null.
 void turn(const float* values, const float* matrix, int64_t rows, int64_t size, float* out) {
     if (!matrix) {
         std::memcpy(out, values, rows * size * sizeof(float));
@@ -142,7 +142,7 @@ void turn(const float* values, const float* matrix, int64_t rows, int64_t size, 
     std::memset(out, 0, rows * size * sizeof(float));
     for (int64_t r = 0; r < rows; r++, values += size, out += size) {
         int64_t k = 0;
-        for (; k + 4 <= size; k += 4) {  // four at a time, to load and store the sums less often
+        for (; k + 4 <= size; k += 4) {  // four at once: fewer loads and stores of the sums
             const float a = values[k], b = values[k + 1], c = values[k + 2], d = values[k + 3];
             const float *of_a = matrix + k * size, *of_b = of_a + size, *of_c = of_b + size, *of_d = of_c + size;
 #pragma omp simd
@@ -153,7 +153,7 @@ void turn(const float* values, const float* matrix, int64_t rows, int64_t size, 
     }
 }
 
-// One sample between its nodes, in modes.
+// One sample's states and estimates at the nodes, in modes.
 class Path {
   public:
     Path(const Job& job, const Nodes& nodes, int64_t element)
@@ -161,7 +161,7 @@ class Path {
           pending(n.count, true), asked(n.count, false), free(n.count * size), v(n.count * size),
           v_asked(n.count * size), d(n.count * size), last_noise(size), final(size, 0.f) {}
 
-    // The states by the noise alone.
+    // Compute the states driven by noise alone.
     void begin(const float* noise, int64_t batch) {
         const int64_t steps = job.schedule->steps;
         Floats plain((steps + 1) * size), z((steps + 1) * size);
@@ -181,7 +181,7 @@ class Path {
 
     bool live() const { return std::find(pending.begin(), pending.end(), true) != pending.end(); }
 
-    // Take the answers u (chosen, size) at the nodes that were chosen, in the network's own numbers.
+    // Take the estimates u (chosen, size) at the chosen nodes, in the network's own numbers.
     void take(const std::vector<int64_t>& chosen, const float* u) {
         Floats turned(size);
         for (size_t i = 0; i < chosen.size(); i++) {
@@ -211,7 +211,7 @@ class Path {
         turn(all.data(), n.transposed, steps, size, u);
     }
 
-    // The nodes to ask next: the first that are pending.
+    // The nodes to ask next: the first pending ones.
     std::vector<int64_t> choose() const {
         std::vector<int64_t> chosen;
         for (int64_t k = 0; k < n.count && static_cast<int64_t>(chosen.size()) < n.window; k++)
@@ -228,10 +228,10 @@ class Path {
     float residual = 0.f;
 
   private:
-    // Where the table's number for number m of a sample at node k stands.
+    // Index in a table of the entry for node k and number m of a sample.
     int64_t at(int64_t k, int64_t m) const { return n.own == 1 ? k : k * n.own + m; }
 
-    // What was never asked holds the mean of the last node that was.
+    // Nodes that were not asked yet hold the mean of the last node that was.
     void hold() {
         int64_t last = n.count - 1;
         while (!asked[last]) last--;
@@ -241,7 +241,7 @@ class Path {
                     d[k * size + m] = n.kept[at(k, m)] * (d[last * size + m] / n.kept[at(last, m)]);
     }
 
-    // States, the sample, and which nodes are asked again.
+    // Update the states, the sample, and the pending nodes.
     void update() {
         v = free;
         for (int64_t k = 0; k < n.count; k++)
@@ -317,7 +317,7 @@ int64_t collocation(const Job& job, const Nodes& nodes, const float* noise, int6
 }  // namespace
 }  // namespace parapolicy
 
-// No exception leaves the library.
+// Exceptions must not leave the library.
 template <typename Function>
 static int64_t guarded(Function function) {
     try {

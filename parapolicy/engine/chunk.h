@@ -1,7 +1,7 @@
-// A whole chunk from its noise: the samplers ``sequential`` and ``collocation`` around the network.
+// A whole chunk from its noise: the samplers ``sequential`` and ``collocation`` over the network.
 //
-// They do what samplers/sequential.py and samplers/collocation.py do, round by round. What is elementwise there is
-// computed here in the same order and without fused multiplications: equal to the bit.
+// They follow samplers/sequential.py and samplers/collocation.py round by round. Elementwise operations have the same
+// order and no fused multiplications, so they are equal to the bit.
 #pragma once
 
 #include <cstdint>
@@ -20,8 +20,8 @@ struct Schedule {
     double clip;
 };
 
-// A schedule between the nodes of collocation; see Tables in samplers/collocation.py. ``own`` numbers of a sample have
-// entries of their own: all of them, or 1 where they are treated alike.
+// A schedule between the nodes of collocation; see Tables in samplers/collocation.py. ``own``: entries per node, one for
+// each number of a sample, or 1 if all numbers are treated alike.
 struct Nodes {
     const int64_t* steps;                      // (count)
     const float *modes, *transposed;           // (size, size), or null
@@ -29,23 +29,23 @@ struct Nodes {
     const float *response;                     // (count, count, own)
     const float *first, *noise;                // (count, own), (count, schedule.steps, own)
     const float* sigma;                        // (count)
-    const float* interpolation;                // (schedule.steps, count, own); null where no estimates are wanted
+    const float* interpolation;                // (schedule.steps, count, own); null if no estimates are needed
     int64_t count, own, window, most;          // most: rounds of one sample
     double settle, state, estimate, last_noise;  // the last three: A, B and S of the last step
 };
 
-// What sampling needs besides the sampler's own tables.
+// The inputs of sampling besides the sampler's own tables.
 struct Job {
     const Network* network;
     const Films* films;
     const Schedule* schedule;
     int64_t max_rows, threads;  // of a network call
-    int32_t (*stop)();          // asked after every round; other than 0 ends sampling; null: never
-    double seconds;             // from the call on until sampling ends with the round at hand; negative: never
-    const float *part, *free;   // (batch, size), of HeldNumbers in hold.py; null where nothing is held
+    int32_t (*stop)();          // called after every round; not 0: end sampling; null: never
+    double seconds;             // after the call, sampling ends with the present round; negative: never
+    const float *part, *free;   // (batch, size), HeldNumbers of hold.py; null: nothing is held
 };
 
-// What a batch's samples cost; each (batch).
+// The costs of a batch's samples; each (batch).
 struct Costs {
     int64_t *rounds, *evaluations;
     int32_t* complete;
@@ -58,16 +58,16 @@ enum Failure : int64_t { NO_MEMORY = -1, BEYOND_TABLE = -2 };
 
 extern "C" {
 
-// FiLM values (batch, films) of conditions (batch, inputs): their Mish times the weights (inputs, films). The same to
-// the bit wherever it is compiled, and for any batch.
+// FiLM values (batch, films) of conditions (batch, inputs): their Mish times the weights (inputs, films). The result is
+// the same to the bit for every compiler and batch size.
 void parapolicy_film_values(const float* weights, const float* conditions, int64_t inputs, int64_t films, int64_t batch,
                             float* values);
 
 // Samples x (batch, size) and estimates u (batch, steps, size), which may be null, from noise (steps + 1, batch, size).
-// Returns how many steps were taken, or a Failure.
+// Returns the number of steps taken, or a Failure.
 int64_t parapolicy_sequential(const parapolicy::Job* job, const float* noise, int64_t batch, float* x, float* u);
 
-// The same by the nodes of collocation. Returns 0, or a Failure.
+// The same with collocation. Returns 0, or a Failure.
 int64_t parapolicy_collocation(const parapolicy::Job* job, const parapolicy::Nodes* nodes, const float* noise,
                                int64_t batch, float* x, float* u, const parapolicy::Costs* costs);
 }

@@ -6,7 +6,7 @@
 #include "fused.h"
 #include "vectors.h"
 
-// Hidden: two libraries in one process, built with other flags, would share what templates keep.
+// Hidden: two libraries in one process, built with different flags, must not share template instances.
 namespace parapolicy __attribute__((visibility("hidden"))) {
 
 // sums[m][0 … V LANES) += inputs[m][0 … words) W, where W's rows are ``pitch`` vectors apart.
@@ -47,8 +47,8 @@ struct Part {
     int64_t row, rows;
 };
 
-// The convolution without what follows: sums (target_length, part.rows, part.channels). ``source``: the activations as
-// they are multiplied, of ``rows`` rows.
+// The convolution's sums (target_length, part.rows, part.channels), without the operations after it. ``source``: the
+// activations in the precision of the products, with ``rows`` rows.
 template <class P>
 void convolve(const Layer& l, const int32_t* source, int64_t rows, const int32_t* weights, const float* values,
               const Part& part, float* sums) {

@@ -91,11 +91,11 @@ const char* parapolicy_message(int32_t code) {
     switch (code) {
         case PARAPOLICY_OK: return "success";
         case PARAPOLICY_NO_FILE: return "the plan file cannot be read";
-        case PARAPOLICY_NO_PLAN: return "this is no plan file; write one by parapolicy export";
-        case PARAPOLICY_OTHER_VERSION: return "the plan file is of another version; export it anew";
-        case PARAPOLICY_DAMAGED: return "the plan file is damaged; export it anew";
+        case PARAPOLICY_NO_PLAN: return "this is not a plan file; write one with parapolicy export";
+        case PARAPOLICY_OTHER_VERSION: return "the plan file has another version; export it again";
+        case PARAPOLICY_DAMAGED: return "the plan file is damaged; export it again";
         case PARAPOLICY_NO_MEMORY: return "there is not enough memory";
-        case PARAPOLICY_BAD_ARGUMENT: return "a pointer is null, or a setting out of range";
+        case PARAPOLICY_BAD_ARGUMENT: return "a pointer is null or a setting is out of range";
         case PARAPOLICY_BAD_OBSERVATION: return "the observation holds a value that is not finite";
         case PARAPOLICY_BAD_RESULT: return "the chunk holds a value that is not finite";
         default: return "unknown code";

@@ -1,13 +1,13 @@
-// The conditional 1-D UNet, or the transformer, of a Diffusion Policy in one call: an interpreter of layers, for few rows
+// The conditional 1-D UNet or the transformer of a Diffusion Policy in one call: an interpreter of layers, for few rows
 // on few cores.
 //
 // A layer is computed in parts: some channels, with all of their groups, of some rows. A part is convolved into sums
-// that stay in a core's cache, then normalised and written. A row's sums are formed in the same order whatever the
-// parts are, so that its result is the same to the bit.
+// that stay in a core's cache, then normalised and written. A row's sums are formed in the same order for every division
+// into parts, so its result is the same to the bit.
 //
-// Threads share a call by blocks of rows, each through all layers, so that a core's activations stay in its cache. A
-// single row is shared layer by layer, and so are few rows of a network whose weights no cache holds: they are read
-// once.
+// Threads share a call by blocks of rows. Each block goes through all layers, so that a core's activations stay in its
+// cache. A single row is shared layer by layer, and so are few rows of a network whose weights fit into no cache: the
+// weights are then read once.
 #include "fused.h"
 
 #include <cmath>
@@ -21,18 +21,18 @@
 namespace parapolicy {
 namespace {
 
-constexpr int64_t PART_ROWS = 16;  // at most: a part's sums stay in a core's cache
-constexpr int64_t BLOCK_ROWS = 8;  // at most: enough to read the weights in the time of their products
-constexpr int64_t CACHED = 32 << 20;  // bytes of weights that the last level of caches may hold
+constexpr int64_t PART_ROWS = 16;  // most rows of a part: its sums stay in a core's cache
+constexpr int64_t BLOCK_ROWS = 8;  // most rows of a block: enough to hide reading the weights behind the products
+constexpr int64_t CACHED = 32 << 20;  // bytes of weights that may fit into the last-level cache
 
-// Memory of a thread's calls, which stays: the system clears what it hands out.
+// Memory of a thread, kept between calls: the system clears memory that it allocates.
 class Memory {
    public:
     float* get(int64_t count) {
         if (count > count_) {
             free();
             at_ = static_cast<float*>(::operator new(count * sizeof(float), std::align_val_t(64)));
-            std::memset(at_, 0, count * sizeof(float));  // here, so that what nobody wrote is no number that is none
+            std::memset(at_, 0, count * sizeof(float));  // padding that is never written must not be NaN
             count_ = count;
         }
         return at_;
@@ -55,7 +55,7 @@ struct Call {
     const int64_t *step, *element;
     int64_t rows;
     float* exact;       // activations
-    uint16_t* rounded;  // the same in bfloat16, as products read them
+    uint16_t* rounded;  // activations in bfloat16, which products read
 };
 
 // values[c] = f of its group's sum, for every channel c of whole groups.
@@ -73,7 +73,7 @@ void by_groups(float* values, int64_t channels, int64_t group, const Function& f
 // GroupNorm of one row's sums as y = scale x + shift by channel. ``pitch``: from a position to the next.
 void normalise(const Layer& l, const float* values, const Part& part, const float* sums, int64_t pitch, float* scale,
                float* shift) {
-    // What follows the outputs is filled up with zeros, and belongs to no group.
+    // Channels after the outputs are padding and belong to no group.
     const int64_t channels = std::min(part.channels, l.outputs - part.channel);
     const float share = 1.f / (l.target_length * l.group);
     const float *weight = values + l.norm + part.channel, *bias = weight + l.outputs;
@@ -101,7 +101,7 @@ void normalise(const Layer& l, const float* values, const Part& part, const floa
     }
 }
 
-// Norm, Mish, FiLM and residual of what convolve gave, into the target. ``scratch``: two floats per channel.
+// Norm, Mish, FiLM and residual of a convolution's sums, into the target. ``scratch``: two floats per channel.
 void finish(const Call& call, const Layer& l, const Part& part, const float* sums, float* scratch) {
     const int64_t rows = call.rows, length = l.target_length, pitch = part.rows * part.channels;
     const int64_t target_pitch = rows * l.target_stride, residual_pitch = rows * l.residual_stride;
@@ -157,7 +157,7 @@ struct Parts {
         ranges = std::min(ranges, std::max<int64_t>(MOST_PARTS / units, 1));
     }
     Part part(const Layer& l, int64_t rows, int64_t i) const {
-        // Ranges of the same channels follow each other, so that they find their weights in the cache.
+        // Ranges of the same channels are consecutive, so that their weights are in the cache.
         const int64_t unit = i / ranges, range = i % ranges, row = range * rows / ranges;
         return {unit * l.unit, l.unit, row, (range + 1) * rows / ranges - row};
     }
@@ -203,7 +203,7 @@ void compute_part(const Call& call, const Layer& l, const Part& part, float* sum
 
 void copy_input(const Call& call, const float* x) {
     const Network& n = call.network;
-    const int64_t width = n.layers[0].source_stride;  // the channels, filled up with zeros
+    const int64_t width = n.layers[0].source_stride;  // the channels, padded with zeros
     for (int64_t p = 0; p < n.length; p++)
         for (int64_t r = 0; r < call.rows; r++)
             for (int64_t c = 0; c < width; c++) {
@@ -222,26 +222,26 @@ void copy_output(const Call& call, float* y) {
                         n.channels * sizeof(float));
 }
 
-// How a call is divided, and what of it needs memory.
+// How a call is divided, and the memory it needs.
 struct Division {
     int64_t threads, blocks, rows;  // rows: of the largest block
     int64_t activations, scratch;   // floats of a block, and of a thread
 
     Division(const Network& n, int64_t all, int64_t wanted)
         : threads(std::min(std::max<int64_t>(wanted, 1), MOST_THREADS)) {
-        const int64_t bytes = 4 * (n.layers[n.count - 1].weight);  // but for the last layer's
+        const int64_t bytes = 4 * (n.layers[n.count - 1].weight);  // without the last layer's
         const int64_t most = std::min(threads * ((all + threads * BLOCK_ROWS - 1) / (threads * BLOCK_ROWS)), all);
         blocks = bytes <= CACHED ? std::min(most, MOST_PARTS) : all >= threads * BLOCK_ROWS ? threads : 1;
         rows = (all + blocks - 1) / blocks;
         activations = filled(n.memory * rows);
         scratch = 0;
         for (int64_t i = 0; i < n.count; i++)
-            for (const int64_t count : {all / blocks, rows}) {  // the smaller blocks may have larger parts
+            for (const int64_t count : {all / blocks, rows}) {  // smaller blocks may have larger parts
                 const Parts parts(n.layers[i], count, layer_threads());
                 scratch = std::max(scratch, filled(parts.scratch(n.layers[i], count)));
             }
     }
-    int64_t layer_threads() const { return blocks == 1 ? threads : 1; }  // that share a layer
+    int64_t layer_threads() const { return blocks == 1 ? threads : 1; }  // threads that share a layer
     static int64_t filled(int64_t count) { return (count + 1023) / 1024 * 1024; }
 };
 
@@ -283,7 +283,7 @@ int64_t compute(const Network& network, const Films& films, const float* x, cons
 
 }  // namespace parapolicy
 
-// Whether products of bfloat16 have an instruction here.
+// Whether this build uses bfloat16 product instructions.
 extern "C" int64_t parapolicy_multiplies_bfloat16() {
 #if defined(__AVX512BF16__) || defined(__ARM_FEATURE_BF16_VECTOR_ARITHMETIC)
     return 1;
@@ -292,7 +292,7 @@ extern "C" int64_t parapolicy_multiplies_bfloat16() {
 #endif
 }
 
-// As compute; -2 where there is not enough memory.
+// As compute; -2 if there is not enough memory.
 extern "C" int64_t parapolicy_compute(const parapolicy::Network* network, const parapolicy::Films* films,
                                       const float* x, const int64_t* step, const int64_t* element, int64_t rows,
                                       float* y, int64_t threads) {

@@ -18,7 +18,7 @@
 namespace parapolicy {
 namespace {
 
-// Beyond what anyone has: products of two of them, and a position, do not overflow.
+// More than any real policy: products of two of these, and an offset, do not overflow.
 constexpr int64_t MOST = 1 << 24, MOST_BYTES = int64_t(1) << 36;
 constexpr int64_t LARGE_PAGE = 2 << 20;
 
@@ -37,7 +37,7 @@ uint32_t crc32(const unsigned char* data, int64_t count, uint32_t crc) {
     return ~crc;
 }
 
-// The next array of a file, or null where it would not fit; then nothing after it does either.
+// The arrays of a file, one after the other. Once an array does not fit, it and all later ones are null.
 class Arrays {
   public:
     Arrays(const char* file, int64_t at, int64_t bytes) : file(file), at(at), bytes(bytes) {}
@@ -45,7 +45,7 @@ class Arrays {
     template <typename T>
     const T* next(int64_t count, int64_t by = 1, int64_t and_by = 1) {
         at = (at + ALIGNMENT - 1) / ALIGNMENT * ALIGNMENT;
-        // Each factor is at most MOST, of which three may overflow.
+        // Each factor is at most MOST; the product of three may overflow.
         if (fail || (count && by && and_by > bytes / count / by) || at + count * by * and_by * size<T>() > bytes) {
             fail = true;
             return nullptr;
@@ -85,11 +85,11 @@ bool check_header(const Header& h) {
     return h.own == size || h.own == 1;
 }
 
-// A buffer of a row's activations that a layer reads or writes, ``width`` channels at a time.
+// Check a buffer of a row's activations that a layer reads or writes, ``width`` channels at a time.
 bool check_buffer(const Network& n, int64_t at, int64_t channel, int64_t stride, int64_t length, int64_t width) {
     if (!within(at, 0, n.memory) || !within(channel, 0, MOST) || !within(stride, 1, MOST)) return false;
     if (!within(length, 1, MOST) || !within(width, 1, MOST)) return false;
-    // The last position of the last of any number of rows.
+    // The last position of the last row, for any number of rows.
     return at + length * stride + std::max<int64_t>(0, channel + width - stride) <= n.memory;
 }
 
@@ -120,7 +120,7 @@ bool check_layer(const Network& n, const Layer& l, int64_t weights, int64_t valu
            check_buffer(n, l.residual, l.residual_channel, l.residual_stride, l.target_length, l.padded);
 }
 
-// Whether every place that the network's layers name lies within its memory, weights and values.
+// Whether all offsets of the network's layers are within its memory, weights and values.
 bool check_network(const Network& n, int64_t weights, int64_t values) {
     for (int64_t i = 0; i < n.count; i++)
         if (!check_layer(n, n.layers[i], weights, values)) return false;
@@ -152,11 +152,11 @@ int32_t read_bytes(const char* path, PlanFile& plan) {
     plan.memory = {std::aligned_alloc(LARGE_PAGE, room), std::free};
     if (!plan.memory) throw std::bad_alloc();
 #ifdef MADV_HUGEPAGE
-    madvise(plan.memory.get(), room, MADV_HUGEPAGE);  // weights are read as one stream; without them it is slower
+    madvise(plan.memory.get(), room, MADV_HUGEPAGE);  // weights are read as one stream; small pages are slower
 #endif
     unsigned char* bytes = static_cast<unsigned char*>(plan.memory.get());
     if (std::fread(bytes, 1, h.bytes, file.get()) != static_cast<size_t>(h.bytes)) return PARAPOLICY_NO_FILE;
-    std::memcpy(&plan.header, bytes, sizeof plan.header);  // what was checked is what is used
+    std::memcpy(&plan.header, bytes, sizeof plan.header);  // use the header that the checksum covers
     std::memset(bytes + offsetof(Header, checksum), 0, sizeof h.checksum);
     return crc32(bytes, h.bytes, 0) == h.checksum ? PARAPOLICY_OK : PARAPOLICY_DAMAGED;
 }

@@ -3,7 +3,7 @@
 //     header     the structure below
 //     arrays     in the order of the pointers in PlanFile, each at the next multiple of 64 bytes
 //
-// Numbers are little-endian. Nothing in a file is trusted: see check_network in plan_file.cpp.
+// Numbers are little-endian. All values of a file are checked: see check_network in plan_file.cpp.
 #pragma once
 #include <memory>
 
@@ -17,12 +17,12 @@ constexpr int64_t ALIGNMENT = 64;
 
 struct Header {
     char magic[8];
-    uint32_t version, checksum;  // CRC-32 of the file with 0 in its own place
+    uint32_t version, checksum;  // CRC-32 of the file with checksum 0
     int64_t bytes;               // of the file
     int64_t layers, weights, values, memory, length, channels, film, precision;  // weights: in 32-bit words
     int64_t steps, prediction, multistep, clips, overshoots;
     int64_t obs_steps, observed, first_action, action_steps;
-    int64_t nodes, own, modes, window, most;  // 0 nodes: sequential; modes: 1 where there are any
+    int64_t nodes, own, modes, window, most;  // nodes 0: sequential; modes: 1 if there are any
     double clip, control_hz, settle, last_state, last_estimate, last_noise;
 };
 

@@ -1,4 +1,4 @@
-// Vectors of the processor's width, by the compiler's vector extensions, and the arithmetic that networks need of them.
+// Vectors of the processor's width with the compiler's vector extensions, and the arithmetic that networks need.
 #pragma once
 #include <cstdint>
 #include <cstring>
@@ -9,7 +9,7 @@
 #include <arm_neon.h>
 #endif
 
-// Hidden: two libraries in one process, built with other flags, would share what templates keep.
+// Hidden: two libraries in one process, built with different flags, must not share template instances.
 namespace parapolicy __attribute__((visibility("hidden"))) {
 
 #if defined(__AVX512F__)
@@ -34,7 +34,7 @@ inline Vector load(const float* p) {
     return v;
 }
 
-inline Vector load(const float* p, int64_t count) {  // the first of them; 0 in the other lanes
+inline Vector load(const float* p, int64_t count) {  // the first ``count`` numbers; 0 in the other lanes
     if (count >= LANES) return load(p);
     Vector v{};
     if (count > 0) std::memcpy(&v, p, count * sizeof(float));
@@ -55,10 +55,10 @@ inline void store_rounded(uint16_t* p, Vector v) {
     std::memcpy(p, &halves, sizeof halves);
 }
 
-// Products of one 32-bit word, which every lane has, with a vector of them.
+// Products of one 32-bit word, repeated in every lane, with a vector of words.
 struct Float32 {
     static constexpr int ROWS = 6;    // of a register tile
-    static constexpr int INPUTS = 1;  // of a word
+    static constexpr int INPUTS = 1;  // numbers per word
     static Vector multiply_add(Vector sum, Words weight, int32_t input) {
         return sum + (Vector)weight * (Vector)(input - Words{});
     }
@@ -114,7 +114,7 @@ inline Vector gelu(Vector x) {
     return x * 0.5f * (x < 0.f ? rest : 2.f - rest);
 }
 
-inline Vector mish(Vector x) {  // x tanh(log(1 + e^x)), with one exponential; what is not a number stays so
+inline Vector mish(Vector x) {  // x tanh(log(1 + e^x)), with one exponential; NaN stays NaN
     Vector low = splat(20.f) < x ? splat(20.f) : x;
     low = splat(-80.f) > low ? splat(-80.f) : low;
     const Vector e = exponential(low), n = e * (e + 2.f);

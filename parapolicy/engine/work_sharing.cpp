@@ -15,10 +15,10 @@ namespace parapolicy {
 namespace {
 
 typedef std::chrono::steady_clock Clock;
-constexpr std::chrono::microseconds SPINNING(300);  // without work; then a helper sleeps
-constexpr std::chrono::seconds SLEEPING(2);         // without a call; then it ends
+constexpr std::chrono::microseconds SPINNING(300);  // time without work after which a helper sleeps
+constexpr std::chrono::seconds SLEEPING(2);         // time without a call after which it ends
 // A ticket: number of the work << 32 | its helpers << 26 | its parts << 13 | the next part. The number keeps a helper
-// from taking a part by what it knows of earlier work.
+// with an outdated ticket from taking a part of later work.
 constexpr int PART_BITS = 13, HELPER_BITS = 6;
 constexpr uint64_t PART_MASK = (1 << PART_BITS) - 1, HELPER_MASK = (1 << HELPER_BITS) - 1;
 static_assert(MOST_PARTS <= int64_t(PART_MASK) && MOST_THREADS - 1 <= int64_t(HELPER_MASK));
@@ -34,12 +34,12 @@ inline void pause() {
 }  // namespace
 
 struct Helpers {
-    std::mutex busy;  // held by the call that has them
+    std::mutex busy;  // held by the call that uses the helpers
     int64_t wanted = 0;  // helpers of that call
     uint64_t number = 0;
     alignas(128) std::atomic<uint64_t> ticket{0};
     alignas(128) std::atomic<int64_t> done{0};
-    // Written before a ticket, read by those who have taken a part by it, and not written before that part is done.
+    // Written before a ticket is published, read by threads that took a part with it, and not changed before that is done.
     void (*function)(const void*, int64_t, int64_t) = nullptr;
     const void* work = nullptr;
     alignas(128) std::atomic<int64_t> calls{0};
@@ -47,7 +47,7 @@ struct Helpers {
     std::condition_variable wake;
     std::atomic<int64_t> sleeping{0}, count{0};  // written under ``sleep``
 
-    // Does a part of the work at hand; false: there is none for this thread.
+    // Do a part of the present work; false: there is none for this thread.
     bool take(uint64_t thread) {
         uint64_t t = ticket.load(std::memory_order_acquire);
         do {
@@ -69,7 +69,7 @@ struct Helpers {
                     took = take(thread);
                     if (!took) pause();
                 }
-                if (!took) std::this_thread::yield();  // the caller may be waiting for this very core
+                if (!took) std::this_thread::yield();  // the caller may be waiting for this core
                 const Clock::time_point now = Clock::now();
                 if (took) since = now;
                 idle = now - since > SPINNING;
@@ -78,7 +78,7 @@ struct Helpers {
             sleeping++;
             const bool called = wake.wait_for(lock, SLEEPING, [&] { return calls.load() != seen; });
             sleeping--;
-            if (!called && thread == count) {  // the last one ends first: threads stay numbered
+            if (!called && thread == count) {  // helpers end from the last, so that numbers stay consecutive
                 count--;
                 return;
             }
@@ -89,7 +89,7 @@ struct Helpers {
         wanted = threads - 1;
         calls++;
         if (sleeping == 0 && count >= wanted) return;
-        std::unique_lock<std::mutex> lock(sleep, std::try_to_lock);  // a helper that has it may not be running
+        std::unique_lock<std::mutex> lock(sleep, std::try_to_lock);  // do not wait: a helper may hold it and not be running
         if (!lock) return;
         wake.notify_all();
         sigset_t all, before;
@@ -97,7 +97,7 @@ struct Helpers {
         pthread_sigmask(SIG_SETMASK, &all, &before);  // signals are for the program's own threads
         try {
             for (; count < wanted; count++) std::thread(&Helpers::help, this, count + 1).detach();
-        } catch (const std::system_error&) {  // no more threads are to be had
+        } catch (const std::system_error&) {  // the system allows no more threads
         }
         pthread_sigmask(SIG_SETMASK, &before, nullptr);
     }
@@ -105,7 +105,7 @@ struct Helpers {
 
 namespace {
 
-// Never destroyed: helpers may outlive the program's statics. A fork leaves helpers behind, so that it begins anew.
+// Never destroyed: helpers may outlive the program's statics. A forked process has no helpers and starts new ones.
 std::atomic<Helpers*> helpers{nullptr};
 
 Helpers* find_helpers() {

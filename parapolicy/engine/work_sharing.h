@@ -1,6 +1,6 @@
-// Threads that take parts of a caller's work when they run. The caller never waits for one that does not: it does what
-// is left itself, and waits only for parts under way. Barriers would cost time slices where others use the processor,
-// too, tens of milliseconds a call.
+// Threads that take parts of a caller's work when they run. The caller does not wait for threads that are not running: it
+// does the remaining parts itself, and waits only for parts that were taken. Barriers would cost time slices, tens of
+// milliseconds per call, when other programs use the processor.
 #pragma once
 #include <cstdint>
 
@@ -10,15 +10,15 @@ constexpr int64_t MOST_PARTS = 8191, MOST_THREADS = 64;
 
 struct Helpers;
 
-// Of one call, for as long as it lives. One call at a time has helpers; others, meanwhile, run alone.
+// The helpers of one call, for its lifetime. One call at a time has helpers; concurrent calls run alone.
 class WorkSharing {
    public:
     explicit WorkSharing(int64_t threads);
     ~WorkSharing();
     WorkSharing(const WorkSharing&) = delete;
 
-    // work(part, thread) for every part below ``parts``, each once; returns when all are done. ``thread``: 0 for the
-    // caller, and below ``threads``. More than MOST_PARTS are all the caller's.
+  // Calls work(part, thread) once for every part below ``parts``, and returns when all are done. ``thread``: 0 for the
+  // caller, below ``threads`` for helpers. With more than MOST_PARTS, the caller does all of them.
     template <class Work>
     void run(int64_t parts, const Work& work) {
         if (helpers_ == nullptr || parts == 1 || parts > MOST_PARTS)
