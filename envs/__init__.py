@@ -13,13 +13,13 @@ from parapolicy.spec import PolicySpec
 # name -> module in this package, class, and the class's options for this name
 ENVS: Mapping[str, tuple[str, str, Mapping[str, Any]]] = {
     "pusht": (".pusht", "PushT", {}),
-    "pusht_image": (".pusht", "PushT", {}),  # the same: what is observed is the policy's to say
+    "pusht_image": (".pusht", "PushT", {}),  # the same: the policy determines the observations
     "lift": (".robomimic", "Robomimic", {"task": "lift"}),
     "can": (".robomimic", "Robomimic", {"task": "can"}),
     "square": (".robomimic", "Robomimic", {"task": "square"}),
     "tool_hang": (".robomimic", "Robomimic", {"task": "tool_hang"}),
     "transport": (".robomimic", "Robomimic", {"task": "transport"}),
-    "lift_image": (".robomimic", "Robomimic", {"task": "lift"}),  # here, too
+    "lift_image": (".robomimic", "Robomimic", {"task": "lift"}),  # the same
     "can_image": (".robomimic", "Robomimic", {"task": "can"}),
     "square_image": (".robomimic", "Robomimic", {"task": "square"}),
 }
@@ -33,7 +33,7 @@ def make_env(name: str, spec: PolicySpec, **options: Any) -> gymnasium.Env:
 
     Args:
         name: one of ``ENVS`` or of the entry points.
-        spec: what the policy observes and does.
+        spec: the policy's observations and actions.
         options: of the environment; see its class.
 
     Raises:
@@ -51,7 +51,9 @@ def make_env(name: str, spec: PolicySpec, **options: Any) -> gymnasium.Env:
         inspect.signature(build).bind(spec, **fixed, **options)
     except TypeError as error:
         known = [option for option in list(inspect.signature(build).parameters)[1:] if option not in fixed]
-        raise ValueError(f"env {name} does not take the options {options} ({error}); it has {known}") from error
+        raise ValueError(
+            f"env {name} does not have the options {options} ({error}), expected some of {known}"
+        ) from error
     steps = options.get("max_episode_steps")
     if steps is not None and not (isinstance(steps, int) and steps >= 1):
         raise ValueError(f"max_episode_steps is {steps!r}, expected a whole number, at least 1")

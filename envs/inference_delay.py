@@ -26,7 +26,9 @@ class InferenceDelay(gymnasium.Wrapper):
 
     def __init__(self, env: gymnasium.Env, clock: SimulatedClock, control_hz: float) -> None:
         if not hasattr(env.unwrapped, "hold"):
-            raise ValueError(f"{type(env.unwrapped).__name__} has no hold(seconds), which simulated latency needs")
+            raise ValueError(
+                f"{type(env.unwrapped).__name__} has no hold(seconds), needed for latency; set env.latency=none"
+            )
         super().__init__(env)
         self.clock, self.period = clock, 1 / control_hz
         self._time = 0.0

@@ -1,4 +1,4 @@
-"""Push-T (Florence et al., 2021; Chi et al., 2023) over gym-pusht, observed as a policy asks for it.
+"""Push-T (Florence et al., 2021; Chi et al., 2023) over gym-pusht, with the observations of a policy.
 
 Reward is clip(coverage / 0.95, 0, 1), an episode ends in success when coverage exceeds 0.95, and there are 300 control
 steps at 10 Hz over a 100 Hz simulation. A seed gives gym-pusht's initial state for that seed.
@@ -35,8 +35,8 @@ OBSERVATIONS: Mapping[str, tuple[int, ...]] = {
     "state": (5,),  # agent x, y, block x, y (pixels), block angle (rad, 0 to 2 pi)
     "agent_pos": (2,),
     "keypoint": (9, 2),  # the published data set's
-    "environment_state": (16,),  # gym-pusht's own eight corners of the block
-    "image": (96, 96, 3),  # the scene as the published data set has it: red, green, blue, uint8
+    "environment_state": (16,),  # gym-pusht's eight corners of the block
+    "image": (96, 96, 3),  # the scene as in the published data set: RGB, uint8
 }
 
 
@@ -44,7 +44,7 @@ class PushT(gymnasium.Env):
     """Push-T with a dictionary of observations.
 
     Args:
-        spec: whose ``observation`` names keys of ``OBSERVATIONS``.
+        spec: its ``observation`` has keys of ``OBSERVATIONS``.
         max_episode_steps: control steps until an episode is cut off.
         render_size: width and height of :meth:`render`'s frames, pixels; at least 96.
 
@@ -58,11 +58,13 @@ class PushT(gymnasium.Env):
     def __init__(self, spec: PolicySpec, max_episode_steps: int = 300, render_size: int = 256) -> None:
         for key, (shape, *_) in spec.observation.items():
             if OBSERVATIONS.get(key) != shape:
-                raise ValueError(f"the policy observes {key!r} with shape {shape}; Push-T gives {dict(OBSERVATIONS)}")
+                raise ValueError(
+                    f"the policy observes {key!r} with shape {shape}, expected one of Push-T's {dict(OBSERVATIONS)}"
+                )
         if spec.action_dim != 2:
-            raise ValueError(f"the policy's action_dim is {spec.action_dim}, Push-T's actions are 2 numbers: x, y")
+            raise ValueError(f"the policy's action_dim is {spec.action_dim}, expected 2 for Push-T: x, y")
         if render_size < 96:
-            raise ValueError(f"render_size is {render_size}, expected at least 96: below it no marker can be drawn")
+            raise ValueError(f"render_size is {render_size}, expected at least 96, the least for drawing markers")
         self._keys = list(spec.observation)
         self._max_steps = max_episode_steps
         self._simulator = PushTEnv(visualization_width=render_size, visualization_height=render_size)
@@ -83,7 +85,7 @@ class PushT(gymnasium.Env):
 
         Args:
             seed: of the initial state, as gym-pusht's.
-            options: ``{"state": (5,)}`` begins at a recorded state instead: agent x, y, block x, y, angle.
+            options: ``{"state": (5,)}`` starts from a recorded state instead: agent x, y, block x, y, angle.
         """
         super().reset(seed=seed)
         self._simulator.reset(seed=seed)
@@ -102,9 +104,10 @@ class PushT(gymnasium.Env):
         return self._run(SUBSTEPS)
 
     def hold(self, seconds: float) -> tuple[dict[str, np.ndarray], float, bool, bool, dict[str, Any]]:
-        """Let the world run for a time, to 10 ms, while the agent keeps its target; what is over is carried on.
+        """Run the simulation for ``seconds`` while the agent keeps its target.
 
-        Before the first action the agent keeps its place.
+        Only whole steps of 10 ms are run; a remainder is added to the next call.
+        Before the first action the agent stays in place.
         """
         self._owed += seconds / self._simulator.dt
         substeps = int(self._owed + 1e-6)
@@ -122,7 +125,7 @@ class PushT(gymnasium.Env):
         return self._observe(), float(reward), bool(terminated), over, info
 
     def render(self) -> np.ndarray:
-        """The scene as (render_size, render_size, 3) uint8, the current target marked."""
+        """The scene as (render_size, render_size, 3) uint8, with the current target marked."""
         return self._simulator.render()
 
     def to_frame(self, actions: np.ndarray) -> np.ndarray:
@@ -136,9 +139,9 @@ class PushT(gymnasium.Env):
         if state.shape != (5,) or not np.isfinite(state).all():
             raise ValueError(f"state is {state!r}, expected five finite numbers: agent x, y, block x, y, angle")
         simulator = self._simulator
-        simulator._setup()  # a fresh space: the state before this one would leave its velocities and contacts behind
+        simulator._setup()  # a new space: the old one would keep velocities and contacts of the previous state
         simulator.agent.position = state[:2].tolist()
-        # Turning the block moves it, because it turns about its centre of mass: angle first, then position.
+        # Set the angle first: the block turns about its centre of mass, which moves its position.
         simulator.block.angle = float(state[4])
         simulator.block.position = state[2:4].tolist()
         simulator.space.step(simulator.dt)

@@ -1,11 +1,11 @@
 """Robomimic's manipulation tasks (Mandlekar et al., CoRL 2021) over robosuite.
 
-Observations have robomimic's names and order: ``object`` is robosuite's ``object-state``, the rest are called the same.
-The picture of a camera is ``CAMERA_image``, (height, width, 3) uint8, its first row the highest. The reward is 1 at
-success and 0 before, an episode ends with success or after the task's horizon, at 20 control steps per second. A seed
-gives the initial state; nothing needs a GL library but pictures and :meth:`Robomimic.render`.
+Observations have robomimic's names and order: ``object`` is robosuite's ``object-state``, the others have the same
+names. The image of a camera is ``CAMERA_image``, (height, width, 3) uint8, top row first. The reward is 1 at success
+and 0 before. An episode ends with success or after the task's horizon, at 20 control steps per second. A seed gives the
+initial state. Only images and :meth:`Robomimic.render` need a GL library.
 
-robosuite is used itself: robomimic 0.3's wrapper of it imports mujoco_py, which robosuite has left.
+robosuite is used directly, because robomimic 0.3's wrapper imports mujoco_py, which robosuite no longer uses.
 """
 
 from collections.abc import Mapping
@@ -39,26 +39,26 @@ TASKS: Mapping[str, tuple[str, int, int]] = {
 }
 Result = tuple[dict[str, np.ndarray], float, bool, bool, dict[str, Any]]
 ARM_DIM = 7  # numbers of an action per arm
-PICTURE = "_image"  # ends the key of a camera's picture
+PICTURE = "_image"  # suffix of the key of a camera's image
 
 
 class Robomimic(gymnasium.Env):
     """One of robomimic's tasks.
 
-    A policy's ``action_dim`` says what its actions are. With 7 numbers per arm they are the data sets' own: position
-    and axis-angle deltas in [-1, 1], and the gripper. With 10 they are absolute, as Diffusion Policy has them: the
+    A policy's ``action_dim`` determines the kind of actions. With 7 numbers per arm they are those of the data sets:
+    position and axis-angle deltas in [-1, 1], and the gripper. With 10 they are absolute, as in Diffusion Policy: the
     gripper's position, metres, and rotation (:mod:`parapolicy.rotation`) in the world's frame, and the gripper.
 
     Args:
-        spec: whose ``observation`` names robomimic's keys. Its images say which cameras are drawn, and how large.
+        spec: its ``observation`` has robomimic's keys. Its images determine the drawn cameras and their sizes.
         task: a name of ``TASKS``.
         max_episode_steps: control steps until an episode is cut off; None: the task's.
-        dataset: a robomimic HDF5 file whose ``env_args`` build the environment; None: those of the task's name.
+        dataset: a robomimic HDF5 file whose ``env_args`` build the environment; None: the task's defaults.
         render_size: width and height of :meth:`render`'s frames, pixels; 0: no frames.
 
     Raises:
-        ValueError: an unknown task, an observation that it does not give, an action that does not fit, or pictures are
-            asked for and no GL library is there.
+        ValueError: an unknown task, an observation that the task does not have, an action that does not fit, or images
+            without a GL library.
         DataError: the data set is not robomimic's.
     """
 
@@ -80,7 +80,7 @@ class Robomimic(gymnasium.Env):
         deltas, poses = ARM_DIM * robots, POSE_6D_DIM * robots
         if spec.action_dim not in (deltas, poses):
             raise ValueError(
-                f"the policy's action_dim is {spec.action_dim}; {task} takes {deltas} (deltas) or {poses} (absolute)"
+                f"the policy's action_dim is {spec.action_dim}, {task} expects {deltas} (deltas) or {poses} (absolute)"
             )
         self._absolute, self._action_dim = spec.action_dim == poses, spec.action_dim
         arguments = default_arguments(robots) if dataset is None else read_arguments(Path(dataset), name)
@@ -88,7 +88,9 @@ class Robomimic(gymnasium.Env):
             arguments = arguments | {"controller_configs": absolute_controllers(arguments["controller_configs"])}
         self._pictures = [key for key, feature in spec.observation.items() if feature.kind == "image"]
         if odd := [key for key in self._pictures if not key.endswith(PICTURE)]:
-            raise ValueError(f"the policy observes the images {odd}; {task} gives CAMERA_image, as agentview_image")
+            raise ValueError(
+                f"the policy observes the images {odd}, expected CAMERA_image for {task}, such as agentview_image"
+            )
         cameras: dict[str, tuple[int, int]] = {}
         for key in self._pictures:
             height, width, _ = spec.observation[key].shape
@@ -99,7 +101,7 @@ class Robomimic(gymnasium.Env):
         given = {key: value.shape for key, value in self._read(self._simulator._get_observations()).items()}
         for key, (shape, *_) in spec.observation.items():
             if given.get(key) != shape:
-                raise ValueError(f"the policy observes {key!r} with shape {shape}; {task} gives {given}")
+                raise ValueError(f"the policy observes {key!r} with shape {shape}, expected one of {given} for {task}")
         self.action_space = spaces.Box(-np.inf, np.inf, (spec.action_dim,), np.float32)
         self.observation_space = spaces.Dict(
             {
@@ -119,7 +121,7 @@ class Robomimic(gymnasium.Env):
 
         Args:
             seed: of the initial state.
-            options: ``{"state": (n,)}`` begins at a recorded simulator state instead, as the data sets hold them.
+            options: ``{"state": (n,)}`` starts from a simulator state recorded in a data set instead.
         """
         super().reset(seed=seed)
         simulator = self._simulator
@@ -128,7 +130,7 @@ class Robomimic(gymnasium.Env):
             for sampler in placement_samplers(simulator.placement_initializer):
                 sampler.rng = simulator.rng
         free_renderer(simulator)
-        simulator.reset()  # which makes a new simulator, and a new renderer
+        simulator.reset()  # makes a new simulator and a new renderer
         if options is not None and "state" in options:
             state = np.asarray(options["state"], dtype=np.float64)
             expected = simulator.sim.get_state().flatten().shape
@@ -136,10 +138,10 @@ class Robomimic(gymnasium.Env):
                 raise ValueError(f"state has shape {state.shape}, expected {expected}, finite numbers")
             simulator.sim.set_state_from_flattened(state)
             simulator.sim.forward()
-            for robot in simulator.robots:  # the arms' posture at rest, which the reset has drawn, is that of the state
+            for robot in simulator.robots:  # set the arms' rest posture, drawn by the reset, to that of the state
                 arm = robot.composite_controller.part_controllers["right"]
                 arm.update_initial_joints(simulator.sim.data.qpos[arm.qpos_index])
-        # Poses relative to the gripper are made from those of the update before, which has to be of this state too.
+        # Poses relative to the gripper use those of the previous update, which must also be of this state.
         simulator._get_observations(force_update=True)
         raw = simulator._get_observations(force_update=True)
         self._steps, self._owed = 0, 0.0
@@ -155,7 +157,10 @@ class Robomimic(gymnasium.Env):
         return self._run(given)
 
     def hold(self, seconds: float) -> Result:
-        """Let the world run for a time while the arm keeps its target: in whole control steps, a rest is carried on."""
+        """Run the simulation for ``seconds`` while the arm keeps its target.
+
+        Only whole control steps are run; a remainder is added to the next call.
+        """
         self._owed += seconds * CONTROL_HZ
         count = int(self._owed + 1e-6)
         self._owed -= count

@@ -1,4 +1,4 @@
-"""robosuite's simulators as robomimic's data sets have them, with a renderer where one is asked for."""
+"""robosuite's simulators with the settings of robomimic's data sets, and a renderer if needed."""
 
 import json
 import os
@@ -30,12 +30,12 @@ CONTROLLER: Mapping[str, Any] = {
     "ramp_ratio": 0.2,
     "gripper": {"type": "GRIP"},
 }
-# The ways out where there is no renderer.
+# The way out if there is no renderer.
 RENDERERS = "install EGL (packages libegl1 and libgl1-mesa-dri), or OSMesa (libosmesa6) and set MUJOCO_GL=osmesa"
 
 
 def default_arguments(robots: int) -> dict[str, Any]:
-    """What robosuite is made with where no data set says it."""
+    """The arguments of robosuite without a data set."""
     controller = {"type": "BASIC", "body_parts": {"right": dict(CONTROLLER)}}
     return {
         "robots": ["Panda"] * robots,
@@ -48,7 +48,7 @@ def read_arguments(path: Path, name: str) -> dict[str, Any]:
     """``env_kwargs`` of a robomimic HDF5 file.
 
     Raises:
-        DataError: no such file, not robomimic's, or of another task.
+        DataError: no such file, not robomimic's, or for another task.
     """
     import h5py
 
@@ -57,14 +57,14 @@ def read_arguments(path: Path, name: str) -> dict[str, Any]:
             about = json.loads(file["data"].attrs["env_args"])
             found, arguments = str(about["env_name"]), dict(about["env_kwargs"])
     except (OSError, KeyError, ValueError, TypeError) as error:
-        raise DataError(f"{path} is no robomimic data set with env_args: {error}") from error
+        raise DataError(f"{path} is not a robomimic data set with env_args: {error}") from error
     if found != name:
-        raise DataError(f"{path} is of the task {found!r}, expected {name!r}")
+        raise DataError(f"{path} has the task {found!r}, expected {name!r}")
     return arguments
 
 
 def absolute_controllers(config: Any) -> Any:
-    """The configuration of controllers that take poses in the world's frame."""
+    """The configuration of controllers with target poses in the world's frame."""
     if isinstance(config, list):
         return [absolute_controllers(part) for part in config]
     if not isinstance(config, dict):
@@ -80,12 +80,12 @@ def make_simulator(
 
     Args:
         name: of robosuite's environment.
-        arguments: of it, besides those that say what it observes.
-        render_size: 0 where no frames are wanted.
-        cameras: name -> height and width of the pictures that are among the observations, pixels.
+        arguments: of it, except those of the observations.
+        render_size: of frames, pixels; 0: no frames.
+        cameras: name -> height and width of the observed images, pixels.
 
     Raises:
-        ValueError: robosuite is not installed, a camera is unknown, or there is no GL library and one is needed.
+        ValueError: robosuite is not installed, a camera is unknown, or a GL library is needed but missing.
     """
     renders = bool(render_size or cameras)
     if not renders:
@@ -98,9 +98,9 @@ def make_simulator(
         ) from error
     except Exception as error:  # mujoco loads the library that MUJOCO_GL names
         chosen = os.environ.get("MUJOCO_GL")
-        raise ValueError(f"robosuite does not load with MUJOCO_GL={chosen} ({error}); {RENDERERS}") from error
+        raise ValueError(f"robosuite cannot be loaded with MUJOCO_GL={chosen} ({error}); {RENDERERS}") from error
     robosuite.macros.CONSOLE_LOGGING_LEVEL = "ERROR"
-    robosuite.macros.IMAGE_CONVENTION = "opengl"  # a picture's first row is its lowest
+    robosuite.macros.IMAGE_CONVENTION = "opengl"  # the first row of an image is the bottom one
     fixed = {
         "has_renderer": False,
         "has_offscreen_renderer": renders,
@@ -118,14 +118,16 @@ def make_simulator(
     }
     try:
         return robosuite.make(name, **{**arguments, **fixed, **(sizes if cameras else {})})
-    except Exception as error:  # PyOpenGL's are of many kinds
+    except Exception as error:  # PyOpenGL raises many kinds of errors
         if not renders:
             raise
         if cameras:
             fixed |= {"has_offscreen_renderer": False, "use_camera_obs": False}
             known = robosuite.make(name, **{**arguments, **fixed}).sim.model.camera_names
             if unknown := [camera for camera in cameras if camera not in known]:
-                raise ValueError(f"the policy observes the cameras {unknown}; {name} has {[*known]}") from error
+                raise ValueError(
+                    f"the policy observes the cameras {unknown}, expected some of {[*known]} for {name}"
+                ) from error
         reason = f"the policy observes the cameras {[*cameras]}" if cameras else f"render_size is {render_size}"
         raise ValueError(
             f"{reason}, but {name} could not be made with a renderer ({type(error).__name__}: {error}); {RENDERERS}"
@@ -134,17 +136,17 @@ def make_simulator(
 
 
 def use_renderer(simulator: Any) -> None:
-    """Make the simulator's GL context the current one, which robosuite leaves to its caller."""
+    """Make the simulator's GL context current; robosuite leaves this to its caller."""
     context = simulator.sim._render_context_offscreen
     if context is not None:
         context.gl_ctx.make_current()
 
 
 def free_renderer(simulator: Any) -> None:
-    """Free what the renderer holds while its own GL context is current.
+    """Free the renderer's resources while its own GL context is current.
 
-    robosuite leaves that to the garbage collector, which frees the same numbers in whatever context is current then:
-    another episode's pictures turn to noise.
+    robosuite leaves this to the garbage collector, which would free the same numbers in whatever context is current
+    then, and corrupt another episode's images.
     """
     context = simulator.sim and simulator.sim._render_context_offscreen
     if context is not None:
@@ -154,6 +156,6 @@ def free_renderer(simulator: Any) -> None:
 
 
 def placement_samplers(sampler: Any) -> list[Any]:
-    """A placement sampler and those it is made of."""
+    """A placement sampler and its parts."""
     children = getattr(sampler, "samplers", {}).values()
     return [sampler, *(part for child in children for part in placement_samplers(child))]

@@ -350,7 +350,7 @@ def test_train_command_then_eval(tmp_path: Path) -> None:
         (["data.path=BUFFER", "data.action.shape=[2,1]"], r"data.action.shape is \[2, 1\]"),
         (["data.path=BUFFER", "data.action.shape=[3]"], r"data/action has the shape \(2,\) per step, .* \(3,\)"),
         (["data.path=BUFFER", "data.env=maze"], "env is 'maze', expected one of"),
-        (["data.path=BUFFER", "+score.options.color=red"], r"env pusht does not take the options .*'color'"),
+        (["data.path=BUFFER", "+score.options.color=red"], r"env pusht does not have the options .*'color'"),
         (["data.path=BUFFER", "score.options.max_episode_steps=0"], "max_episode_steps is 0"),
         (["data.path=BUFFER", "score.episodes=-1"], "score.episodes is -1"),
         (["data.path=nowhere", "device=cpu"], "no data set at 'nowhere'"),

@@ -231,7 +231,7 @@ def test_without_instructions_for_bfloat16_float32_takes_its_place(monkeypatch: 
     monkeypatch.setattr("parapolicy.engine.fused.load_library", lambda: Library)
     network = small_policy().network
     engine = Fused(BFLOAT16)
-    with pytest.warns(UserWarning, match="'fused_bfloat16' does not work here, so 'fused' takes its place"):
+    with pytest.warns(UserWarning, match="'fused_bfloat16' does not work here, so 'fused' is used instead"):
         found = engine._find(network)
     assert found is not None
     assert found.dtype == FLOAT32

@@ -163,7 +163,7 @@ def test_what_it_does_not_do_is_refused_at_load(changes: dict[str, Any]) -> None
     with pytest.raises(ValueError, match=r"expected a multiple of 16|has a native form"):
         FusedTransformer1D(network)
     engine = Fused()
-    with pytest.warns(UserWarning, match="'compiled' takes its place"):
+    with pytest.warns(UserWarning, match="'compiled' is used instead"):
         assert engine._find(network) is None
     with warnings.catch_warnings():
         warnings.simplefilter("error")

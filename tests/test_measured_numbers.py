@@ -35,7 +35,7 @@ ALLOWED: dict[str, tuple[str, ...]] = {
     "docs/checkpoints.md": (  # bounds that tests hold
         "within 1e-5 (raw network calls",
         "and 1e-4 (chunks of the sequential sampler",
-        "at tolerance 0 within 1e-4 of that",
+        "at tolerance 0 are within 1e-4 of that",
     ),
     "docs/embedding.md": (
         "switch interval (5 ms",  # Python's default
@@ -57,9 +57,9 @@ ALLOWED: dict[str, tuple[str, ...]] = {
     "docs/samplers.md": (
         "(0.01) of the mean distance",
         "(95 %) over the observations",
-        "Chance makes 1e-3 and more",
+        "Chance alone gives 1e-3 and more",
         "0.01 is 2.5\npixels",
-        "Up to 0.01 the error",
+        "Up to 0.01 the actual error",
         "From 0.03\non the estimate",
         "the tolerance of 0.01",
         "above\n10 × tolerance",

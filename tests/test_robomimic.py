@@ -145,10 +145,10 @@ def test_absolute_actions_replayed_open_loop_succeed(demonstrations: Path, tmp_p
     with h5py.File(part, "a") as root:
         del root["data/demo_4"]
         root["data"].attrs["env_args"] = json.dumps({"env_name": "Door", "env_kwargs": {}})
-    with pytest.raises(DataError, match="of the task 'Door', expected one of"):
+    with pytest.raises(DataError, match="has the task 'Door', expected one of"):
         convert(part, tmp_path / "other.hdf5")
     (tmp_path / "garbage.hdf5").write_bytes(b"not HDF5 at all")
-    with pytest.raises(DataError, match="no robomimic data set"):
+    with pytest.raises(DataError, match="is not a robomimic data set"):
         convert(tmp_path / "garbage.hdf5", tmp_path / "other.hdf5")
 
 
@@ -223,10 +223,10 @@ def test_what_does_not_fit_is_named(file: Path, demonstrations: Path) -> None:
         env.reset(options={"state": np.zeros(3)})
     with pytest.raises(RuntimeError, match="has no renderer"):
         env.render()
-    with pytest.raises(DataError, match="no robomimic data set with env_args"):
+    with pytest.raises(DataError, match="is not a robomimic data set with env_args"):
         make_env("lift", LIFT_SPEC, dataset=str(file))
     square = small_spec(observation={"object": (14,)}, action_dim=7)
-    with pytest.raises(DataError, match="of the task 'Lift', expected 'NutAssemblySquare'"):
+    with pytest.raises(DataError, match="has the task 'Lift', expected 'NutAssemblySquare'"):
         make_env("square", square, dataset=str(demonstrations))
 
 
@@ -251,7 +251,7 @@ def test_frames_without_a_gl_library_name_its_package(monkeypatch: pytest.Monkey
 
 
 def test_actions_of_another_width_are_refused() -> None:
-    with pytest.raises(ValueError, match=r"action_dim is 2; lift takes 7 \(deltas\) or 10 \(absolute\)"):
+    with pytest.raises(ValueError, match=r"action_dim is 2, lift expects 7 \(deltas\) or 10 \(absolute\)"):
         make_env("lift", small_spec(observation=LIFT))
     with pytest.raises(ValueError, match="env is 'door', expected one of"):
         make_env("door", small_spec())

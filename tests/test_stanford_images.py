@@ -68,7 +68,7 @@ def test_hybrid_encoders_that_do_not_fit_are_refused(tmp_path: Path) -> None:
         with pytest.raises(CheckpointError, match=message):
             read_checkpoint(path)
 
-    refused("crops at random at evaluation", eval_fixed_crop=False)
+    refused("crops at random also at evaluation", eval_fixed_crop=False)
     refused("for another picture size", crop_shape=None)
     refused("obs_encoder_group_norm is False", obs_encoder_group_norm=False)
     copied = state[f"{name}.nets.0.nets.0.weight"]
