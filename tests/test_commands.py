@@ -152,7 +152,7 @@ def test_convert_adds_a_control_rate_and_contradicts_none(folder: Path, tmp_path
     assert (
         parapolicy.Controller(parapolicy.load_policy(tmp_path / "out", device="cpu", engine="eager")).control_hz == 12.5
     )
-    with pytest.raises(SystemExit, match="control_hz is 20, and the file says 12"):
+    with pytest.raises(SystemExit, match="control_hz is 20, but the file says 12"):
         main(["convert", str(tmp_path / "out"), str(tmp_path / "other"), "--control-hz", "20"])
 
 

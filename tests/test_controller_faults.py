@@ -156,7 +156,7 @@ def test_a_clock_that_cannot_be_right_costs_no_action(
 def test_another_rate_than_the_trained_one_is_warned_of(policy: Timed, recwarn: pytest.WarningsRecorder) -> None:
     Controller(policy, 10)
     assert not recwarn
-    with pytest.warns(UserWarning, match="control_hz is 50 and the policy was trained at 10"):
+    with pytest.warns(UserWarning, match="control_hz is 50 but the policy was trained at 10"):
         Controller(policy, 50)
 
 

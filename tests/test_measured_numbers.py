@@ -38,7 +38,7 @@ ALLOWED: dict[str, tuple[str, ...]] = {
         "at tolerance 0 are within 1e-4 of that",
     ),
     "docs/embedding.md": (
-        "switch interval (5 ms",  # Python's default
+        "interval (5 ms",  # Python's default
         "bins of 1 %",
         "a stall of 300 ms leaves no gap",  # by a test
     ),
@@ -58,11 +58,11 @@ ALLOWED: dict[str, tuple[str, ...]] = {
         "(0.01) of the mean distance",
         "(95 %) over the observations",
         "Chance alone gives 1e-3 and more",
-        "0.01 is 2.5\npixels",
+        "0.01 is\n2.5 pixels",
         "Up to 0.01 the actual error",
-        "From 0.03\non the estimate",
-        "the tolerance of 0.01",
-        "above\n10 × tolerance",
+        "From 0.03 on\nthe estimate",
+        "the tolerance of\n0.01",
+        "above 10 × tolerance",
         "at tolerance 0.003",
     ),
     "docs/sweeps.md": (

@@ -262,7 +262,7 @@ def test_a_run_begins_with_every_tensor_that_fits(data: Demonstrations, tmp_path
     )
     other = Demonstrations({**data.arrays, "action": torch.rand(40, 3)}, data.episode_ends)
     train(dataclasses.replace(wide, observation={"points": (3, 2)}), other, CONFIG, tmp_path / "wide", CPU)
-    with pytest.raises(ValueError, match="has no tensor of the name and shape"):
+    with pytest.raises(ValueError, match="has no tensor with the name and shape"):
         train(SPEC, data, dataclasses.replace(still, initial_weights=str(tmp_path / "wide")), tmp_path / "none", CPU)
 
 
