@@ -170,7 +170,7 @@ DAMAGES = {
     "NaN weight": (edit_weights(lambda t: t["network.final_conv.1.bias"].fill_(torch.nan)), "not finite"),
     "half weight": (
         edit_weights(lambda t: t.update({"network.final_conv.1.bias": torch.ones(2).half()})),
-        "is of type F16",
+        "has type F16",
     ),
 }
 

@@ -174,7 +174,7 @@ DAMAGES: dict[str, tuple[Callable[[Path], Any], str]] = {
     ),
     "integers": (
         weights(lambda t: t.update({"diffusion.unet.final_conv.1.bias": torch.zeros(2, dtype=torch.int64)})),
-        "is of type I64",
+        "has type I64",
     ),
 }
 

@@ -301,7 +301,7 @@ DAMAGES: dict[str, tuple[Callable[[dict[str, Any]], None], str]] = {
     "position": (setting(*RGB, "obs_randomizer_kwargs", to=[{}, {"pos_enc": True}]), "pos_enc is True"),
     "large crop": (setting(*RGB, "obs_randomizer_kwargs", to=[{}, {"crop_height": 90, "crop_width": 9}]), "crop is"),
     "other dimension": (setting("shape_metadata", "ac_dim", to=6), "expected a sum of 6"),
-    "no statistics": (setting("action_normalization_stats", to={}), "have {'actions': 0} numbers"),
+    "no statistics": (setting("action_normalization_stats", to={}), "have sizes {'actions': 0}"),
     "odd statistics": (
         setting("action_normalization_stats", "actions", "scale", to=[[1.0, 2, 3, "4", 5]]),
         "scale is not a list of numbers",
@@ -309,7 +309,7 @@ DAMAGES: dict[str, tuple[Callable[[dict[str, Any]], None], str]] = {
     "unexpected statistics": (setting("obs_normalization_stats", to={}), "obs_normalization_stats are there"),
     "empty weights": (setting("model", "ema", to={}), "is missing or has shape"),
     "no model": (setting("model", to=3), "its model has no 'nets'"),
-    "gray pictures": (setting("shape_metadata", "all_shapes", "hand", to=[1, 44, 42]), "hand is rgb of shape"),
+    "gray pictures": (setting("shape_metadata", "all_shapes", "hand", to=[1, 44, 42]), "hand is rgb with shape"),
     "half a picture": (setting("shape_metadata", "all_shapes", "hand", to=[3, 20, 42]), "crop is"),
 }
 

@@ -205,7 +205,7 @@ def test_schedules_are_those_of_diffusers_0_11(tmp_path: Path) -> None:
         ({"num_inference_steps": 200}, "num_inference_steps is 200, expected at most 100"),
         ({"n_action_steps": 8}, "n_action_steps is 8, expected at most 7"),
         ({"horizon": 9}, "expected a multiple of 2"),
-        ({"horizon": "${oc.env:HOME}"}, r"policy\.horizon is '\$\{oc\.env:HOME\}'.*never evaluated"),
+        ({"horizon": "${oc.env:HOME}"}, r"policy\.horizon is the expression '\$\{oc\.env:HOME\}'.*never evaluated"),
         ({"horizon": "${policy.horizon}"}, "refers to itself"),
         ({"horizon": "${nowhere}"}, "which does not exist"),
         ({"horizon": "???"}, "has no value"),

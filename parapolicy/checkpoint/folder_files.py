@@ -130,7 +130,7 @@ class Tensors:
         if self.shapes[name] != shape:
             raise CheckpointError(f"{self.path}: {name} has shape {cut(self.shapes[name], 60)}, expected {shape}")
         if self._dtypes[name] not in DTYPES:
-            raise CheckpointError(f"{self.path}: {name} is of type {self._dtypes[name]}, expected one of {DTYPES}")
+            raise CheckpointError(f"{self.path}: {name} has type {self._dtypes[name]}, expected one of {DTYPES}")
         # Cloned: rounding of matrix products depends on memory alignment, which in a file depends on its header.
         value = self._weights.get_tensor(self._names[name]).to(torch.float32, copy=True)
         if not torch.isfinite(value).all():
