@@ -318,6 +318,6 @@ def test_the_best_of_a_wheel_s_libraries_is_taken(tmp_path: Path, monkeypatch: p
 
 def test_a_compiler_that_fails_is_quoted(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("PARAPOLICY_CACHE", str(tmp_path))
-    with pytest.raises(OSError, match=r"fails: .*no-such-flag"):
+    with pytest.raises(OSError, match=r"failed: .*no-such-flag"):
         native_library.load_library((*native_build.FLAGS, "-fno-such-flag"))
     assert list(tmp_path.iterdir()) == []

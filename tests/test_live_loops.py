@@ -150,7 +150,7 @@ class SampleNetwork(nn.Module):
         (Doubled, "loop over denoising steps does more"),
         (lambda: LoopPolicy(scheduler=DDPMScheduler(**COSINE)), "DDPMScheduler differs from its config"),
         (lambda: LoopPolicy(scheduler=diffusers.EulerDiscreteScheduler()), "solver is None .*EulerDiscreteScheduler"),
-        (lambda: LoopPolicy(return_dict=True), "'return_dict'. reach the scheduler's step"),
+        (lambda: LoopPolicy(return_dict=True), "'return_dict'., which are not supported"),
         (lambda: LoopPolicy().double(), "published unet1d with its settings in float32: .'diffusion_step_encoder"),
         (with_silu, "ConditionalUnet1D differs from the published network"),
         (with_another_network, "the network is a SampleNetwork, expected one of"),

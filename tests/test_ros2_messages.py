@@ -126,7 +126,7 @@ def test_arrays_come_by_index() -> None:
         (Numbers([1.0]), {}, "1 numbers, expected 2"),
         (Numbers([1.0, 2.0], Layout([Dimension(3)])), {}, "layout"),
         (Numbers([1.0, 2.0], Layout(data_offset=1)), {}, "layout"),
-        (Numbers([1.0, 2.0]), {"indices": [0, 2]}, "indices asks for 2"),
+        (Numbers([1.0, 2.0]), {"indices": [0, 2]}, "indices asks for number 2"),
         (Numbers([1.0, float("inf")]), {}, "number 1 is inf"),
     ],
 )

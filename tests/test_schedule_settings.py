@@ -252,7 +252,7 @@ def test_the_spacing_of_diffusers_is_kept_to_the_letter_where_asked() -> None:
     [
         (DDPM_CONFIG, {"spacing": "odd"}, "spacing is 'odd'"),
         (DDPM_CONFIG, {"solver": "dpmsolver++", "spacing": "diffusers"}, "take 'even'"),
-        (config_of(_class_name="DDIMScheduler", steps_offset=50), {"spacing": "diffusers-0.11"}, "steps_offset 50"),
+        (config_of(_class_name="DDIMScheduler", steps_offset=50), {"spacing": "diffusers-0.11"}, "steps_offset is 50"),
     ],
 )
 def test_a_spacing_that_does_not_fit_is_refused(config: dict, settings: dict, words: str) -> None:
@@ -267,7 +267,7 @@ def leading(offset: int) -> dict[str, Any]:
 @pytest.mark.parametrize("spacing", ["diffusers", "diffusers-0.11"])
 def test_a_timestep_one_beyond_the_last_is_refused(spacing: str) -> None:
     assert make_schedule(leading(9), steps=10, spacing=spacing).timesteps[0] == 99
-    with pytest.raises(ValueError, match=r"steps_offset 10 (do not give|begins beyond)"):
+    with pytest.raises(ValueError, match=r"steps_offset (10 do not give|is 10: the first timestep is beyond)"):
         make_schedule(leading(10), steps=10, spacing=spacing)
 
 

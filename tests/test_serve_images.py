@@ -116,8 +116,8 @@ def bad_images() -> dict[str, tuple[Any, str]]:
     return {
         "size": (encode(good[:-1]), "the image is 32 × 23, expected 32 × 24"),
         "bomb": (encode(np.zeros((5000, 5000, 1), np.uint8)), "the image is 5000 × 5000, expected 32 × 24"),
-        "grey": (encode(good[..., :1]), "mode is 'L', grey, expected 8 bits of RGB"),
-        "alpha": (encode(np.dstack([good, good[..., :1]])), "mode is 'RGBA', RGB with alpha, expected 8 bits of RGB"),
+        "grey": (encode(good[..., :1]), "mode is 'L' .grey., expected 8 bits of RGB"),
+        "alpha": (encode(np.dstack([good, good[..., :1]])), "mode is 'RGBA' .RGB with alpha., expected 8 bits of RGB"),
         "turned": (encode(good, "JPEG", exif=turned), "EXIF orientation 6"),
         "scans": (scans(100), "JPEG has 110 scans, expected at most 32"),
         "cut off": (encode(good, "JPEG")[:-100], "not a whole JPEG or PNG"),

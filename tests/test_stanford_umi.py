@@ -193,7 +193,7 @@ def test_keys_that_the_policy_ignores(tmp_path: Path) -> None:
     loaded = read_checkpoint(files.save(tmp_path / "x.ckpt", config, state, model={}))
     assert list(loaded.spec.observation) == list(OBSERVATION)
     assert set(loaded.normalizer.maps) == {*OBSERVATION, "action"}
-    assert any("does not see ['ignored']" in warning for warning in loaded.spec.provenance["warnings"])
+    assert any("does not use ['ignored']" in warning for warning in loaded.spec.provenance["warnings"])
 
 
 def test_keys_of_different_rates_and_unknown_poses_are_warned_of(tmp_path: Path) -> None:

@@ -151,7 +151,7 @@ def test_resnets_with_each_aggregation(aggregation: str) -> None:
     [
         ({"backbone": VIT, "aggregation": "avg"}, "aggregation is 'avg', expected null"),
         ({"backbone": RESNET, "aggregation": "transformer"}, "aggregation is 'transformer', expected one of"),
-        ({"backbone": {**VIT, "heads": 5}}, "width is 24 with 5 heads"),
+        ({"backbone": {**VIT, "heads": 5}}, "width is 24, expected a multiple of heads, 5"),
         ({"backbone": {**VIT, "eps": 0}}, "eps is 0"),
         ({"backbone": {**VIT, "activation": "relu"}}, "activation is 'relu'"),
         ({"backbone": {**VIT, "patch": 64}}, "at least one patch of 64"),

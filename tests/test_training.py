@@ -306,7 +306,7 @@ def test_short_episodes_are_named_and_left_out_of_the_fit(buffer: Path, tmp_path
     root = zarr.open_group(str(buffer), mode="a")
     root["data/action"][:5] = 1e5
     data = read_zarr(buffer, SOURCES)
-    with pytest.warns(UserWarning, match=r"1 of 3 episodes are left out.* less than 6 steps.*: \[0\]"):
+    with pytest.warns(UserWarning, match=r"1 of 3 episodes are left out.* fewer than 6 steps.*: \[0\]"):
         train(small_spec(horizon=10, n_action_steps=4, n_obs_steps=2), data, CONFIG, tmp_path, torch.device("cpu"))
     scale = parapolicy.load_policy(tmp_path, device="cpu", engine="eager").normalizer.maps["action"].scale
     assert scale.min() > 2 / 520

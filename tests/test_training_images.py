@@ -145,7 +145,7 @@ def with_camera(**settings: Any) -> PolicySpec:
             parapolicy.DataError,
             "the policy's kind is 'state'",
         ),
-        (SPEC, {"corners": "camera"}, {}, parapolicy.DataError, "no target 'corners', only"),
+        (SPEC, {"corners": "camera"}, {}, parapolicy.DataError, "no target 'corners', expected one of"),
         (SPEC, {"position": "camera"}, {}, ValueError, "'position' is also an observation"),
         (SPEC, {"points": "position"}, {}, ValueError, "for the camera 'position', expected an image"),
         (with_camera(features=5), TARGETS, {}, ValueError, "has 6 numbers, but the camera 'camera' has 5 features"),
