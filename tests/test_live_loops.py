@@ -148,7 +148,7 @@ class SampleNetwork(nn.Module):
     [
         (Guided, "loop over denoising steps does more"),
         (Doubled, "loop over denoising steps does more"),
-        (lambda: LoopPolicy(scheduler=DDPMScheduler(**COSINE)), "DDPMScheduler differs from its config"),
+        (lambda: LoopPolicy(scheduler=DDPMScheduler(**COSINE)), "DDPMScheduler at 10 differs from its config"),
         (lambda: LoopPolicy(scheduler=diffusers.EulerDiscreteScheduler()), "solver is None .*EulerDiscreteScheduler"),
         (lambda: LoopPolicy(return_dict=True), "'return_dict'., which are not supported"),
         (lambda: LoopPolicy().double(), "published unet1d with its settings in float32: .'diffusion_step_encoder"),

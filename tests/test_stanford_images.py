@@ -131,7 +131,7 @@ def test_a_shared_encoder_keeps_batch_norm_and_may_not_crop(tmp_path: Path) -> N
         ({"rgb_model": {"_target_": "x.get_resnet", "name": "resnet18", "norm_layer": "x"}}, "norm_layer"),
         ({"use_group_norm": False}, "use_group_norm is False in its config"),
         ({"crop_shape": [33, 400]}, "crop is"),
-        ({"crop_shape": {"camera_9": [30, 30]}}, "has none for 'camera_10'"),
+        ({"crop_shape": {"camera_9": [30, 30]}}, "has no size for 'camera_10'"),
         ({"shape_meta": {"obs": {}}}, "differ"),
     ],
 )

@@ -203,7 +203,7 @@ def test_keys_of_different_rates_and_unknown_poses_are_warned_of(tmp_path: Path)
     config["task"]["pose_repr"]["obs_pose_repr"] = "delta"
     loaded = read_checkpoint(files.save(tmp_path / "x.ckpt", config, state, model={}))
     warnings = loaded.spec.provenance["warnings"]
-    assert any("knows ('relative', 'abs') alone" in warning for warning in warnings)
+    assert any("supports only ('relative', 'abs')" in warning for warning in warnings)
     assert any("sampled at different rates" in warning for warning in warnings)
     assert "down_sample_steps" not in loaded.spec.provenance
 

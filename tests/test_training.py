@@ -61,7 +61,7 @@ def test_windows_stay_in_their_episode_and_pad_its_ends() -> None:
 @pytest.mark.parametrize(
     ("sources", "message"),
     [
-        ({"action": "actions"}, "no array data/actions; data/ holds .'action', 'points', 'state'"),
+        ({"action": "actions"}, "no array data/actions; name one of data/'s: .'action', 'points', 'state'"),
         ({"action": {"array": "state", "columns": [7]}}, r"shape \(34, 5\), but columns asks for \[7\]"),
     ],
 )
