@@ -24,6 +24,7 @@ from parapolicy.files import cache_folder, replacing
 from parapolicy.observation import stack_observations
 from parapolicy.planner import made_up_observations
 from parapolicy.policy import Policy
+from parapolicy.samplers.base import check_count
 from parapolicy.samplers.collocation import log_snr
 from parapolicy.schedule import Calibration, Schedule
 
@@ -143,8 +144,14 @@ def calibrate(
         observations: {key: (To, …)} each; None: made up around the middle of the training data.
         chunks: number of sequential chunks to draw, over the observations in turn.
         seed: of their noise.
+
+    Raises:
+        ValueError: no observation, or ``chunks`` is no count.
     """
+    check_count("chunks", chunks)
     given = list(observations) if observations is not None else made_up_observations(policy, chunks)
+    if not given:
+        raise ValueError("observations is empty, expected at least one observation, or None for made-up ones")
     sequential, states, estimates = policy.with_sampler("sequential"), [], []
     for begin in range(0, chunks, BATCH):
         numbers = range(begin, min(begin + BATCH, chunks))

@@ -183,6 +183,13 @@ def test_calibration_finds_the_response_of_a_gaussian_world() -> None:
         np.testing.assert_allclose(response[j], expected[j, order], atol=0.1)
 
 
+def test_a_calibration_needs_chunks_and_observations(shipped: parapolicy.Policy) -> None:
+    with pytest.raises(ValueError, match="chunks is 0"):
+        calibrate(shipped, chunks=0)
+    with pytest.raises(ValueError, match="observations is empty"):
+        calibrate(shipped, [])
+
+
 def test_a_calibrated_policy_stays_near_its_sequential_chunks(calibrated: parapolicy.Policy) -> None:
     observations = made_up_observations(calibrated, 12)
     batch = {key: np.stack([observation[key] for observation in observations]) for key in observations[0]}

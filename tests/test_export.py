@@ -237,6 +237,12 @@ def test_the_program_in_c_samples_the_same_chunks(tmp_path: Path) -> None:
     assert done.stdout.startswith("2 chunks; 900 ticks of 1 ms, ")
     assert np.array_equal(np.fromfile(tmp_path / "chunks", np.float32).reshape(2, 16, 2), expected)
 
+    small = native(small_policy(control_hz=None)).with_sampler("sequential")
+    export.write_plan(small, tmp_path / "plan of no rate")
+    command = [names[0], f"{names[1]} of no rate", *names[2:4]]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=600)
+    assert (done.returncode, done.stderr) == (1, f"{names[1]} of no rate does not say its control rate\n")
+
     (tmp_path / "plan").write_bytes((tmp_path / "plan").read_bytes()[:-64])
     done = subprocess.run(names, capture_output=True, text=True, timeout=600)
     assert (done.returncode, done.stderr) == (1, "error: the plan file is damaged; export it again\n")

@@ -35,6 +35,7 @@ int main(int count, char** arguments) {
     parapolicy_sizes size;
     check(parapolicy_load(arguments[1], &policy));
     check(parapolicy_get_sizes(policy, &size));
+    if (size.control_hz <= 0) return std::fprintf(stderr, "%s does not say its control rate\n", arguments[1]), 1;
     const Floats observations = read(arguments[2]), given = count > 4 ? read(arguments[4]) : Floats();
     std::ofstream chunks(arguments[3], std::ios::binary);
     std::mt19937 random(0);
