@@ -22,6 +22,10 @@ ENVS: Mapping[str, tuple[str, str, Mapping[str, Any]]] = {
     "lift_image": (".robomimic", "Robomimic", {"task": "lift"}),  # the same
     "can_image": (".robomimic", "Robomimic", {"task": "can"}),
     "square_image": (".robomimic", "Robomimic", {"task": "square"}),
+    "metaworld": (".metaworld", "MetaWorld", {}),  # any of its tasks: options.task
+    "metaworld_assembly": (".metaworld", "MetaWorld", {"task": "assembly"}),
+    "metaworld_peg_insert_side": (".metaworld", "MetaWorld", {"task": "peg-insert-side"}),
+    "metaworld_push_wall": (".metaworld", "MetaWorld", {"task": "push-wall"}),
 }
 
 

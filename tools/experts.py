@@ -10,20 +10,16 @@ Attempt n depends on the seed and n only. Finished attempts are in FILE.parts un
 command continues an interrupted run.
 """
 
-import argparse
-import json
-import shutil
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-from tqdm import tqdm
 
 from envs.robomimic import ARM_DIM, TASKS, Robomimic
 from envs.robosuite_simulator import CONTROL_HZ, default_arguments
-from parapolicy.noise import mix_seeds
 from parapolicy.spec import Feature, PolicySpec
+from tools.demonstrations import check, collect, run_command
 from tools.scene import CLOSED, OPEN, Pose, Scene, Targets, follow, reach, servo, until_stuck, up, wait, wrap
 
 OBSERVATIONS: Mapping[str, tuple[int, ...]] = {
@@ -38,7 +34,6 @@ OBSERVATIONS: Mapping[str, tuple[int, ...]] = {
 NOISE = np.array([0.05, 0.05, 0.05, 0.012, 0.012, 0.012])  # per step, in units of actions
 NOISE_MEMORY = 0.8  # autocorrelation of the noise from step to step
 MAX_TURN = np.deg2rad(105)  # of the gripper about the vertical; the last joint's limit
-VALID_SHARE = 0.1  # of the demonstrations, in robomimic's validation split mask/valid
 
 
 def can(scene: Scene, rng: np.random.Generator) -> Targets:
@@ -171,44 +166,11 @@ def generate(task: str, output: str | Path, demonstrations: int = 200, seed: int
         ValueError: a task without an expert, or the file exists.
         RuntimeError: more than half of the attempts failed.
     """
-    output = Path(output)
-    if output.exists():
-        raise ValueError(f"{output} exists; give another name, or delete it to write it anew")
-    if demonstrations < 2:
-        raise ValueError(f"demonstrations is {demonstrations}, expected at least 2: some are held out")
-    env = make_expert_env(task)
-    parts = output.with_name(f"{output.name}.parts") / f"{task}-{seed}"  # other settings use other folders
-    parts.mkdir(parents=True, exist_ok=True)
-    done: list[Path] = []
-    number = 0
-    with tqdm(total=demonstrations, desc=task, unit="demo") as bar:
-        while len(done) < demonstrations:
-            path = parts / f"{number}.npz"
-            if not path.is_file():
-                success, arrays = attempt(env, task, mix_seeds(seed, number))
-                partial = path.with_suffix(".partial")
-                kept: dict[str, Any] = dict(arrays) if success else {}
-                with partial.open("wb") as file:
-                    np.savez_compressed(file, **kept)
-                partial.replace(path)
-            with np.load(path) as stored:
-                if stored.files:
-                    done.append(path)
-                    bar.update()
-            number += 1
-            bar.set_postfix(attempts=number)
-            if number >= 20 and len(done) < number / 2:
-                raise RuntimeError(f"of {number} attempts at {task} only {len(done)} succeeded; is robosuite 1.5 used?")
-    lengths = _assemble(task, done, output, seed)
-    shutil.rmtree(parts.parent)
-    return number, lengths
-
-
-def _assemble(task: str, paths: list[Path], output: Path, seed: int) -> list[int]:
-    """Write the attempts as one file; returns the lengths of the demonstrations."""
-    import h5py
     import robosuite
 
+    output = Path(output)
+    check(output, demonstrations)
+    env = make_expert_env(task)
     name, robots, _ = TASKS[task]
     about = {
         "env_name": name,
@@ -216,42 +178,9 @@ def _assemble(task: str, paths: list[Path], output: Path, seed: int) -> list[int
         "type": 1,  # robomimic's code for robosuite
         "env_kwargs": default_arguments(robots),
     }
-    lengths = []
-    partial = output.with_name(f".{output.name}.partial")
-    with h5py.File(partial, "w") as file:
-        for number, path in enumerate(paths):
-            with np.load(path) as arrays:
-                for key in arrays.files:
-                    file[f"data/demo_{number}/{key}"] = arrays[key]
-                lengths.append(len(arrays["actions"]))
-            file[f"data/demo_{number}"].attrs["num_samples"] = lengths[-1]
-        file["data"].attrs["total"] = sum(lengths)
-        file["data"].attrs["env_args"] = json.dumps(about)
-        names = np.array([f"demo_{number}".encode() for number in range(len(paths))])
-        held_out = np.random.default_rng(seed).permutation(len(paths))[: max(1, round(VALID_SHARE * len(paths)))]
-        file["mask/valid"] = names[np.sort(held_out)]
-        file["mask/train"] = np.delete(names, held_out)
-    partial.replace(output)
-    return lengths
-
-
-def main() -> None:
-    parser = argparse.ArgumentParser("python -m tools.experts", description="Demonstrations of a scripted expert.")
-    parser.add_argument("task", choices=list(EXPERTS))
-    parser.add_argument("output", type=Path, metavar="FILE.hdf5")
-    parser.add_argument("--demonstrations", type=int, default=200)
-    parser.add_argument("--seed", type=int, default=0)
-    parsed = parser.parse_args()
-    try:
-        attempts, lengths = generate(parsed.task, parsed.output, parsed.demonstrations, parsed.seed)
-    except (ValueError, RuntimeError) as error:
-        raise SystemExit(f"error: {error}") from error
-    except KeyboardInterrupt:
-        raise SystemExit("interrupted; the same command goes on") from None
-    share, mean = len(lengths) / attempts, np.mean(lengths)
-    print(f"wrote {parsed.output}: {len(lengths)} demonstrations of {attempts} attempts ({share:.1%} succeeded)")
-    print(f"{min(lengths)} to {max(lengths)} steps, {mean:.0f} in the mean")
+    doubt = "is robosuite 1.5 used?"
+    return collect(lambda own: attempt(env, task, own), task, output, demonstrations, seed, about, doubt)
 
 
 if __name__ == "__main__":
-    main()
+    run_command("tools.experts", EXPERTS, generate)
