@@ -17,11 +17,14 @@ from parapolicy.evaluate.measure.statistics import (
     equivalence_p,
     interquartile_mean,
     percentile_interval,
+    pooled_improvement,
     pooled_interval,
+    pooled_mean,
 )
 from parapolicy.evaluate.report.figures import CHOSEN, calibration_figure, sampler_colors
 from parapolicy.evaluate.report.gather import episode_table, gather_latencies, gather_runs
 from parapolicy.evaluate.report.html_report import write_report
+from parapolicy.evaluate.report.pooled import pool
 from parapolicy.evaluate.report.summary import Margins, pareto, recommend, summarize
 from tests.conftest import PATIENCE
 
@@ -322,3 +325,47 @@ def test_statistics_against_known_answers() -> None:
     value, (low, high) = pooled_interval([rng.uniform(0, 1, 100), rng.uniform(0, 1, 50)])
     assert low < 0.5 < high
     assert low < value < high
+
+
+def test_a_probability_of_improvement_is_rliables() -> None:
+    rng = np.random.default_rng(0)
+    x = rng.uniform(0, 1, (50, 3)).round(1)
+    y = np.clip(x + rng.normal(0.1, 0.3, (50, 3)), 0, 1).round(1)
+    value, (low, high) = pooled_improvement(x.T, y.T)
+    assert value == pytest.approx(0.46646666666666664)  # rliable 1.2.0, metrics.probability_of_improvement
+    assert low < value < high
+    other, (other_low, other_high) = pooled_improvement(y.T, x.T)
+    assert other == pytest.approx(1 - value)
+    assert (other_low, other_high) == pytest.approx((1 - high, 1 - low), abs=0.01)
+    assert pooled_improvement([[1.0, 1.0]], [[0.0, 0.5]]) == (1.0, (1.0, 1.0))
+    # Standard error of a Mann-Whitney statistic of two equal distributions: sqrt((n + m + 1) / (12 n m)).
+    same = [rng.uniform(0, 1, 100) for _ in range(4)]
+    _, (low, high) = pooled_improvement(same[:2], same[2:])
+    assert high - low == pytest.approx(2 * 1.96 * np.sqrt(201 / 12 / 100**2 / 2), rel=0.1)
+
+
+def test_a_pooled_mean_gives_each_task_the_same_weight() -> None:
+    rng = np.random.default_rng(0)
+    value, (low, high) = pooled_mean([[1.0] * 300, rng.permutation([0.0, 1.0] * 50)])
+    assert value == 0.75
+    assert high - low == pytest.approx(1.96 * 0.5 / np.sqrt(100), rel=0.1)  # of the second task alone, halved
+
+
+def test_tasks_are_pooled_by_sampler(made_up: Path) -> None:
+    made_up_run(made_up / "b", {"sequential": [0.5] * 20, "ours": [0.6] * 20}, {}, env="lift", seams={})
+    episodes = episode_table(gather_runs([made_up]))
+    assert pool(episodes[episodes["env"] == "lift"]).empty
+    pooled = pool(episodes).set_index("sampler")
+    assert (pooled.loc["sequential", "tasks"], pooled.loc["ours", "tasks"]) == (2, 2)
+    assert pd.isna(pooled.loc["sequential", "improvement"])
+    means = episodes.groupby(["sampler", "env"])["reward"].mean()
+    assert pooled.loc["ours", "mean"] == pytest.approx(means["ours"].mean())
+    shift = means["ours"] - means["sequential"]
+    assert pooled.loc["ours", "difference"] == pytest.approx(shift.mean())
+    assert 0.5 < pooled.loc["ours", "improvement"] <= 1
+    path = write_report([made_up], made_up / "out").parent
+    assert pd.read_csv(path / "pooled.csv")["sampler"].tolist() == pooled.index.tolist()
+    assert (
+        f"| ours | 2 | {pooled.loc['ours', 'episodes']} | {pooled.loc['ours', 'mean']:.3f} ["
+        in (path / "pooled.md").read_text()
+    )

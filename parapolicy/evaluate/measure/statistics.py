@@ -1,15 +1,17 @@
 """Confidence intervals and equivalence tests for scores.
 
 Rewards of several tasks are pooled as in rliable (Agarwal et al., NeurIPS 2021): bootstrap within each task,
-interquartile mean, performance profile.
+interquartile mean, probability of improvement, performance profile. rliable itself asks for arch below 8, which fails
+at its import beside pandas 3.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import numpy as np
 from scipy import stats
 
 Interval = tuple[float, float]
+RESAMPLES = 2000  # of the bootstraps of percentiles and of pooled scores
 
 
 def mean_interval(values: Sequence[float], confidence: float = 0.95) -> Interval:
@@ -33,9 +35,7 @@ def percentile_interval(values: Sequence[float], percent: float, confidence: flo
     """Bootstrap interval of a percentile, for example of latencies."""
     data = np.asarray(values, dtype=np.float64)
     rng = np.random.default_rng(0)
-    resampled = np.percentile(rng.choice(data, (2000, len(data))), percent, axis=1)
-    low, high = np.quantile(resampled, [(1 - confidence) / 2, (1 + confidence) / 2])
-    return float(low), float(high)
+    return _quantiles(np.percentile(rng.choice(data, (RESAMPLES, len(data))), percent, axis=1), confidence)
 
 
 def interquartile_mean(values: Sequence[float] | np.ndarray) -> float:
@@ -45,13 +45,49 @@ def interquartile_mean(values: Sequence[float] | np.ndarray) -> float:
 
 def pooled_interval(tasks: Sequence[Sequence[float]], confidence: float = 0.95) -> tuple[float, Interval]:
     """Interquartile mean of several tasks' scores, and its bootstrap interval, stratified by task."""
+    return _stratified(tasks, lambda arrays: interquartile_mean(np.concatenate(arrays)), confidence)
+
+
+def pooled_mean(tasks: Sequence[Sequence[float]], confidence: float = 0.95) -> tuple[float, Interval]:
+    """Mean of the tasks' means, and its bootstrap interval, stratified by task."""
+    return _stratified(tasks, lambda arrays: float(np.mean([array.mean() for array in arrays])), confidence)
+
+
+def _stratified(
+    tasks: Sequence[Sequence[float]], statistic: Callable[[list[np.ndarray]], float], confidence: float
+) -> tuple[float, Interval]:
     rng = np.random.default_rng(0)
     arrays = [np.asarray(task, dtype=np.float64) for task in tasks]
-    resampled = [
-        interquartile_mean(np.concatenate([rng.choice(task, len(task)) for task in arrays])) for _ in range(2000)
-    ]
-    low, high = np.quantile(resampled, [(1 - confidence) / 2, (1 + confidence) / 2])
-    return interquartile_mean(np.concatenate(arrays)), (float(low), float(high))
+    resampled = [statistic([rng.choice(task, len(task)) for task in arrays]) for _ in range(RESAMPLES)]
+    return statistic(arrays), _quantiles(resampled, confidence)
+
+
+def pooled_improvement(
+    tasks: Sequence[Sequence[float]], others: Sequence[Sequence[float]], confidence: float = 0.95
+) -> tuple[float, Interval]:
+    """Probability that a score is larger than one of the other sampler on the same task, and its bootstrap interval.
+
+    Half of the ties count, as in rliable; mean over the tasks, resampled within each of them.
+
+    Args:
+        tasks: scores of each task.
+        others: of the same tasks, those of the sampler to compare with.
+    """
+    rng = np.random.default_rng(0)
+    values, resampled = [], np.zeros(RESAMPLES)
+    for task, other in zip(tasks, others, strict=True):
+        mine, theirs = np.asarray(task, dtype=np.float64), np.asarray(other, dtype=np.float64)
+        wins = (np.sign(mine[:, None] - theirs[None, :]) + 1) / 2  # (N, M)
+        values.append(wins.mean())
+        # How often a resampling draws each score.
+        n, m = (rng.multinomial(len(x), np.full(len(x), 1 / len(x)), RESAMPLES) / len(x) for x in (mine, theirs))
+        resampled += ((n @ wins) * m).sum(axis=1) / len(tasks)
+    return float(np.mean(values)), _quantiles(resampled, confidence)
+
+
+def _quantiles(values: Sequence[float] | np.ndarray, confidence: float) -> Interval:
+    low, high = np.quantile(values, [(1 - confidence) / 2, (1 + confidence) / 2])
+    return float(low), float(high)
 
 
 def equivalence_p(differences: Sequence[float], margin: float) -> float:

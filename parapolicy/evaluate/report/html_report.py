@@ -10,7 +10,6 @@ from pathlib import Path
 import pandas as pd
 import plotly.graph_objects as go
 
-from parapolicy.evaluate.measure.statistics import pooled_interval
 from parapolicy.evaluate.report.figures import (
     calibration_figure,
     cost_figure,
@@ -29,8 +28,9 @@ from parapolicy.evaluate.report.gather import (
     gather_runs,
     select_latencies,
 )
-from parapolicy.evaluate.report.markdown import markdown
+from parapolicy.evaluate.report.markdown import markdown, pooled_table
 from parapolicy.evaluate.report.plots import plot_pareto
+from parapolicy.evaluate.report.pooled import COLUMNS, cells, pool
 from parapolicy.evaluate.report.summary import MARGINS, Margins, recommend, summarize
 
 STYLE = """body{font:15px/1.5 system-ui,sans-serif;max-width:1260px;margin:2em auto;padding:0 1em;color:#222}
@@ -85,23 +85,21 @@ def _table(task: pd.DataFrame, chosen: str | None, columns: Sequence[tuple[str, 
     return f"<table>{''.join(lines)}</table>"
 
 
-def _pooled(episodes: pd.DataFrame) -> str:
-    """Interquartile means over several tasks; empty for a single task."""
-    if len(episodes[["env", "checkpoint"]].drop_duplicates()) < 2:
+def _pooled(episodes: pd.DataFrame, pooled: pd.DataFrame) -> str:
+    """Scores over several tasks; empty for a single task."""
+    if pooled.empty:
         return ""
-    lines = ["<tr><th>sampler</th><th>tasks</th><th>interquartile mean</th></tr>"]
-    for sampler, group in episodes.groupby("sampler", sort=False):
-        tasks = [task["reward"].tolist() for _, task in group.groupby(["env", "checkpoint"])]
-        value, (low, high) = pooled_interval(tasks)
-        lines.append(
-            f"<tr><td>{html.escape(str(sampler))}</td><td>{len(tasks)}</td>"
-            f"<td>{value:.3f} <small>[{low:.3f}, {high:.3f}]</small></td></tr>"
-        )
+    headings = ["sampler", "tasks", *(heading for _, heading, _ in COLUMNS)]
+    lines = ["<tr>" + "".join(f"<th>{heading}</th>" for heading in headings) + "</tr>"]
+    for _, row in pooled.iterrows():
+        texts = [html.escape(str(row["sampler"])), str(row["tasks"]), *cells(row)]
+        lines.append("<tr>" + "".join(f"<td>{text or '–'}</td>" for text in texts) + "</tr>")
     return f"<h2>All tasks together</h2><table>{''.join(lines)}</table>" + embed(profiles_figure(episodes))
 
 
 def write_report(folders: Sequence[Path], output: Path, margins: Margins = MARGINS) -> Path:
-    """Write ``report.html``, a PNG per task, and the tables ``samplers`` (csv, md) and ``episodes`` (csv, parquet).
+    """Write ``report.html``, a PNG per task, and the tables ``samplers`` (csv, md), ``episodes`` (csv, parquet)
+    and, of several tasks, ``pooled`` (csv, md).
 
     Args:
         folders: of runs and sweeps.
@@ -122,7 +120,11 @@ def write_report(folders: Sequence[Path], output: Path, margins: Margins = MARGI
     episodes.to_csv(output / "episodes.csv", index=False)
     episodes.to_parquet(output / "episodes.parquet", index=False)
     summary.to_csv(output / "samplers.csv", index=False)
+    pooled = pool(episodes)
     (output / "samplers.md").write_text(markdown(summary))
+    if not pooled.empty:
+        pooled.to_csv(output / "pooled.csv", index=False)
+        (output / "pooled.md").write_text(pooled_table(pooled) + "\n")
     parts = []
     for (env, checkpoint), task in summary.groupby(["env", "checkpoint"], sort=False):
         chosen, sentence = recommend(task.dropna(axis=1, how="all"), margins)
@@ -139,7 +141,7 @@ def write_report(folders: Sequence[Path], output: Path, margins: Margins = MARGI
             parts.append(embed(cost_figure(own, evaluated, colors)))
         if calibration := calibration_figure(measured, colors):
             parts.append(embed(calibration))
-    parts.append(_pooled(episodes))
+    parts.append(_pooled(episodes, pooled))
     if failures := gather_failures(folders):
         items = "".join(f"<li>{html.escape(where)}: {html.escape(why)}</li>" for where, why in failures.items())
         parts.append(f"<h2 class='failed'>Jobs that failed</h2><ul>{items}</ul>")
@@ -153,9 +155,10 @@ def write_report(folders: Sequence[Path], output: Path, margins: Margins = MARGI
         "italics: samplers of other distributions than the policy's. Latency at "
         f"batch 1{', engine ' + ', '.join(engines) if engines else ''}; "
         "“upstream”: the eager network and diffusers' scheduler step by step, whose chunks and rewards are those of "
-        "the sampler named. Jump at seams: distance from a chunk's last executed action to the next chunk's first; "
-        "motion inside: distance between successive actions within a chunk; both over all numbers of an action, in its "
-        "own units."
+        "the sampler named. All tasks together: bootstraps stratified by task; probability of improvement: that an "
+        "episode has a larger reward than an episode of the sequential sampler on the same task, ties count half. Jump "
+        "at seams: distance from a chunk's last executed action to the next chunk's first; motion inside: distance "
+        "between successive actions within a chunk; both over all numbers of an action, in its own units."
     )
     script = go.Figure().to_html(full_html=False, include_plotlyjs=True)
     page = output / "report.html"

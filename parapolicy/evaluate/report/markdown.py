@@ -4,6 +4,8 @@ from collections.abc import Sequence
 
 import pandas as pd
 
+from parapolicy.evaluate.report.pooled import COLUMNS, cells
+
 
 def markdown(summary: pd.DataFrame) -> str:
     """Two tables per environment and checkpoint: costs and scores of the samplers, and the tests of equivalence."""
@@ -65,6 +67,13 @@ def equivalence_table(task: pd.DataFrame) -> str:
         for _, row in task.iterrows()
         if not pd.isna(row.get("pairs", float("nan")))
     ]
+    return _table(headings, rows)
+
+
+def pooled_table(pooled: pd.DataFrame) -> str:
+    """Scores over several tasks, of :func:`parapolicy.evaluate.report.pooled.pool`."""
+    headings = ["sampler", "tasks", "episodes", *(heading for _, heading, _ in COLUMNS)]
+    rows = [[str(row["sampler"]), str(row["tasks"]), str(row["episodes"]), *cells(row)] for _, row in pooled.iterrows()]
     return _table(headings, rows)
 
 
