@@ -14,12 +14,22 @@ from safetensors import safe_open
 
 from parapolicy.evaluate.measure.statistics import equivalence_p, mean_interval
 from parapolicy.evaluate.report.gather import episode_table, gather_fidelities, gather_latencies, gather_runs
-from parapolicy.evaluate.report.markdown import costs_table, equivalence_table
+from parapolicy.evaluate.report.markdown import costs_table, equivalence_table, pooled_table
+from parapolicy.evaluate.report.pooled import pool
 from parapolicy.evaluate.report.summary import Margins, recommend, summarize
 
 BLOCK = re.compile(r"<!-- ([\w ]+) -->\n(.*?)<!-- end -->", re.DOTALL)
 MARGINS = Margins(reward=0.02)  # of equivalence in the frontier; chosen before its episodes were run
-TASKS = {"pusht": "Push-T", "pusht_image": "Push-T, images", "lift": "Lift", "can": "Can", "square": "Square"}
+TASKS = {
+    "pusht": "Push-T",
+    "pusht_image": "Push-T, images",
+    "lift": "Lift",
+    "can": "Can",
+    "square": "Square",
+    "metaworld_assembly": "Assembly",
+    "metaworld_peg_insert_side": "Peg Insert Side",
+    "metaworld_push_wall": "Push Wall",
+}
 HEADLINE = {  # chunk of bench.json -> sampler of the runs
     "sequential": "sequential",
     "collocation (19 nodes)": "collocation-19",
@@ -159,6 +169,30 @@ def equivalence_tables(folders: Folders) -> str:
         lines = lines or [f"| task {head}", f"| --- {rule}"]
         lines += [f"| {TASKS.get(str(env), env)} {row}" for row in rows]
     return "\n".join(lines)
+
+
+def task_scores_table(folders: Folders) -> str:
+    """A row per task, a column per sampler: mean maximum rewards."""
+    summary = _summary(folders, tasks=None)
+    samplers = list(dict.fromkeys(summary["sampler"]))
+    rows = []
+    for env, task in summary.groupby("env", sort=False):
+        scores = task.set_index("sampler")
+        texts = [
+            _interval(
+                "{:.2f}", scores.loc[name, "reward"], [scores.loc[name, f"reward_{end}"] for end in ("low", "high")]
+            )
+            if name in scores.index
+            else ""
+            for name in samplers
+        ]
+        rows.append([TASKS.get(str(env), str(env)), str(scores["episodes"].max()), *texts])
+    return table(["mean max reward", "episodes", *samplers], rows)
+
+
+def tasks_together_table(folders: Folders) -> str:
+    """Scores over all tasks."""
+    return pooled_table(pool(episode_table(gather_runs(folders))))
 
 
 def rounding_scores_table(folders: Folders) -> str:
