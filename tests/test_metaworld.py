@@ -1,5 +1,8 @@
 """Meta-World: episodes by seed, held time, what does not fit, experts' demonstrations, the shipped policies."""
 
+import os
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +14,7 @@ from envs.inference_delay import InferenceDelay
 from parapolicy.control import SimulatedClock
 from parapolicy.evaluate.run.rollout import rollout
 from parapolicy.train.data import read_hdf5
+from tests.conftest import ROOT
 from tests.helpers import configured, small_policy, small_spec
 
 pytest.importorskip("metaworld", reason="metaworld is not installed: pip install 'parapolicy[tasks]'")
@@ -103,6 +107,39 @@ def test_what_does_not_fit_is_named() -> None:
         env.render()
     with pytest.raises(ValueError, match=r"task is 'hammer', expected one of \['assembly'"):
         experts.make_expert_env("hammer")
+
+
+FRAMES = """
+import numpy as np
+from tests.helpers import small_spec
+from envs import make_env
+spec = small_spec(observation={"frame": (18,)}, action_dim=4)
+envs = [make_env("metaworld_push_wall", spec, render_size=64) for _ in range(2)]
+for seed, env in enumerate(envs):
+    env.reset(seed=seed)
+first, second, again = envs[0].render(), envs[1].render(), envs[0].render()
+assert (first.shape, first.dtype) == ((64, 64, 3), np.uint8)
+np.testing.assert_array_equal(first, again)
+assert np.abs(first.astype(int) - second).max() > 50  # the puck stands elsewhere
+assert first[:5].std() < first[-20:].std()  # the room above, the scene below
+for env in envs:
+    env.close()
+"""
+
+
+def test_frames_show_the_scene_of_their_own_environment() -> None:
+    """In a process of its own: MuJoCo takes its GL library at its import."""
+    environment = {**os.environ, "MUJOCO_GL": "egl"}
+    done = subprocess.run([sys.executable, "-c", FRAMES], cwd=ROOT, env=environment, capture_output=True, text=True)
+    if "install EGL" in done.stderr:
+        pytest.skip(done.stderr.strip().splitlines()[-1])
+    assert done.returncode == 0, done.stderr
+
+
+def test_frames_without_a_renderer_name_its_package(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("mujoco.Renderer", None)
+    with pytest.raises(ValueError, match=r"render_size is 64, but there is no renderer .*packages libegl1 and"):
+        make_env("metaworld_push_wall", SPEC, render_size=64)
 
 
 @pytest.mark.parametrize("task", TASKS)
