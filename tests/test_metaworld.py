@@ -12,6 +12,7 @@ import pytest
 
 from envs.inference_delay import InferenceDelay
 from parapolicy.control import SimulatedClock
+from parapolicy.evaluate.run.evaluation import evaluate
 from parapolicy.evaluate.run.rollout import rollout
 from parapolicy.train.data import read_hdf5
 from tests.conftest import ROOT
@@ -52,7 +53,7 @@ def test_the_frame_before_and_the_goal_are_meta_worlds() -> None:
     before = env.reset(seed=3)[0]["state"]
     np.testing.assert_array_equal(before[:18], before[18:36])
     after = env.step(np.ones(4))[0]["state"]
-    env.unwrapped.hold(0.0)  # which looks, and is no frame
+    np.testing.assert_array_equal(env.unwrapped.hold(0.0)[0]["state"], after)  # no time, no frame
     np.testing.assert_array_equal(after[18:36], before[:18])
     np.testing.assert_array_equal(env.step(np.ones(4))[0]["state"][18:36], after[:18])
     np.testing.assert_array_equal(after[36:], before[36:])
@@ -181,3 +182,11 @@ def test_an_expert_has_several_ways(task: str, along: float) -> None:
                 break
     assert len(passed) == 6
     assert max(passed) - min(passed) > 0.1
+
+
+@pytest.mark.parametrize("task", [task for task in TASKS if (ROOT / "checkpoints" / f"metaworld_{task}").is_dir()])
+def test_the_shipped_policy_succeeds(task: str, tmp_path: Path) -> None:
+    config = configured("eval", f"env=metaworld_{task}", "episodes=4", "samplers=[collocation]", "latency_chunks=0")
+    options = config.env.options
+    results = evaluate(config, tmp_path, lambda spec, clock: make_env(config.env.name, spec, **options))
+    assert results["samplers"]["collocation"]["success_rate"] >= 0.5
