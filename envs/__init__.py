@@ -26,6 +26,7 @@ ENVS: Mapping[str, tuple[str, str, Mapping[str, Any]]] = {
     "metaworld_assembly": (".metaworld", "MetaWorld", {"task": "assembly"}),
     "metaworld_peg_insert_side": (".metaworld", "MetaWorld", {"task": "peg-insert-side"}),
     "metaworld_push_wall": (".metaworld", "MetaWorld", {"task": "push-wall"}),
+    "kitchen": (".kitchen", "Kitchen", {}),
 }
 
 
