@@ -23,7 +23,7 @@ pytest.importorskip("metaworld", reason="metaworld is not installed: pip install
 from envs import make_env
 from tools import metaworld_experts as experts
 
-OBSERVED = {"frame": (18,), "goal": (3,)}
+OBSERVED = {"frame": (18,), "goal": (3,), "relative": (6,)}
 SPEC = small_spec(observation=OBSERVED, action_dim=4, control_hz=80)
 STATE_SPEC = small_spec(observation={"state": (39,)}, action_dim=4, control_hz=80)
 TASKS = ("assembly", "peg_insert_side", "push_wall")
@@ -45,7 +45,7 @@ def test_a_seed_gives_the_episode(task: str) -> None:
     np.testing.assert_array_equal(first, again)
     np.testing.assert_array_equal(first, elsewhere)
     assert np.abs(first[0] - second[0]).max() > 1e-3
-    assert first[0][18:].any()  # the goal is not hidden
+    assert first[0][18:21].any()  # the goal is not hidden
 
 
 def test_the_frame_before_and_the_goal_are_meta_worlds() -> None:
@@ -57,6 +57,10 @@ def test_the_frame_before_and_the_goal_are_meta_worlds() -> None:
     np.testing.assert_array_equal(after[18:36], before[:18])
     np.testing.assert_array_equal(env.step(np.ones(4))[0]["state"][18:36], after[:18])
     np.testing.assert_array_equal(after[36:], before[36:])
+    env = make_env("metaworld", SPEC, task="push-wall")
+    given = env.reset(seed=3)[0]
+    hand, puck = given["frame"][:3], given["frame"][4:7]
+    np.testing.assert_allclose(given["relative"], [*(puck - hand), *(given["goal"] - puck)], atol=1e-6)
 
 
 def test_results_do_not_depend_on_the_number_of_environments() -> None:
