@@ -1,6 +1,7 @@
 """All the randomness of a chunk, drawn before sampling starts."""
 
 from collections.abc import Sequence
+from operator import index
 
 import numpy as np
 import torch
@@ -33,12 +34,16 @@ def draw_noise(
         sample_shape: (H, Da), or that of any other sample, for a schedule without one.
 
     Raises:
-        ValueError: no shape is known, or a seed is negative.
+        ValueError: no shape is known, or a seed is negative or no whole number.
     """
     shape = sample_shape or schedule.sample_shape
     if shape is None:
         raise ValueError("the schedule belongs to no policy, so sample_shape=(horizon, action_dim) must be given")
-    entropies = [(seed, b) for b in range(batch)] if isinstance(seed, int | np.integer) else [(s, 0) for s in seed]
+    one = isinstance(seed, int | np.integer)
+    try:
+        entropies = [(index(seed), b) for b in range(batch)] if one else [(index(s), 0) for s in seed]
+    except TypeError as error:
+        raise ValueError(f"seed is {seed!r}, expected a whole number, or one per element of the batch") from error
     if any(entropy[0] < 0 for entropy in entropies):
         raise ValueError(f"seed is {seed}, expected no negative number")
     noise = torch.empty(len(schedule) + 1, len(entropies), *shape)
