@@ -39,9 +39,11 @@ def draw_noise(
     shape = sample_shape or schedule.sample_shape
     if shape is None:
         raise ValueError("the schedule belongs to no policy, so sample_shape=(horizon, action_dim) must be given")
-    one = isinstance(seed, int | np.integer)
     try:
-        entropies = [(index(seed), b) for b in range(batch)] if one else [(index(s), 0) for s in seed]
+        if isinstance(seed, int | np.integer):
+            entropies = [(int(seed), b) for b in range(batch)]
+        else:
+            entropies = [(index(s), 0) for s in seed]
     except TypeError as error:
         raise ValueError(f"seed is {seed!r}, expected a whole number, or one per element of the batch") from error
     if any(entropy[0] < 0 for entropy in entropies):
