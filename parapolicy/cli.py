@@ -1,6 +1,7 @@
 """The command ``parapolicy``."""
 
 import argparse
+import dataclasses
 import json
 import logging
 import os
@@ -82,7 +83,7 @@ def inspect(arguments: Sequence[str]) -> None:
     from parapolicy import load_policy
     from parapolicy.describe import describe, present
 
-    facts = describe(load_policy(parsed.checkpoint, device="cpu", engine="eager", ema=parsed.ema))
+    facts = describe(load_policy(parsed.checkpoint, ema=parsed.ema))
     print(json.dumps(facts, indent=2) if parsed.json else present(parsed.checkpoint, facts))
 
 
@@ -98,6 +99,7 @@ def check(arguments: Sequence[str]) -> None:
 
     from parapolicy import list_samplers, load_policy
     from parapolicy.bench.compare import compare_samplers, present
+    from parapolicy.engine import make_engine
     from parapolicy.planner import made_up_observations
 
     policy = load_policy(parsed.checkpoint, device=parsed.device, engine=parsed.engine, ema=parsed.ema)
@@ -112,6 +114,9 @@ def check(arguments: Sequence[str]) -> None:
     rows = compare_samplers(policy, made_up_observations(policy, parsed.chunks), progress)
     where = f"{parsed.chunks} made-up observations, engine {policy.engine.name} on {policy.device}"
     print(f"{where}; error: largest difference from the sequential chunk, normalised\n{present(rows)}")
+    usual = make_engine("auto", policy.device).name
+    if policy.engine.name != usual:
+        print(f"load_policy takes engine {usual} here: --engine {usual} measures what you will see", file=sys.stderr)
 
 
 def convert(arguments: Sequence[str]) -> None:
@@ -122,8 +127,6 @@ def convert(arguments: Sequence[str]) -> None:
     parsed = parser.parse_args(arguments)
     if parsed.out.exists() and (not parsed.out.is_dir() or any(parsed.out.iterdir())):
         raise ValueError(f"{parsed.out} exists and is not an empty folder; choose another name")
-
-    import dataclasses
 
     from parapolicy import load_policy, save_policy
 
@@ -244,6 +247,10 @@ def serve(arguments: Sequence[str]) -> None:
             raise ValueError(f"the setting {argument!r} has no value; give one, or null")
     try:
         given = OmegaConf.from_dotlist(list(arguments))
+        settings = [field.name for field in dataclasses.fields(ServeConfig)]
+        unknown = [key for key in given if key not in settings]
+        if unknown:
+            raise ValueError(f"there are no settings {unknown}, expected some of {settings}, each as key=value")
         config = OmegaConf.to_object(OmegaConf.merge(OmegaConf.structured(ServeConfig), given))
     except OmegaConfBaseException as error:
         raise ValueError(error) from error
@@ -318,7 +325,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         return
     name, *rest = arguments
     if name not in COMMANDS:
-        print(f"error: command is {name!r}, expected one of {list(COMMANDS)}\n{USAGE}", end="", file=sys.stderr)
+        print(f"{USAGE}\nerror: command is {name!r}, expected one of {list(COMMANDS)}", file=sys.stderr)
         raise SystemExit(2)
     try:
         COMMANDS[name](rest)

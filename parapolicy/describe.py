@@ -57,7 +57,8 @@ def present(path: str, facts: dict[str, Any]) -> str:
     ]
     if encoder is not None:
         lines.append(
-            f"  encoder      {_millions(encoder['parameters'])}" + (", shared" * encoder["settings"]["shared"])
+            f"  encoder      {_millions(encoder['parameters'])}"
+            + (", shared" if encoder["settings"].get("shared", False) else "")
         )
         lines += [f"    {key}: {_settings(value)}" for key, value in encoder["settings"]["cameras"].items()]
     lines.append(f"  observation  {facts['n_obs_steps']} steps, oldest first; in this order:")

@@ -1,6 +1,7 @@
 """All the randomness of a chunk, drawn before sampling starts."""
 
 from collections.abc import Sequence
+from operator import index
 
 import numpy as np
 import torch
@@ -33,12 +34,18 @@ def draw_noise(
         sample_shape: (H, Da), or the shape of any other sample, for a schedule without a policy.
 
     Raises:
-        ValueError: no shape is known, or a seed is negative.
+        ValueError: no shape is known, or a seed is negative or no whole number.
     """
     shape = sample_shape or schedule.sample_shape
     if shape is None:
         raise ValueError("the schedule belongs to no policy; give sample_shape=(horizon, action_dim)")
-    entropies = [(seed, b) for b in range(batch)] if isinstance(seed, int | np.integer) else [(s, 0) for s in seed]
+    try:
+        if isinstance(seed, int | np.integer):
+            entropies = [(int(seed), b) for b in range(batch)]
+        else:
+            entropies = [(index(s), 0) for s in seed]
+    except TypeError as error:
+        raise ValueError(f"seed is {seed!r}, expected a whole number, or one per element of the batch") from error
     if any(entropy[0] < 0 for entropy in entropies):
         raise ValueError(f"seed is {seed}, expected at least 0")
     noise = torch.empty(len(schedule) + 1, len(entropies), *shape)

@@ -190,6 +190,9 @@ def normalize_observation(
 
 
 def _check_keys(spec: PolicySpec, observation: Mapping[str, Any]) -> None:
+    if not isinstance(observation, Mapping):
+        kind = type(observation).__name__
+        raise ObservationError(f"the observation is a {kind}, expected a dictionary of {list(spec.observation)}")
     missing = [key for key in spec.observation if key not in observation]
     unknown = [key for key in observation if key not in spec.observation]
     if missing or unknown:

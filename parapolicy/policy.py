@@ -130,7 +130,7 @@ class Policy:
     def predict(
         self,
         observation: Mapping[str, Any],
-        noise: Tensor | None = None,
+        noise: Tensor | np.ndarray | None = None,
         seed: int | Sequence[int] = 0,
         deadline: float | Callable[[], bool] | None = None,
         warm: WarmState | None = None,
@@ -174,6 +174,8 @@ class Policy:
         expected = (len(self.schedule) + 1, batch, *self.spec.sample_shape)
         executed = self.spec.n_action_steps if executed is None else executed
         if warm is not None:
+            if not isinstance(warm, WarmState):
+                raise ValueError(f"warm is a {type(warm).__name__}, expected the chunk's warm_state, or None")
             warm.check(expected)
             if not 0 <= executed < self.spec.horizon:
                 raise ValueError(
@@ -181,8 +183,11 @@ class Policy:
                 )
         if noise is None:
             noise = draw_noise(self.schedule, batch, seed)
+            if noise.shape[1] != batch:
+                raise ValueError(f"there are {noise.shape[1]} seeds, expected one, or {batch}: one per observation")
             if warm is not None and shift_noise and self.sampler.reuses_noise:
                 noise = warm.shift_noise(noise, executed)
+        noise = torch.as_tensor(noise)
         if tuple(noise.shape) != expected:
             raise ValueError(f"noise has shape {tuple(noise.shape)}, expected {expected}: (T + 1, B, *sample_shape)")
         if features is not None:

@@ -285,8 +285,16 @@ def test_too_long_a_config_is_not_saved(folder: Path) -> None:
     assert {path.name: path.read_bytes() for path in folder.iterdir()} == before
 
 
+def test_a_damaged_config_of_lerobot_s_inner_folder_is_named(tmp_path: Path) -> None:
+    inner = tmp_path / "pretrained_model"
+    inner.mkdir()
+    (inner / "config.json").write_text("{")
+    with pytest.raises(parapolicy.CheckpointError, match=r"pretrained_model/config.json is no JSON text"):
+        parapolicy.load_policy(tmp_path, engine="eager")
+
+
 def test_no_folder_is_named(tmp_path: Path) -> None:
-    with pytest.raises(parapolicy.CheckpointError, match=r"no checkpoint at .*nowhere"):
+    with pytest.raises(parapolicy.CheckpointError, match=r"no checkpoint at .*nowhere.*: there is no such file"):
         parapolicy.load_policy(tmp_path / "nowhere", engine="eager")
 
 

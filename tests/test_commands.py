@@ -46,6 +46,16 @@ def test_inspect_tells_what_a_policy_wants_and_gives(capsys: pytest.CaptureFixtu
         assert words in shown
 
 
+def test_inspect_takes_every_shipped_policy(capsys: pytest.CaptureFixture[str]) -> None:
+    """With a camera or without, with the engine that ``load_policy`` takes here."""
+    for folder in sorted(SHIPPED.parent.iterdir()):
+        if folder.is_dir():
+            main(["inspect", str(folder)])
+            shown = capsys.readouterr().out
+            assert ("  encoder " in shown) == ("image" in folder.name)
+            assert "engine eager" not in shown
+
+
 def test_inspect_prints_the_same_as_json(capsys: pytest.CaptureFixture[str]) -> None:
     main(["inspect", str(SHIPPED), "--json"])
     facts = json.loads(capsys.readouterr().out)
@@ -98,7 +108,9 @@ def test_inspect_warns_of_what_the_file_does_not_say(folder: Path, capsys: pytes
 
 def test_check_runs_every_sampler(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
     main(["check", str(folder), "--chunks", "2", "--device", "cpu"])
-    rows = {line.split()[0]: line.split() for line in capsys.readouterr().out.splitlines()[2:]}
+    shown = capsys.readouterr()
+    assert "load_policy takes engine fused" in shown.err
+    rows = {line.split()[0]: line.split() for line in shown.out.splitlines()[2:]}
     assert set(rows) == set(parapolicy.list_samplers())
     steps = len(parapolicy.load_policy(folder, device="cpu", engine="eager").schedule)
     assert float(rows["sequential"][1]) == float(rows["sequential"][2]) == steps
@@ -240,7 +252,8 @@ def test_exit_codes(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.Monk
         with pytest.raises(SystemExit) as ended:
             main(arguments)
         assert ended.value.code == code
-    assert "command is 'inspekt', expected one of" in capsys.readouterr().err
+    shown = capsys.readouterr().err
+    assert "error: command is 'inspekt', expected one of" in shown[shown.index(USAGE) + len(USAGE) :]
 
 
 def test_every_command_is_in_the_overview_and_on_its_page() -> None:

@@ -1,7 +1,9 @@
 """Observation in, chunk out: shapes, seeds, batches, and what is refused."""
 
+import copy
 import dataclasses
 import os
+import pickle
 import platform
 import subprocess
 import sys
@@ -14,7 +16,7 @@ import pytest
 import torch
 
 import parapolicy
-from parapolicy.engine import Eager
+from parapolicy.engine import Eager, make_engine
 from parapolicy.normalizer import Affine, Normalizer
 from tests.conftest import ROOT, SHIPPED
 from tests.helpers import small_policy, small_spec, some_observation
@@ -53,7 +55,48 @@ def test_same_seed_same_chunk_and_given_noise() -> None:
     np.testing.assert_array_equal(first, again)
     assert not np.allclose(first, other)
     noise = parapolicy.draw_noise(policy.schedule, seed=1)
-    np.testing.assert_array_equal(policy.predict(observation, noise=noise).trajectory, first)
+    for given in (noise, noise.numpy()):  # files of recorded noise hold arrays
+        np.testing.assert_array_equal(policy.predict(observation, noise=given).trajectory, first)
+
+
+@pytest.mark.parametrize("engine", ["fused", "compiled", "openvino"])
+def test_a_policy_can_be_copied_and_sent_to_another_process(engine: str) -> None:
+    if engine == "openvino":
+        pytest.importorskip("openvino")
+    policy = dataclasses.replace(small_policy(), engine=make_engine(engine, torch.device("cpu")))
+    observation = some_observation(policy.spec)
+    if engine == "fused":  # the others' first chunks take long, and their locks alone could not be copied
+        policy.predict(observation)
+    for twin in (copy.deepcopy(policy), pickle.loads(pickle.dumps(policy))):
+        assert (type(twin.engine), twin.engine.name) == (type(policy.engine), policy.engine.name)
+        if engine == "fused":
+            expected = policy.predict(observation, seed=3).trajectory
+            np.testing.assert_array_equal(twin.predict(observation, seed=3).trajectory, expected)
+
+
+@pytest.mark.parametrize("seed", ["a", 1.5, [0.5], None])
+def test_a_seed_that_is_no_whole_number_is_named(seed: Any) -> None:
+    policy = small_policy()
+    with pytest.raises(ValueError, match=r"seed is .*, expected a whole number"):
+        policy.predict(some_observation(policy.spec), seed=seed)
+
+
+def test_seeds_and_warm_states_must_fit() -> None:
+    policy = small_policy()
+    observation = some_observation(policy.spec, batch=3)
+    with pytest.raises(ValueError, match="there are 2 seeds, expected one, or 3"):
+        policy.predict(observation, seed=[0, 1])
+    chunk: Any = policy.predict(observation)
+    with pytest.raises(ValueError, match="warm is a Chunk, expected the chunk's warm_state"):
+        policy.predict(observation, warm=chunk)
+
+
+@pytest.mark.parametrize("observation", [None, [1.0, 2.0], np.zeros(3)], ids=["none", "list", "array"])
+def test_an_observation_is_a_dictionary(observation: Any) -> None:
+    policy = small_policy()
+    for take in (policy.predict, parapolicy.ObservationHistory(policy.spec).push):
+        with pytest.raises(parapolicy.ObservationError, match=r"is a \w+, expected a dictionary of \['position'"):
+            take(observation)
 
 
 def test_the_actions_of_an_inpainting_policy_are_its_sample_s_first_numbers() -> None:

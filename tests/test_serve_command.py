@@ -107,7 +107,8 @@ def test_closing_finishes_what_was_asked(command: Callable, policy: Policy) -> N
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
-        (["prot=1"], "Key 'prot'"),
+        (["prot=1"], r"no settings \['prot'\], expected some of \['checkpoint', 'host', 'port'"),
+        (["--port", "1"], r"no settings \['--port', '1'\]"),
         (["port=high"], "high"),
         (["checkpoint=nowhere"], "no checkpoint at 'nowhere'"),
         (["sampler=fast"], "sampler is 'fast'"),

@@ -39,8 +39,8 @@ def recognises(path: Path) -> bool:
     file = _folder(path) / CONFIG
     try:
         return file.is_file() and is_lerobot(read_json(file))
-    except CheckpointError:
-        return False
+    except CheckpointError:  # damaged; no other program has the inner folder, and read says what is wrong with the file
+        return file.parent != path
 
 
 def find_ema(path: Path) -> Path:

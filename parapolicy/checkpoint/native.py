@@ -98,6 +98,11 @@ def read(folder: str | os.PathLike[str]) -> tuple[PolicySpec, Network, Normalize
 
 def _read_config(folder: Path) -> dict[str, Any]:
     path = folder / CONFIG
+    if not folder.exists():
+        raise CheckpointError(
+            f"no checkpoint at {str(folder)!r}: there is no such file or folder. Expected one, or a name on the "
+            "Hugging Face hub, hf://owner/name"
+        )
     for name in (CONFIG, WEIGHTS):
         if not (folder / name).is_file():
             raise CheckpointError(

@@ -2,6 +2,7 @@
 
 import threading
 from collections.abc import Mapping
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -33,6 +34,9 @@ class Compiled(Engine):
         self.dtype = dtype
         self._lowered: Lowered | None = None  # of the newest network
         self._lock = threading.Lock()
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return Compiled, (self.dtype,)  # a copy, or another process, prepares its network anew
 
     def bind(self, network: Network, timesteps: Tensor, observation: Mapping[str, Tensor]) -> Bound:
         with self._lock:

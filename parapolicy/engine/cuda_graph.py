@@ -34,6 +34,9 @@ class CudaGraph(Engine):
         self._bound: OrderedDict[Hashable, Bound] = OrderedDict()
         self._lock = threading.Lock()
 
+    def __reduce__(self) -> tuple[Any, ...]:
+        return CudaGraph, ()  # a copy, or another process, captures anew
+
     def exclusive(self) -> threading.Lock:
         return self._lock
 

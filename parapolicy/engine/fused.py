@@ -62,6 +62,9 @@ class Fused(Engine):
         self._fallback: Compiled | None = None
         self._lock = threading.Lock()
 
+    def __reduce__(self) -> tuple[Any, ...]:
+        return Fused, (self.dtype, self.told)  # a copy, or another process, prepares its network anew
+
     def bind(self, network: Network, timesteps: Tensor, observation: Mapping[str, Tensor]) -> Evaluate:
         with self._lock:
             fused = self._find(network)

@@ -57,6 +57,9 @@ class OpenVino(Engine):
 
     name = "openvino"
 
+    def __reduce__(self) -> tuple[Any, ...]:
+        return OpenVino, ()  # a copy, or another process, prepares its network anew
+
     def __init__(self) -> None:
         import_openvino()
         self._converted: Converted | None = None  # of the newest network
