@@ -39,6 +39,7 @@ MOST_STEPS = 200  # schedules with more steps do not get nodes by dynamic progra
 STATE = 0.05  # weight of a state's error, in standard deviations of its noise, relative to the final sample's
 FILE = "calibration.safetensors"
 MOST_BYTES = 2**28  # of a calibration's file
+LEAST_SITUATIONS, LEAST_DRAWS = 8, 32  # of a distance that decides which sampler a policy gets
 
 
 def with_calibration(policy: Policy, folder: str | os.PathLike[str] | None = None, measure: bool = True) -> Policy:
@@ -80,7 +81,8 @@ def write_calibration(path: Path, policy: Policy, calibration: Calibration, meas
 
     Args:
         policy: the calibrated policy; its weights and schedule are compared at loading.
-        measured: results on held-out chunks. ``rows`` give the distances of node counts; the rest is for people.
+        measured: results on held-out chunks. ``rows`` give the distances of node counts, unless ``made_up`` says that
+            the observations were not recorded; the rest is for people.
     """
     _write(path, _key(policy), calibration, measured)
 
@@ -121,8 +123,17 @@ def _read(path: Path, policy: Policy, of: str) -> Calibration | None:
 
 
 def _distances(measured: Mapping[str, Any]) -> dict[int, float]:
-    """Number of nodes -> upper end of the energy distance over the spread, for rows that have both."""
-    rows = [row for row in measured.get("rows", ()) if {"nodes", "spread"} <= row.keys()]
+    """Number of nodes -> upper end of the energy distance over the spread.
+
+    Measurements on made-up observations, in few situations or with few draws do not count.
+    """
+    if measured.get("made_up", True):
+        return {}
+    rows = [
+        row
+        for row in measured.get("rows", ())
+        if "nodes" in row and row["situations"] >= LEAST_SITUATIONS and row["draws"] >= LEAST_DRAWS
+    ]
     found = {int(row["nodes"]): float(row["energy_ci95"][1]) / float(row["spread"]) for row in rows}
     return {count: distance for count, distance in found.items() if math.isfinite(distance)}
 

@@ -91,7 +91,7 @@ def check(arguments: Sequence[str]) -> None:
     """``parapolicy check``."""
     parser = _checkpoint_parser("check")
     parser.add_argument("--chunks", type=int, default=5, help="observations per sampler")
-    parser.add_argument("--engine", default="eager", help="compiled engines first take a minute")
+    parser.add_argument("--engine", default="auto", help="auto: the one that load_policy takes")
     parser.add_argument("--device", default="auto")
     parsed = parser.parse_args(arguments)
     if parsed.chunks < 1:
@@ -132,11 +132,7 @@ def convert(arguments: Sequence[str]) -> None:
 
     policy = load_policy(parsed.checkpoint, device="cpu", engine="eager", ema=parsed.ema)
     if parsed.control_hz is not None:
-        if policy.spec.control_hz not in (None, parsed.control_hz):
-            raise ValueError(
-                f"control_hz is {parsed.control_hz:g}, but the file says {policy.spec.control_hz:g}; leave it out"
-            )
-        policy = dataclasses.replace(policy, spec=dataclasses.replace(policy.spec, control_hz=parsed.control_hz))
+        policy = dataclasses.replace(policy, spec=policy.spec.with_control_hz(parsed.control_hz))
     save_policy(policy, parsed.out)
     print(f"wrote {parsed.out}")
 
@@ -208,9 +204,10 @@ def calibrate(arguments: Sequence[str]) -> None:
         raise ValueError(f"{parsed.folder} is a file, expected a policy folder; make one with parapolicy convert")
 
     from parapolicy import load_policy
-    from parapolicy.calibrate import FILE, write_calibration
+    from parapolicy.calibrate import FILE, LEAST_DRAWS, LEAST_SITUATIONS, with_calibration, write_calibration
     from parapolicy.evaluate.measure.calibrated import measure_calibration, present, read_observations
-    from parapolicy.planner import made_up_observations
+    from parapolicy.planner import default_sampler, made_up_observations
+    from parapolicy.samplers.collocation import BOUND, NODES
 
     policy = load_policy(parsed.folder, device="cpu", engine=parsed.engine)
     if parsed.observations is None:
@@ -220,6 +217,17 @@ def calibrate(arguments: Sequence[str]) -> None:
     calibration, rows = measure_calibration(policy, observations, parsed.chunks, parsed.draws, parsed.keep)
     write_calibration(parsed.folder / FILE, policy, calibration, {"rows": rows, "made_up": parsed.observations is None})
     print(f"{present(rows)}\nwrote {parsed.folder / FILE}")
+    read = with_calibration(policy, parsed.folder, measure=False)
+    name = type(default_sampler(read)).__name__.lower()
+    measured = {} if read.schedule.calibration is None else read.schedule.calibration.distances
+    if NODES in measured:
+        reason = f"{NODES} nodes are within {measured[NODES]:.2%} of the spread, {BOUND:.0%} is allowed"
+    else:
+        reason = (
+            f"a distance for {NODES} nodes counts if it is measured on --observations of closed loops, in at least "
+            f"{LEAST_SITUATIONS} situations, with --draws of at least {LEAST_DRAWS}"
+        )
+    print(f"load_policy takes {name} for this policy: {reason}")
 
 
 def _checkpoint_parser(name: str) -> argparse.ArgumentParser:

@@ -93,7 +93,10 @@ def _range(policy: Policy, key: str) -> dict[str, Any]:
 def _warnings(policy: Policy) -> list[str]:
     found = []
     if policy.spec.control_hz is None:
-        found.append("the file does not say the control rate; give it to Controller, or to parapolicy convert")
+        found.append(
+            "the file does not say the control rate; give control_hz=… to Controller or parapolicy serve, or "
+            "--control-hz to parapolicy convert"
+        )
     for key, affine in policy.normalizer.maps.items():
         scale = affine.scale.flatten().abs()
         still = ((scale < STILL[0]) | (scale > STILL[1])).nonzero().flatten().tolist()

@@ -5,6 +5,7 @@ import math
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
+from numbers import Real
 from typing import Any
 
 import numpy as np
@@ -25,6 +26,8 @@ from parapolicy.samplers import Sampler, make_sampler
 from parapolicy.schedule import Schedule, make_schedule
 from parapolicy.spec import PolicySpec
 from parapolicy.warm import WarmState
+
+LONGEST_PAST, LONGEST_AHEAD = 60.0, 86400.0  # seconds; a deadline beyond is one of another clock
 
 
 @dataclass(frozen=True)
@@ -254,6 +257,12 @@ def _stop_function(deadline: float | Callable[[], bool] | None) -> Callable[[], 
         return None
     if callable(deadline):
         return deadline
-    if math.isnan(deadline):
-        raise ValueError("deadline is nan, expected a time of time.monotonic() or a function")
+    if isinstance(deadline, bool) or not isinstance(deadline, Real):
+        raise ValueError(f"deadline is {deadline!r}, expected a time of time.monotonic(), a function or None")
+    left = deadline - time.monotonic()
+    if math.isnan(left) or (math.isfinite(left) and not -LONGEST_PAST <= left <= LONGEST_AHEAD):
+        raise ValueError(
+            f"deadline is {deadline!r}, {left:.0f} s from now; expected a time of time.monotonic(), such as "
+            "time.monotonic() + 0.05, at most a minute past or a day ahead, or a function"
+        )
     return Deadline(deadline)

@@ -126,9 +126,15 @@ class PolicySpec:
         if self.control_hz is None:
             raise ValueError(
                 "control_hz is unknown: the checkpoint does not say it. Give the rate of its demonstrations with "
-                "dataclasses.replace(policy.spec, control_hz=…), or parapolicy convert --control-hz"
+                "control_hz=… of Controller or parapolicy serve, or with parapolicy convert --control-hz"
             )
         return self.control_hz
+
+    def with_control_hz(self, rate: float) -> "PolicySpec":
+        """The spec with the control rate, Hz, of its demonstrations; raises ValueError if it has another one."""
+        if self.control_hz not in (None, rate):
+            raise ValueError(f"control_hz is {rate:g}, but the file says {self.control_hz:g}; leave it out")
+        return dataclasses.replace(self, control_hz=rate)
 
     @property
     def condition_dim(self) -> int:

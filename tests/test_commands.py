@@ -17,6 +17,7 @@ from parapolicy.calibrate import FILE
 from parapolicy.cli import COMMANDS, USAGE, main
 from parapolicy.normalizer import Affine, Normalizer
 from parapolicy.planner import made_up_observations
+from parapolicy.samplers import Secant
 from tests.conftest import ROOT, SHIPPED
 from tests.helpers import small_policy
 from tests.lerobot_folders import made_up
@@ -107,7 +108,7 @@ def test_inspect_warns_of_what_the_file_does_not_say(folder: Path, capsys: pytes
 
 
 def test_check_runs_every_sampler(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    main(["check", str(folder), "--chunks", "2", "--device", "cpu"])
+    main(["check", str(folder), "--chunks", "2", "--device", "cpu", "--engine", "eager"])
     shown = capsys.readouterr()
     assert "load_policy takes engine fused" in shown.err
     rows = {line.split()[0]: line.split() for line in shown.out.splitlines()[2:]}
@@ -115,6 +116,8 @@ def test_check_runs_every_sampler(folder: Path, capsys: pytest.CaptureFixture[st
     steps = len(parapolicy.load_policy(folder, device="cpu", engine="eager").schedule)
     assert float(rows["sequential"][1]) == float(rows["sequential"][2]) == steps
     assert float(rows["secant"][1]) < steps
+    main(["check", str(folder), "--chunks", "1", "--device", "cpu"])
+    assert "engine fused" in capsys.readouterr().out  # the one that load_policy takes
     assert rows["speculative"][3:5] == ["another", "draw"]
 
 
@@ -185,7 +188,10 @@ def test_calibrate_writes_what_collocation_takes_from_then_on(
 ) -> None:
     folder = tmp_path / "policy"
     parapolicy.save_policy(small_policy(), folder)
-    main(["calibrate", str(folder), "--chunks", "8", "--draws", "4"])
+    recorded = made_up_observations(small_policy(), 20)
+    np.savez(tmp_path / "recorded.npz", **{key: np.stack([each[key] for each in recorded]) for key in recorded[0]})
+    given = ["--observations", str(tmp_path / "recorded.npz")]
+    main(["calibrate", str(folder), "--chunks", "8", "--draws", "32", *given])
     shown = capsys.readouterr().out
     assert "12 nodes" in shown
     assert "DDIM-16" in shown
@@ -195,12 +201,20 @@ def test_calibrate_writes_what_collocation_takes_from_then_on(
     assert policy.predict(made_up_observations(policy, 1)[0]).stats.evaluations < 40
     before = policy.schedule.calibration
     assert set(before.distances) == {12, 15, 19}
-    main(["calibrate", str(folder), "--chunks", "4", "--draws", "2", "--keep"])
+    main(["calibrate", str(folder), "--chunks", "4", "--draws", "33", "--keep", *given])
     after = parapolicy.load_policy(folder, device="cpu", engine="eager").schedule.calibration
     assert after is not None
     assert after.nodes == before.nodes
     assert torch.equal(after.response, before.response)
     assert after.distances != before.distances
+    for too_little in ([], [*given, "--draws", "31"]):  # made-up observations, few draws
+        capsys.readouterr()
+        main(["calibrate", str(folder), "--chunks", "4", "--draws", "32", "--keep", *too_little])
+        assert "load_policy takes secant for this policy: a distance for 24 nodes counts" in capsys.readouterr().out
+        found = parapolicy.load_policy(folder, device="cpu", engine="eager")
+        assert found.schedule.calibration is not None
+        assert found.schedule.calibration.distances == {}
+        assert found.sampler == Secant()
     (folder / FILE).unlink()
     with pytest.raises(SystemExit, match="the policy has no calibration"):
         main(["calibrate", str(folder), "--keep"])

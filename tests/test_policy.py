@@ -206,6 +206,9 @@ def test_a_deadline_ends_sampling_after_the_round(sampler: str) -> None:
     assert two_rounds.stats.rounds == len(asked) == 2
     with pytest.raises(ValueError, match="deadline is nan"):
         policy.predict(observation, deadline=float("nan"))
+    for wrong in (0.05, time.time() + 0.05, "0.05", True):  # no time of this clock
+        with pytest.raises(ValueError, match=r"expected a time of time\.monotonic\(\)"):
+            policy.predict(observation, deadline=wrong)
 
 
 def test_one_state_per_call_is_a_bound() -> None:

@@ -143,3 +143,12 @@ def test_a_loaded_server_keeps_its_promises(policy: Policy, tmp_path: Path) -> N
     assert ended["dropped"] >= 1
     assert ended["delivered"] + ended["dropped"] == 11
     assert ended["exit code"] == 0
+
+
+def test_a_control_rate_adds_to_the_checkpoint_and_contradicts_none(policy: Policy, tmp_path: Path) -> None:
+    save_policy(policy, tmp_path / "policy")
+    settings = [f"checkpoint={tmp_path / 'policy'}", "port=0", "engine=eager"]
+    with pytest.raises(SystemExit, match="control_hz is 20, but the file says 10"):
+        main(["serve", *settings, "control_hz=20"])
+    with pytest.raises(SystemExit, match="control_hz is -1"):
+        main(["serve", *settings, "control_hz=-1"])

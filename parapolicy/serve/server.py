@@ -10,6 +10,7 @@ import signal
 import time
 from collections.abc import AsyncIterator
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 from typing import Any
 from urllib.parse import urlsplit
 
@@ -267,6 +268,8 @@ def run_server(config: ServeConfig) -> None:
     """
     config.read_api_key()  # fail before the policy is loaded
     policy = load_policy(config.checkpoint, config.sampler, config.device, config.engine)
+    if config.control_hz is not None:
+        policy = replace(policy, spec=policy.spec.with_control_hz(config.control_hz))
     server = PolicyServer(policy, config)
     policy.predict(made_up_observations(policy, 1)[0])
     asyncio.run(_serve_until_told(server))

@@ -5,7 +5,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 KEY_VARIABLE = "PARAPOLICY_API_KEY"
-_POSITIVE = ("deadline_ms", "episode_pause_s", "ping_interval", "ping_timeout")
+_POSITIVE = ("control_hz", "deadline_ms", "episode_pause_s", "ping_interval", "ping_timeout")
 _COUNTS = ("max_batch", "max_connections", "max_message_bytes")
 
 
@@ -17,6 +17,7 @@ class ServeConfig:
         checkpoint: the policy folder.
         host, port: address to listen on; host 0.0.0.0: every network; port 0: any free one.
         sampler, device, engine: see :func:`parapolicy.load_policy`.
+        control_hz: control rate of the demonstrations, if the checkpoint does not say it.
         warm_start: start each chunk of an episode from the previous one's warm state.
         deadline_ms: time for a batch of chunks; None: no deadline.
         episode_pause_s: a message without ``reset`` that arrives later than this after the last answer begins a new
@@ -42,6 +43,7 @@ class ServeConfig:
     sampler: str | None = None
     device: str = "auto"
     engine: str = "auto"
+    control_hz: float | None = None
     warm_start: bool = False
     deadline_ms: float | None = None
     episode_pause_s: float | None = None

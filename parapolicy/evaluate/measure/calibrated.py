@@ -39,8 +39,8 @@ def measure_calibration(
     Returns:
         The calibration, and a record per number of nodes: ``rounds`` and ``evaluations`` (means), ``error`` (quantiles
         of the largest absolute difference from the sequential chunk, normalised), ``energy`` (mean of the paired energy
-        distance over situations), ``energy_ci95`` (its interval over situations) and ``spread`` (mean distance between
-        two sequential chunks).
+        distance over situations), ``energy_ci95`` (its interval over situations), ``spread`` (mean distance between
+        two sequential chunks), and how many ``situations`` and ``draws`` there were.
 
     Raises:
         ValueError: too few observations, or ``keep`` without a calibration.
@@ -86,6 +86,8 @@ def measure_calibration(
                 "energy": float(np.mean(energies[label])),
                 "energy_ci95": list(mean_interval(energies[label])),
                 "spread": float(np.mean(spread)),
+                "situations": len(spread),
+                "draws": draws,
             }
         )
         if label in counts:
