@@ -8,6 +8,7 @@ import os
 import runpy
 import sys
 from collections.abc import Sequence
+from importlib import metadata
 from inspect import getdoc
 from pathlib import Path
 
@@ -15,7 +16,7 @@ USAGE = """usage: parapolicy eval [env=pusht checkpoint=FOLDER samplers=[sequent
        parapolicy train data.path=FOLDER [data=pusht_state output=FOLDER …]
        parapolicy bench [CHECKPOINT] [--engines eager compiled] [--chunks 20] [--widen 4] [--scaling]
        parapolicy inspect CHECKPOINT [--json]
-       parapolicy check CHECKPOINT [--chunks 5] [--engine eager] [--device auto]
+       parapolicy check CHECKPOINT [--chunks 5] [--engine auto] [--device auto]
        parapolicy convert CHECKPOINT OUT [--control-hz HZ]
        parapolicy export CHECKPOINT OUT [--format fused|onnx|openvino|aoti] [--sampler sequential] [--engine fused]
        parapolicy calibrate FOLDER [--observations FILE.npz…] [--chunks 60] [--draws 60]
@@ -36,8 +37,9 @@ USAGE = """usage: parapolicy eval [env=pusht checkpoint=FOLDER samplers=[sequent
   ros2     run a ROS 2 node between topics of observations and of actions; its settings: docs/ros2.md
   report   combine evaluation runs in one page, with tables and plots
 
-parapolicy COMMAND --help has every option. eval and train are hydra applications: key=value, and --cfg job shows all.
-Exit codes: 0 done, 1 failed, with the reason on stderr, 2 wrong usage, 130 interrupted.
+parapolicy COMMAND --help has every option, parapolicy --version the version. eval and train are hydra applications:
+key=value, and --cfg job shows all.
+Exit codes: 0 done, 1 failed, with the reason on stderr, 2 unknown command or flag, 130 interrupted.
 
 A CHECKPOINT is a folder of parapolicy or LeRobot, hf://owner/name[@revision], a .ckpt of Diffusion Policy's published
 code, or a .pth of robomimic. Averaged weights beside a LeRobot folder: --ema.
@@ -330,6 +332,9 @@ def main(arguments: Sequence[str] | None = None) -> None:
     arguments = sys.argv[1:] if arguments is None else arguments
     if not arguments or arguments[0] in ("-h", "--help"):
         print(USAGE, end="")
+        return
+    if arguments[0] == "--version":
+        print(f"parapolicy {metadata.version('parapolicy')}")
         return
     name, *rest = arguments
     if name not in COMMANDS:

@@ -91,7 +91,7 @@ def _bind(policy: Policy) -> tuple[Bound, FusedUnet1D]:
     if not isinstance(engine, Fused):
         raise ValueError(f"engine is {engine.name!r}, expected 'fused' or 'fused_bfloat16'")
     if type(policy.sampler) not in (Sequential, Collocation):
-        raise ValueError(f"sampler is {policy.sampler}, expected sequential or collocation")
+        raise ValueError(f"sampler is {type(policy.sampler).__name__.lower()!r}, expected sequential or collocation")
     if spec.action_parts:
         raise ValueError("the policy's actions have rotations to convert, which a plan file does not support")
     images = [key for key, feature in spec.observation.items() if feature.kind == "image"]

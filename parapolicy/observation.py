@@ -214,14 +214,15 @@ def _as_array(key: str, feature: Feature, value: Any) -> np.ndarray:
         raise ObservationError(f"observation {key!r} is not an array of numbers: {error}") from error
     if array.dtype.kind not in "biuf":
         raise ObservationError(f"observation {key!r} is an array of {array.dtype}, expected real numbers")
-    if feature.kind == "state":
-        array = array.astype(np.float32, copy=False)
     if feature.kind == "image" and array.dtype != np.uint8 and array.dtype.kind != "f":
         raise ObservationError(
             f"the image {key!r} is {array.dtype}, expected uint8 (…, height, width, channels), or floating point "
             "(…, channels, height, width) from 0 to 1"
         )
-    return array if array.dtype == np.uint8 else np.asarray(array, dtype=np.float32)
+    if feature.kind == "image" and array.dtype == np.uint8:
+        return array
+    with np.errstate(over="ignore"):  # what becomes infinite is refused with its key
+        return array.astype(np.float32, copy=False)
 
 
 def _step_shape(feature: Feature, value: np.ndarray) -> tuple[int, ...]:

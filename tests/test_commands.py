@@ -4,6 +4,7 @@ import contextlib
 import dataclasses
 import json
 from collections.abc import Sequence
+from importlib import metadata
 from pathlib import Path
 from typing import Any
 
@@ -181,6 +182,11 @@ def test_no_checkpoint_is_a_clear_error(command: str, tmp_path: Path) -> None:
 def test_convert_does_not_write_over_anything(folder: Path) -> None:
     with pytest.raises(SystemExit, match="not an empty folder"):
         main(["convert", str(folder), str(folder)])
+
+
+def test_the_version_is_printed(capsys: pytest.CaptureFixture[str]) -> None:
+    main(["--version"])
+    assert capsys.readouterr().out == f"parapolicy {metadata.version('parapolicy')}\n"
 
 
 def test_calibrate_writes_what_collocation_takes_from_then_on(

@@ -43,7 +43,7 @@ class PolicyClient:
             tenth of the bytes, for slow networks, but not exactly the camera's pixels. None: send arrays.
 
     Attributes:
-        metadata: the server's metadata from the last connection.
+        metadata: the server's metadata from the last connection; empty before the first, see :meth:`connect`.
         connections: number of connections made.
 
     Raises:
