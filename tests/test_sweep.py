@@ -63,6 +63,7 @@ def sweep(tmp_path_factory: pytest.TempPathFactory) -> Path:
         f"samplers={','.join(SWEPT)}",
         f"hydra.sweep.dir={folder}",
         "hydra.callbacks.report.latency_chunks=3",
+        "hydra.callbacks.report.fidelity_observations=0",
         "hydra.callbacks.report.engine=eager",
     )
     output = finish(process)
@@ -107,6 +108,7 @@ def test_a_sweep_that_is_run_again_does_nothing_twice(sweep: Path) -> None:
             f"samplers={','.join(SWEPT)}",
             f"hydra.sweep.dir={sweep}",
             "hydra.callbacks.report.latency_chunks=3",
+            "hydra.callbacks.report.fidelity_observations=0",
             "hydra.callbacks.report.engine=eager",
         ],
         capture_output=True,
@@ -166,8 +168,8 @@ def sweep_config(*words: str) -> DictConfig:
 
 def test_a_sweeps_jobs_are_known_before_they_begin() -> None:
     jobs = list(list_jobs(sweep_config()))
-    assert len(jobs) == 8
-    assert [job_cost(job) for job in jobs[::3]] == [100 * 100, 4 * 100 * 100, 10 * 100]
+    assert len(jobs) == 9
+    assert [job_cost(job) for job in jobs[::4]] == [100 * 100, 4 * 100 * 100, 5 * 100]
     with_blocks = sweep_config()
     with_blocks.hydra.overrides.task += ["episodes=10,20", "samplers=[secant],[sequential,paradigms]"]
     assert [job_cost(job) for job in list_jobs(with_blocks)] == [2000, 4000, 5000, 10000]
@@ -184,7 +186,7 @@ def test_the_bar_of_a_sweep_counts_what_is_on_disk(tmp_path: Path) -> None:
     half.note_progress("ours", 0.25)
     bar.close()
     assert bar.bar.n == 3000 + 1000 + 500
-    assert bar.bar.total == 10 * (100 + 200 + 200 + 400 + 200 + 16 + 10 + 5)
+    assert bar.bar.total == 10 * (100 + 30 + 200 + 200 + 400 + 200 + 16 + 10 + 5)
     (tmp_path / "1" / "progress.json").write_text('{"ours')
     assert sweep_cost(tmp_path) == 3000
 
@@ -216,6 +218,7 @@ def test_a_job_keeps_its_folder_in_a_longer_sweep(sweep: Path, tmp_path: Path) -
         f"samplers={new},{','.join(SWEPT[:2])}",
         f"hydra.sweep.dir={tmp_path}",
         "hydra.callbacks.report.latency_chunks=0",
+        "hydra.callbacks.report.fidelity_observations=0",
     )
     output = finish(longer)
     assert (longer.returncode, output.count("is finished")) == (0, 2), output

@@ -37,11 +37,11 @@ def latency_figure(task: pd.DataFrame, chosen: str | None) -> go.Figure:
     without a sequential sampler they are means. A further panel has the distance from the policy's distribution with
     equal noise, if it was measured.
     """
-    panels = _panels(task)
-    figure = make_subplots(rows=1, cols=len(panels), subplot_titles=[title for title, _ in panels])
-    for column, (_, score) in enumerate(panels, 1):
+    shown = panels(task)
+    figure = make_subplots(rows=1, cols=len(shown), subplot_titles=[title for title, _ in shown])
+    for column, (_, score) in enumerate(shown, 1):
         for row, color, text in legend_entries(task, chosen):
-            value, low, high = _interval(row, score)
+            value, low, high = interval(row, score)
             best = row["sampler"] == chosen
             figure.add_scatter(
                 x=[row["p50_ms"]],
@@ -75,18 +75,18 @@ def latency_figure(task: pd.DataFrame, chosen: str | None) -> go.Figure:
     return figure.update_layout(height=520, template="simple_white", margin={"t": 40, "l": 50, "r": 20}, legend=legend)
 
 
-def _panels(task: pd.DataFrame) -> list[tuple[str, str]]:
-    """(title, score) of each panel."""
+def panels(task: pd.DataFrame) -> list[tuple[str, str]]:
+    """(title, score) of each panel: scores, by seed if they can be compared, and fidelity if it was measured."""
     compared = "difference" in task and task["difference"].notna().any()
-    panels = [
+    scores = [
         ("reward, difference by seed", "difference") if compared else ("mean maximum reward", "reward"),
         ("success, difference by seed", "success_difference") if compared else ("success rate", "success"),
     ]
     measured = "energy" in task and (task["energy"] > 0).any()
-    return [*panels, ("energy distance from the policy, same noise", "energy")] if measured else panels
+    return [*scores, ("energy distance from the policy, same noise", "energy")] if measured else scores
 
 
-def _interval(row: pd.Series, score: str) -> tuple[float, float, float]:
+def interval(row: pd.Series, score: str) -> tuple[float, float, float]:
     """Value, low and high; the differences of the sequential sampler and its copies are 0."""
     if score.endswith("difference") and pd.isna(row[score]) and (row["baseline"] or row["upstream"]):
         return 0.0, 0.0, 0.0

@@ -16,8 +16,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import LogLocator, NullFormatter, ScalarFormatter
 
-from parapolicy.evaluate.report.figures import CHOSEN, legend_entries
-from parapolicy.evaluate.report.summary import pareto
+from parapolicy.evaluate.report.figures import CHOSEN, interval, legend_entries, panels
 
 
 def plot_latency_reward(results: Mapping[str, Any], path: Path) -> None:
@@ -77,18 +76,20 @@ def plot_simulated_latency(results: Mapping[str, Any], path: Path) -> None:
 
 
 def plot_pareto(task: pd.DataFrame, chosen: str | None, title: str, path: Path) -> None:
-    """Reward and success against chunk latency, with the Pareto front; a task's rows of ``samplers.csv``."""
-    figure, panels = plt.subplots(1, 2, figsize=(12, 4.4), layout="constrained")
-    for axes, score in zip(panels, ("reward", "success"), strict=True):
-        front = task.set_index("sampler").loc[pareto(task, score)]
-        axes.plot(front["p50_ms"], front[score], color="#bbb", linestyle=":", drawstyle="steps-post")
-        for row, color, text in legend_entries(task, chosen):
+    """Scores and fidelity against chunk latency, as in the report's page; a task's rows of ``samplers.csv``."""
+    shown = panels(task)
+    entries = legend_entries(task, chosen)
+    size = 2 + 4.2 * len(shown), max(4.4, 0.19 * len(entries))
+    figure, axes = plt.subplots(1, len(shown), figsize=size, layout="constrained")
+    for axis, (heading, score) in zip(axes, shown, strict=True):
+        for row, color, text in entries:
             best = row["sampler"] == chosen
-            axes.errorbar(
+            value, low, high = interval(row, score)
+            axis.errorbar(
                 row["p50_ms"],
-                row[score],
+                value,
                 xerr=[[0.0], [max(0.0, row["p99_ms"] - row["p50_ms"])]],
-                yerr=[[max(0.0, row[score] - row[f"{score}_low"])], [max(0.0, row[f"{score}_high"] - row[score])]],
+                yerr=[[max(0.0, value - low)], [max(0.0, high - value)]],
                 fmt="*" if best else "X" if row["upstream"] else "o",
                 markersize=15 if best else 7,
                 zorder=3 if best else 2,
@@ -97,9 +98,13 @@ def plot_pareto(task: pd.DataFrame, chosen: str | None, title: str, path: Path) 
                 linewidth=1,
                 label=text,
             )
-        axes.set(xlabel="chunk latency, ms (p50, whisker to p99)", ylabel=f"{score} (95 % interval)")
-        _log_axis(axes)
-    handles, labels = panels[0].get_legend_handles_labels()
+        axis.set(title=heading, xlabel="chunk latency, ms (p50, whisker to p99)")
+        _log_axis(axis)
+        if score.endswith("difference"):
+            axis.axhline(0, color="#bbb", linestyle=":")
+        if score == "energy":
+            axis.set_yscale("log")
+    handles, labels = axes[0].get_legend_handles_labels()
     legend = figure.legend(handles, labels, loc="outside right center", frameon=False)
     for line in legend.get_texts():
         if line.get_text().startswith(f"{chosen}: "):

@@ -4,7 +4,6 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-import numpy as np
 import pandas as pd
 
 from parapolicy.evaluate.measure.statistics import (
@@ -213,13 +212,3 @@ def _reasons(rivals: pd.DataFrame, lacks: Mapping[str, list[str]]) -> str:
         f" “{row['sampler']}”, {row['p50_ms']:.3g} ms, {' and '.join(lacks[str(row['sampler'])])}."
         for _, row in rivals.iterrows()
     )
-
-
-def pareto(task: pd.DataFrame, score: str) -> list[str]:
-    """Samplers on the Pareto front of p50 latency and a score, fastest first."""
-    front, best = [], -np.inf
-    for _, row in task.dropna(subset=["p50_ms"]).sort_values("p50_ms").iterrows():
-        if row[score] > best:
-            best = row[score]
-            front.append(str(row["sampler"]))
-    return front

@@ -16,7 +16,7 @@ from parapolicy.evaluate.run.run_folder import read_about
 from parapolicy.evaluate.run.variants import entry_label
 
 # Evaluations per chunk, in multiples of the schedule's length. Rough values that only weight the time estimate.
-EVALUATIONS = {"sequential": 1.0, "paradigms": 4.0}
+EVALUATIONS = {"sequential": 1.0, "collocation": 0.3, "paradigms": 4.0}
 OTHER_EVALUATIONS = 2.0
 STEPS = 100  # of the schedule, for entries that do not set them
 
