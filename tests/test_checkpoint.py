@@ -289,7 +289,7 @@ def test_a_damaged_config_of_lerobot_s_inner_folder_is_named(tmp_path: Path) -> 
     inner = tmp_path / "pretrained_model"
     inner.mkdir()
     (inner / "config.json").write_text("{")
-    with pytest.raises(parapolicy.CheckpointError, match=r"pretrained_model/config.json is no JSON text"):
+    with pytest.raises(parapolicy.CheckpointError, match=r"pretrained_model/config.json is not a JSON text"):
         parapolicy.load_policy(tmp_path, engine="eager")
 
 

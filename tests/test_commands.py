@@ -197,7 +197,8 @@ def test_calibrate_writes_what_collocation_takes_from_then_on(
     recorded = made_up_observations(small_policy(), 20)
     np.savez(tmp_path / "recorded.npz", **{key: np.stack([each[key] for each in recorded]) for key in recorded[0]})
     given = ["--observations", str(tmp_path / "recorded.npz")]
-    main(["calibrate", str(folder), "--chunks", "8", "--draws", "32", *given])
+    monkeypatch.setattr("parapolicy.calibrate.LEAST_DRAWS", 4)
+    main(["calibrate", str(folder), "--chunks", "8", "--draws", "4", *given])
     shown = capsys.readouterr().out
     assert "12 nodes" in shown
     assert "DDIM-16" in shown
@@ -207,15 +208,15 @@ def test_calibrate_writes_what_collocation_takes_from_then_on(
     assert policy.predict(made_up_observations(policy, 1)[0]).stats.evaluations < 40
     before = policy.schedule.calibration
     assert set(before.distances) == {12, 15, 19}
-    main(["calibrate", str(folder), "--chunks", "4", "--draws", "33", "--keep", *given])
+    main(["calibrate", str(folder), "--chunks", "4", "--draws", "5", "--keep", *given])
     after = parapolicy.load_policy(folder, device="cpu", engine="eager").schedule.calibration
     assert after is not None
     assert after.nodes == before.nodes
     assert torch.equal(after.response, before.response)
     assert after.distances != before.distances
-    for too_little in ([], [*given, "--draws", "31"]):  # made-up observations, few draws
+    for too_little in ([], [*given, "--draws", "3"]):  # made-up observations, few draws
         capsys.readouterr()
-        main(["calibrate", str(folder), "--chunks", "4", "--draws", "32", "--keep", *too_little])
+        main(["calibrate", str(folder), "--chunks", "4", "--draws", "4", "--keep", *too_little])
         assert "load_policy takes secant for this policy: a distance for 24 nodes counts" in capsys.readouterr().out
         found = parapolicy.load_policy(folder, device="cpu", engine="eager")
         assert found.schedule.calibration is not None

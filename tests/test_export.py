@@ -175,8 +175,8 @@ def test_what_a_plan_file_does_not_do_is_refused(tmp_path: Path) -> None:
     inpainting = {"name": "unet1d", "down_dims": [16, 32], "n_groups": 4, "condition": "inpaint"}
     policies = {
         "engine is 'eager'": small_policy(),
-        "sampler is Secant": native(small_policy("secant")),
-        "no images": native(small_policy(observation=observation, network=seeing)),
+        "sampler is 'secant'": native(small_policy("secant")),
+        "without images": native(small_policy(observation=observation, network=seeing)),
         "inpainting": native(small_policy(observation={"state": (3,)}, observed_dim=3, network=inpainting)),
     }
     for message, policy in policies.items():

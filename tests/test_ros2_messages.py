@@ -162,7 +162,7 @@ def test_images_are_cropped_and_resized() -> None:
     assert observed_value(message, raw(crop=[0, 1, 8, 12], resize="bilinear"), COLOUR).shape == (4, 6, 3)
     with pytest.raises(ObservationError, match="aspect ratio"):
         observed_value(message, raw(resize="box"), COLOUR)
-    with pytest.raises(ObservationError, match="crop is"):
+    with pytest.raises(ObservationError, match="too small for crop"):
         observed_value(message, raw(crop=[0, 1, 9, 12]), COLOUR)
 
 

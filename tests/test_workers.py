@@ -89,8 +89,9 @@ def test_processes_give_the_same_episodes() -> None:
 
 ERRORS = {
     13: "the environment failed with ValueError: the number is 13, after 4 control steps",
-    14: "the environment failed with ValueError: its observation 'state' holds nan, after 0 control steps",
-    16: "the environment failed with ValueError: its reward is inf, after 0 control steps",
+    14: "the environment failed with ValueError: its observation 'state' holds nan, expected finite numbers, after 0 "
+    "control steps",
+    16: "the environment failed with ValueError: its reward is inf, expected a finite number, after 0 control steps",
 }
 
 

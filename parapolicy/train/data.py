@@ -89,8 +89,9 @@ class Demonstrations:
             DataError: an array is missing, has another shape, or is not of images where the policy observes an image.
         """
         for key, (shape, kind, _) in {**spec.observation, "action": Feature((spec.action_dim,))}.items():
-            if key not in self.arrays or tuple(self.arrays[key].shape[1:]) != shape:
-                found = tuple(self.arrays[key].shape[1:]) if key in self.arrays else "missing"
+            if key not in self.arrays:
+                raise DataError(f"the data's {key!r} is missing; name its array in the data's configuration")
+            if (found := tuple(self.arrays[key].shape[1:])) != shape:
                 raise DataError(
                     f"the data's {key!r} has shape {found} per step, expected the policy's {shape}; make them equal"
                 )
