@@ -1,7 +1,7 @@
 """Plots as PNG files: of one run, and the Pareto plot of the report."""
 
 import textwrap
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from itertools import cycle
 from pathlib import Path
 from typing import Any
@@ -75,14 +75,21 @@ def plot_simulated_latency(results: Mapping[str, Any], path: Path) -> None:
     _save(figure, path)
 
 
-def plot_pareto(task: pd.DataFrame, chosen: str | None, title: str, path: Path) -> None:
-    """Scores and fidelity against chunk latency, as in the report's page; a task's rows of ``samplers.csv``."""
-    shown = panels(task)
+def plot_pareto(
+    task: pd.DataFrame, chosen: str | None, title: str, path: Path, scores: Sequence[str] | None = None
+) -> None:
+    """Scores and fidelity against chunk latency, as in the report's page; a task's rows of ``samplers.csv``.
+
+    ``scores`` are the columns to show; None: all.
+    """
+    shown = [(heading, score) for heading, score in panels(task) if scores is None or score in scores]
     entries = legend_entries(task, chosen)
     size = 2 + 4.2 * len(shown), max(4.4, 0.19 * len(entries))
     figure, axes = plt.subplots(1, len(shown), figsize=size, layout="constrained")
     for axis, (heading, score) in zip(axes, shown, strict=True):
         for row, color, text in entries:
+            if score == "energy" and row["baseline"]:  # its distance from itself is a rounding error
+                continue
             best = row["sampler"] == chosen
             value, low, high = interval(row, score)
             axis.errorbar(
