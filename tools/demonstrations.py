@@ -7,6 +7,7 @@ from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
+import gymnasium
 import numpy as np
 from tqdm import tqdm
 
@@ -15,6 +16,37 @@ from parapolicy.noise import mix_seeds
 VALID_SHARE = 0.1  # of the demonstrations, in robomimic's validation split mask/valid
 Attempt = Callable[[int], tuple[bool, dict[str, np.ndarray]]]  # seed -> whether it succeeded, arrays over its steps
 Generate = Callable[[str, Path, int, int], tuple[int, list[int]]]
+
+
+class Recording:
+    """The steps of an attempt, with the names of a robomimic file.
+
+    Attributes:
+        success: whether the last step ended in success.
+    """
+
+    def __init__(self) -> None:
+        self.success = False
+        self._rows: dict[str, list[Any]] = {}
+
+    def step(
+        self, env: gymnasium.Env, observation: Mapping[str, np.ndarray], action: np.ndarray, state: np.ndarray
+    ) -> tuple[dict[str, np.ndarray], bool]:
+        """Take an action, and keep it with the observation and the simulator's state before it.
+
+        Returns:
+            The next observation, and whether the episode is over.
+        """
+        row: dict[str, Any] = {"actions": action, "states": state}
+        row |= {f"obs/{key}": value for key, value in observation.items()}
+        following, reward, self.success, truncated, _ = env.step(action)
+        for name, value in (row | {"rewards": reward, "dones": int(self.success)}).items():
+            self._rows.setdefault(name, []).append(value)
+        return following, self.success or truncated
+
+    def arrays(self) -> dict[str, np.ndarray]:
+        """name -> (T, …)."""
+        return {name: np.asarray(values) for name, values in self._rows.items()}
 
 
 def check(output: Path, demonstrations: int) -> None:

@@ -12,14 +12,13 @@ command continues an interrupted run.
 
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 
 from envs.robomimic import ARM_DIM, TASKS, Robomimic
 from envs.robosuite_simulator import CONTROL_HZ, default_arguments
 from parapolicy.spec import Feature, PolicySpec
-from tools.demonstrations import check, collect, run_command
+from tools.demonstrations import Recording, check, collect, run_command
 from tools.scene import CLOSED, OPEN, Pose, Scene, Targets, follow, reach, servo, until_stuck, up, wait, wrap
 
 OBSERVATIONS: Mapping[str, tuple[int, ...]] = {
@@ -114,19 +113,14 @@ def attempt(env: Robomimic, task: str, seed: int) -> tuple[bool, dict[str, np.nd
     scene = Scene(env)
     speed = rng.uniform(0.75, 1.0)
     noise = np.zeros(ARM_DIM - 1)
-    rows: dict[str, list[Any]] = {}
-    success = False
+    recording = Recording()
     for target in until_stuck(EXPERTS[task](scene, rng)):
         noise = NOISE_MEMORY * noise + rng.normal(0, NOISE)
         action = np.clip(servo(scene, target, speed) + np.append(noise, 0.0), -1, 1)
-        row = {"actions": action, "states": scene.simulator.sim.get_state().flatten()}
-        row |= {f"obs/{key}": value for key, value in observation.items()}
-        observation, reward, success, truncated, _ = env.step(action)
-        for name, value in (row | {"rewards": reward, "dones": int(success)}).items():
-            rows.setdefault(name, []).append(value)
-        if success or truncated:
+        observation, over = recording.step(env, observation, action, scene.simulator.sim.get_state().flatten())
+        if over:
             break
-    return success, {name: np.asarray(values) for name, values in rows.items()}
+    return recording.success, recording.arrays()
 
 
 def make_expert_env(task: str) -> Robomimic:

@@ -14,14 +14,13 @@ command continues an interrupted run.
 from collections.abc import Callable, Iterator, Mapping
 from importlib.metadata import version
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 from scipy.spatial.transform import Rotation
 
 from envs.kitchen import ACTIONS, CONTROL_HZ, OBSERVATIONS, SUBTASKS, Kitchen
 from parapolicy.spec import Feature, PolicySpec
-from tools.demonstrations import check, collect, run_command
+from tools.demonstrations import Recording, check, collect, run_command
 
 OPEN, CLOSED = 1.0, -1.0
 JOINTS = 7
@@ -171,20 +170,16 @@ def attempt(env: Kitchen, seed: int) -> tuple[bool, dict[str, np.ndarray]]:
     observation, _ = env.reset(seed=seed)
     arm = Arm(env, rng.uniform(1.2, 1.6))
     noise = np.zeros(JOINTS)
-    rows: dict[str, list[Any]] = {}
-    success = truncated = False
+    recording = Recording()
     for subtask in rng.permutation(SUBTASKS):
         for action in PATHS[subtask](arm, rng):
             noise = NOISE_MEMORY * noise + rng.normal(0, NOISE, JOINTS)
             action = np.clip(action + np.append(noise, [0.0, 0.0]), -1, 1)
-            row = {"actions": action, "states": np.concatenate([[arm.data.time], arm.data.qpos, arm.data.qvel])}
-            row |= {f"obs/{key}": value for key, value in observation.items()}
-            observation, reward, success, truncated, _ = env.step(action)
-            for name, value in (row | {"rewards": reward, "dones": int(success)}).items():
-                rows.setdefault(name, []).append(value)
-            if success or truncated:
-                return success, {name: np.asarray(values) for name, values in rows.items()}
-    return success, {name: np.asarray(values) for name, values in rows.items()}
+            state = np.concatenate([[arm.data.time], arm.data.qpos, arm.data.qvel])
+            observation, over = recording.step(env, observation, action, state)
+            if over:
+                return recording.success, recording.arrays()
+    return recording.success, recording.arrays()
 
 
 def make_expert_env() -> Kitchen:

@@ -15,13 +15,12 @@ command continues an interrupted run.
 from collections.abc import Callable, Iterator, Mapping
 from importlib.metadata import version
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 
 from envs.metaworld import ACTION_DIM, CONTROL_HZ, OBSERVATIONS, MetaWorld
 from parapolicy.spec import Feature, PolicySpec
-from tools.demonstrations import check, collect, run_command
+from tools.demonstrations import Recording, check, collect, run_command
 
 OPEN, CLOSED = -1.0, 0.8
 GAIN = 20.0  # of the error in metres; 1 is 1 cm a step
@@ -166,8 +165,7 @@ def attempt(env: MetaWorld, task: str, seed: int) -> tuple[bool, dict[str, np.nd
     scene = Scene(env)
     speed = rng.uniform(0.6, 0.95)
     noise = np.zeros(ACTION_DIM - 1)
-    rows: dict[str, list[Any]] = {}
-    success = False
+    recording = Recording()
     try:
         for target, gripper in EXPERTS[task](scene, rng):
             noise = NOISE_MEMORY * noise + rng.normal(0, NOISE, ACTION_DIM - 1)
@@ -175,16 +173,13 @@ def attempt(env: MetaWorld, task: str, seed: int) -> tuple[bool, dict[str, np.nd
             motion *= min(1.0, speed / max(float(np.linalg.norm(motion)), 1e-9))
             action = np.clip(np.append(motion + noise, gripper), -1, 1)
             data = env._simulator.data
-            row = {"actions": action, "states": np.concatenate([[data.time], data.qpos, data.qvel])}
-            row |= {f"obs/{key}": value for key, value in observation.items()}
-            observation, reward, success, truncated, _ = env.step(action)
-            for name, value in (row | {"rewards": reward, "dones": int(success)}).items():
-                rows.setdefault(name, []).append(value)
-            if success or truncated:
+            state = np.concatenate([[data.time], data.qpos, data.qvel])
+            observation, over = recording.step(env, observation, action, state)
+            if over:
                 break
     except RuntimeError:
-        success = False
-    return success, {name: np.asarray(values) for name, values in rows.items()}
+        return False, recording.arrays()
+    return recording.success, recording.arrays()
 
 
 def make_expert_env(task: str) -> MetaWorld:
