@@ -180,9 +180,8 @@ def normalize_observation(
             )
         batched, batch = has_batch, len(value) if has_batch else 1
         _check_values(key, feature, value)
-        tensor = torch.from_numpy(value).to(
-            normalizer.maps[key].scale.device
-        )  # images are moved as uint8, a quarter of the bytes
+        # Images are moved as uint8, a quarter of the bytes.
+        tensor = torch.from_numpy(value).to(normalizer.maps[key].scale.device)
         if tensor.dtype == torch.uint8:
             tensor = tensor.movedim(-1, -3) / 255
         tensors[key] = normalizer.normalize(key, tensor if has_batch else tensor[None])

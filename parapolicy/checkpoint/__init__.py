@@ -35,12 +35,8 @@ class Reader(Protocol):
         ...
 
 
-READERS: tuple[Reader, ...] = (
-    lerobot_folder,
-    robomimic_pth,
-    stanford_ckpt,
-    native,
-)  # the last recognises any config.json
+# The last recognises any config.json.
+READERS: tuple[Reader, ...] = (lerobot_folder, robomimic_pth, stanford_ckpt, native)
 
 
 def read_checkpoint(path: str | os.PathLike[str], ema: bool = False) -> Loaded:

@@ -244,9 +244,8 @@ def _statistics(folder: Path, path: Path, state: Any) -> Iterator[Statistic]:
 
         def statistic(key: str, name: str, shape: tuple[int, ...]) -> Tensor:
             full = f"{key}.{name}"
-            if (
-                len(shape) == 3 and tensors.shapes.get(full) == shape[:1]
-            ):  # of an image, saved without the axes of length 1
+            # Of an image, saved without the axes of length 1.
+            if len(shape) == 3 and tensors.shapes.get(full) == shape[:1]:
                 return tensors.read(full, shape[:1]).reshape(shape)
             return tensors.read(full, shape)
 

@@ -28,14 +28,8 @@ UNSCALED = (
     "1, is used as the action, as robomimic does"
 )
 FLOATS = (torch.float32, torch.float64, torch.float16, torch.bfloat16)
-PLACES = {
-    "conv1": 0,
-    "bn1": 1,
-    "layer1": 4,
-    "layer2": 5,
-    "layer3": 6,
-    "layer4": 7,
-}  # indices in the backbone's Sequential
+# Indices in the backbone's Sequential.
+PLACES = {"conv1": 0, "bn1": 1, "layer1": 4, "layer2": 5, "layer3": 6, "layer4": 7}
 
 
 def recognises(path: Path) -> bool:
