@@ -39,6 +39,7 @@ MOST_STEPS = 200  # schedules with more steps do not get nodes by dynamic progra
 STATE = 0.05  # weight of a state's error, in standard deviations of its noise, relative to the final sample's
 FILE = "calibration.safetensors"
 MOST_BYTES = 2**28  # of a calibration's file
+ALIKE = 1e-3, 1e-5  # relative and absolute difference up to which two schedules have the same calibration
 LEAST_SITUATIONS, LEAST_DRAWS = 8, 32  # of a distance that decides which sampler a policy gets
 
 
@@ -67,7 +68,7 @@ def with_calibration(policy: Policy, folder: str | os.PathLike[str] | None = Non
     calibration = calibrate(policy)
     with contextlib.suppress(OSError):  # without a cache, it is measured again next time
         remembered.parent.mkdir(parents=True, exist_ok=True)
-        _write(remembered, of, calibration, {})
+        _write(remembered, policy, of, calibration, {})
     return attach(policy, calibration)
 
 
@@ -84,12 +85,12 @@ def write_calibration(path: Path, policy: Policy, calibration: Calibration, meas
         measured: results on held-out chunks. ``rows`` give the distances of node counts, unless ``made_up`` says that
             the observations were not recorded; the rest is for people.
     """
-    _write(path, _key(policy), calibration, measured)
+    _write(path, policy, _key(policy), calibration, measured)
 
 
-def _write(path: Path, of: str, calibration: Calibration, measured: Mapping[str, Any]) -> None:
+def _write(path: Path, policy: Policy, of: str, calibration: Calibration, measured: Mapping[str, Any]) -> None:
     about = {"of": of, "nodes": json.dumps(dict(calibration.nodes)), "measured": json.dumps(measured)}
-    tensors = {"modes": calibration.modes, "response": calibration.response}
+    tensors = {"modes": calibration.modes, "response": calibration.response, "schedule": _tables(policy.schedule)}
     with replacing(path, uuid.uuid4().hex) as partial:
         save_file({name: value.cpu().contiguous() for name, value in tensors.items()}, partial, about)
 
@@ -104,7 +105,7 @@ def _read(path: Path, policy: Policy, of: str) -> Calibration | None:
             if about.get("of") != of:
                 return None
             nodes = {int(count): tuple(steps) for count, steps in json.loads(about["nodes"]).items()}
-            modes, response = (file.get_tensor(name).clone() for name in ("modes", "response"))
+            modes, response, tables = (file.get_tensor(name).clone() for name in ("modes", "response", "schedule"))
             found = Calibration(modes, response, nodes, _distances(json.loads(about.get("measured", "{}"))))
     except (
         SafetensorError,
@@ -118,8 +119,10 @@ def _read(path: Path, policy: Policy, of: str) -> Calibration | None:
         IndexError,
     ):
         return None
-    expected = len(policy.schedule), int(np.prod(policy.spec.sample_shape))
-    return found.to(policy.device) if tuple(found.response.shape) == expected else None
+    expected, own = (len(policy.schedule), int(np.prod(policy.spec.sample_shape))), _tables(policy.schedule)
+    if tuple(found.response.shape) != expected or tables.shape != own.shape or not torch.allclose(tables, own, *ALIKE):
+        return None
+    return found.to(policy.device)
 
 
 def _distances(measured: Mapping[str, Any]) -> dict[int, float]:
@@ -139,10 +142,16 @@ def _distances(measured: Mapping[str, Any]) -> dict[int, float]:
 
 
 def _key(policy: Policy) -> str:
-    """A digest of everything that a calibration depends on."""
+    """A digest of everything that a calibration depends on, except for the schedule's tables."""
     schedule = policy.schedule
-    tables = [getattr(schedule, name) for name in ("timesteps", "A", "B", "C", "S", "alpha", "sigma")]
-    return digest([policy.network.state_dict(), policy.normalizer.state_dict(), schedule.prediction, tables])
+    about = [schedule.prediction, schedule.solver, len(schedule)]
+    return digest([policy.network.state_dict(), policy.normalizer.state_dict(), about])
+
+
+def _tables(schedule: Schedule) -> Tensor:
+    """The tables that a calibration depends on, (7, T) float32: equal to some roundings on other processors."""
+    names = ("timesteps", "A", "B", "C", "S", "alpha", "sigma")
+    return torch.stack([getattr(schedule, name).float().cpu() for name in names])
 
 
 def calibrate(

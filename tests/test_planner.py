@@ -10,6 +10,7 @@ import torch
 
 import parapolicy
 from parapolicy import planner
+from parapolicy.calibrate import with_calibration
 from parapolicy.samplers import Collocation, Secant, Sequential, make_sampler
 from parapolicy.schedule import Calibration
 from tests.conftest import SHIPPED
@@ -205,6 +206,16 @@ def test_a_policy_is_loaded_with_its_default_sampler_and_no_calibration_is_made(
     assert parapolicy.load_policy(tmp_path, device="cpu", engine="eager").sampler == Secant()
     with pytest.raises(ValueError, match=r"\['window'\] are parameters of a sampler, but no sampler is named"):
         parapolicy.load_policy(tmp_path, device="cpu", window=8)
+
+
+@pytest.mark.parametrize(("change", "fits"), [(1e-6, True), (0.01, False)])
+def test_a_calibration_fits_the_schedule_that_another_processor_computes(change: float, fits: bool) -> None:
+    """Processors differ in the last bits of a schedule's tables."""
+    policy = parapolicy.load_policy(SHIPPED, device="cpu", engine="eager", sampler="sequential")
+    tables = {name: getattr(policy.schedule, name) * (1 + change) for name in ("A", "B", "S", "alpha", "sigma")}
+    computed = dataclasses.replace(policy.schedule, calibration=None, **tables)
+    found = with_calibration(dataclasses.replace(policy, schedule=computed), SHIPPED, measure=False)
+    assert (found.schedule.calibration is not None) == fits
 
 
 def test_auto_nodes_are_the_fewest_that_were_measured_to_be_within_the_bound() -> None:

@@ -2,6 +2,7 @@
 
 import copy
 import dataclasses
+import importlib.util
 import os
 import pickle
 import platform
@@ -61,8 +62,8 @@ def test_same_seed_same_chunk_and_given_noise() -> None:
 
 @pytest.mark.parametrize("engine", ["fused", "compiled", "openvino"])
 def test_a_policy_can_be_copied_and_sent_to_another_process(engine: str) -> None:
-    if engine == "openvino":
-        pytest.importorskip("openvino")
+    if engine == "openvino" and importlib.util.find_spec(engine) is None:
+        pytest.skip("openvino is not installed")  # importorskip would import it, telemetry and all
     policy = dataclasses.replace(small_policy(), engine=make_engine(engine, torch.device("cpu")))
     observation = some_observation(policy.spec)
     if engine == "fused":  # the others' first chunks take long, and their locks alone could not be copied
