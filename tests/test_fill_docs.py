@@ -50,7 +50,7 @@ def some_results(**changes: Any) -> dict[str, Any]:
 
 
 def some_bench() -> dict[str, Any]:
-    ways = {"sequential": 20.0, "collocation (19 nodes)": 4.0, "DDIM-16": 3.0, "DDIM-10": 2.0}
+    ways = {"sequential": 20.0, "collocation (24 nodes)": 4.0, "DDIM-16": 3.0, "DDIM-10": 2.0}
     cost = {"rounds": 100.0, "evaluations": 100.0, "floor": 9.0}
     chunks = [{"chunk": "upstream, DDPM-100", "p50": 500.0, "p99": 600.0}]
     for engine, factor in (("eager", 10), ("fused", 1)):
@@ -171,14 +171,14 @@ def an_episode(seed: int = 0) -> dict[str, Any]:
 
 
 def test_the_headline_joins_times_and_scores(tmp_path: Path) -> None:
-    labels = {"sequential": 6, "collocation-19": 6, "ddim-16": 4, "ddim-10": 4}
+    labels = {"sequential": 6, "collocation-24": 6, "ddim-16": 4, "ddim-10": 4}
     samplers = {label: {"per_episode": [an_episode(i) for i in range(n)]} for label, n in labels.items()}
     runs = write(tmp_path / "runs", "results.json", {"env": "pusht", "checkpoint": "c", "samplers": samplers})
     text = fill_docs.headline([write(tmp_path, "bench.json", some_bench()), runs])
     assert "| published code's way, 100 steps | 500 | 1× |" in text
-    assert "| collocation (19 nodes) | 4.0 | 125× | 0.600 | +0.000 [+0.000, +0.000] | 0.500 |" in text
+    assert "| collocation (24 nodes) | 4.0 | 125× | 0.600 | +0.000 [+0.000, +0.000] | 0.500 |" in text
     assert "6 and 4 episodes" in text
-    assert fill_docs.equivalence_tables([runs]).splitlines()[2].startswith("| Push-T | collocation-19 | 6 |")
+    assert fill_docs.equivalence_tables([runs]).splitlines()[2].startswith("| Push-T | collocation-24 | 6 |")
 
 
 def test_two_engines_scores_are_paired_by_seed(tmp_path: Path) -> None:
@@ -187,7 +187,7 @@ def test_two_engines_scores_are_paired_by_seed(tmp_path: Path) -> None:
         return write(tmp_path / name, "results.json", {"samplers": {"sequential": {"per_episode": episodes}}})
 
     folders = [
-        scores("a", dict.fromkeys(range(20), 1.0)),
+        scores("a", dict.fromkeys(range(25), 1.0)),
         scores("b", {seed: float(seed > 4) for seed in range(20)}),
     ]
     row = fill_docs.rounding_scores_table(folders).splitlines()[-1]

@@ -32,7 +32,7 @@ TASKS = {
 }
 HEADLINE = {  # chunk of bench.json -> sampler of the runs
     "sequential": "sequential",
-    "collocation (19 nodes)": "collocation-19",
+    "collocation (24 nodes)": "collocation-24",
     "DDIM-16": "ddim-16",
     "DDIM-10": "ddim-10",
 }
@@ -58,7 +58,7 @@ def speedups(folders: Folders) -> str:
     """A sentence with the speed-ups over the published code."""
     chunks, engine = _bench_chunks(folders[0])
     upstream = chunks["upstream, DDPM-100"]["p50"]
-    exact, draw = (upstream / chunks[f"{way}, {engine}"]["p50"] for way in ("sequential", "collocation (19 nodes)"))
+    exact, draw = (upstream / chunks[f"{way}, {engine}"]["p50"] for way in ("sequential", "collocation (24 nodes)"))
     return (
         f"On a CPU it is {exact:.0f} times as fast as the published code to the same chunk, and {draw:.0f} times to a "
         "draw of the same distribution."
@@ -196,18 +196,19 @@ def tasks_together_table(folders: Folders) -> str:
 
 
 def rounding_scores_table(folders: Folders) -> str:
-    """The scores of one sampler with one engine, paired by seed with those of another engine."""
+    """The sequential sampler's scores with one engine, paired by seed with those of another engine."""
     scores: list[dict[int, dict[str, float]]] = []
     for folder in folders:
-        (row,) = _results(folder)["samplers"].values()
+        row = _results(folder)["samplers"]["sequential"]
         scores.append({episode["seed"]: episode for episode in row["per_episode"]})
+    seeds = scores[0].keys() & scores[1].keys()
     numbers = []
     for name, margin in (("max_reward", 0.02), ("success", 0.07)):
-        differences = [float(scores[1][seed][name]) - float(scores[0][seed][name]) for seed in scores[0]]
+        differences = [float(scores[1][seed][name]) - float(scores[0][seed][name]) for seed in sorted(seeds)]
         mean = float(np.mean(differences))
         numbers.append(_interval("{:+.3f}", mean, mean_interval(differences)))
         numbers.append(f"{equivalence_p(differences, margin):.1g}")
-    return table(["pairs", "reward", "p", "success", "p"], [[str(len(scores[0])), *numbers]])
+    return table(["pairs", "reward", "p", "success", "p"], [[str(len(seeds)), *numbers]])
 
 
 def calibrations_table(folders: Folders) -> str:
