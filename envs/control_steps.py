@@ -17,12 +17,13 @@ class ControlSteps(gymnasium.Env):
     """Counts control steps, refuses bad actions, and lets the world run without an action.
 
     Args:
-        spec: of the policy, which observes some of ``observations``.
+        spec: of the policy, which observes some of ``observations``; its images are uint8, all else is float32.
         name: of the task, for errors.
         observations: key -> shape of what there is.
         actions: what the numbers of an action are.
         control_hz: control steps per second.
         max_episode_steps: control steps until an episode is cut off.
+        limit: an action's numbers are clipped to [-limit, limit].
 
     Raises:
         ValueError: an observation that is not there, or an action that does not fit.
@@ -38,6 +39,7 @@ class ControlSteps(gymnasium.Env):
         actions: list[str],
         control_hz: float,
         max_episode_steps: int,
+        limit: float = 1.0,
     ) -> None:
         for key, (shape, *_) in spec.observation.items():
             if observations.get(key) != shape:
@@ -46,16 +48,23 @@ class ControlSteps(gymnasium.Env):
             raise ValueError(
                 f"the policy's action_dim is {spec.action_dim}; {name} takes {len(actions)}: {', '.join(actions)}"
             )
-        self._actions, self._control_hz, self._max_steps = actions, control_hz, max_episode_steps
-        self._keys = list(spec.observation)
-        self.action_space = spaces.Box(-1, 1, (len(actions),), np.float32)
+        self._actions, self._control_hz, self._max_steps, self._limit = actions, control_hz, max_episode_steps, limit
+        self._kinds: dict[str, type] = {
+            key: np.uint8 if feature.kind == "image" else np.float32 for key, feature in spec.observation.items()
+        }
+        self.action_space = spaces.Box(-limit, limit, (len(actions),), np.float32)
         self.observation_space = spaces.Dict(
-            {key: spaces.Box(-np.inf, np.inf, observations[key], np.float32) for key in self._keys}
+            {
+                key: spaces.Box(0, 255, observations[key], kind)
+                if kind is np.uint8
+                else spaces.Box(-np.inf, np.inf, observations[key], kind)
+                for key, kind in self._kinds.items()
+            }
         )
 
     @abstractmethod
     def _advance(self, action: np.ndarray) -> tuple[float, bool]:
-        """One control step with an action in [-1, 1]; returns the reward and whether the task is done."""
+        """One control step with an action within the limit; returns the reward and whether the task is done."""
 
     @abstractmethod
     def _still(self, action: np.ndarray) -> np.ndarray:
@@ -65,12 +74,12 @@ class ControlSteps(gymnasium.Env):
     def _parts(self) -> dict[str, np.ndarray]:
         """All observations by key."""
 
-    def _begin(self, still: np.ndarray) -> tuple[dict[str, np.ndarray], dict[str, Any]]:
+    def _begin(self, still: np.ndarray, success: bool = False) -> tuple[dict[str, np.ndarray], dict[str, Any]]:
         """What ``reset`` returns; ``still`` is the action that moves nothing."""
         self._steps, self._owed = 0, 0.0
-        self._reward, self._success = 0.0, False
+        self._reward, self._success = float(success), success
         self._last = still
-        return self._observe(), {"is_success": False}
+        return self._observe(), {"is_success": success}
 
     def step(self, action: Any) -> Result:
         """One control step with ``action`` (Da,)."""
@@ -94,7 +103,7 @@ class ControlSteps(gymnasium.Env):
         return result
 
     def _run(self, action: np.ndarray) -> Result:
-        self._reward, self._success = self._advance(np.clip(action, -1, 1))
+        self._reward, self._success = self._advance(np.clip(action, -self._limit, self._limit))
         self._steps += 1
         return self._result()
 
@@ -104,7 +113,7 @@ class ControlSteps(gymnasium.Env):
 
     def _observe(self) -> dict[str, np.ndarray]:
         parts = self._parts()
-        return {key: parts[key].astype(np.float32) for key in self._keys}
+        return {key: parts[key].astype(kind, copy=False) for key, kind in self._kinds.items()}
 
 
 class Renderer:

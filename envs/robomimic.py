@@ -12,10 +12,9 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-import gymnasium
 import numpy as np
-from gymnasium import spaces
 
+from envs.control_steps import ControlSteps
 from envs.robosuite_simulator import (
     CONTROL_HZ,
     absolute_controllers,
@@ -26,7 +25,7 @@ from envs.robosuite_simulator import (
     read_arguments,
     use_renderer,
 )
-from parapolicy.rotation import POSE_6D_DIM, to_axis_angle
+from parapolicy.rotation import to_axis_angle
 from parapolicy.spec import PolicySpec
 
 # name -> robosuite's name, robots, control steps until an episode is cut off (robomimic's for proficient humans)
@@ -37,12 +36,12 @@ TASKS: Mapping[str, tuple[str, int, int]] = {
     "tool_hang": ("ToolHang", 1, 700),
     "transport": ("TwoArmTransport", 2, 700),
 }
-Result = tuple[dict[str, np.ndarray], float, bool, bool, dict[str, Any]]
-ARM_DIM = 7  # numbers of an action per arm
+DELTA = ["dx", "dy", "dz", "d(rx)", "d(ry)", "d(rz)", "gripper"]  # of an arm: rotations as axis times angle
+POSE = ["x", "y", "z", *(f"rotation {i + 1}" for i in range(6)), "gripper"]
 PICTURE = "_image"  # suffix of the key of a camera's image
 
 
-class Robomimic(gymnasium.Env):
+class Robomimic(ControlSteps):
     """One of robomimic's tasks.
 
     A policy's ``action_dim`` determines the kind of actions. With 7 numbers per arm they are those of the data sets:
@@ -63,7 +62,6 @@ class Robomimic(gymnasium.Env):
     """
 
     metadata = {"render_modes": ["rgb_array"], "render_fps": CONTROL_HZ}  # noqa: RUF012 gymnasium's own form
-    render_mode = "rgb_array"
 
     def __init__(
         self,
@@ -76,13 +74,13 @@ class Robomimic(gymnasium.Env):
         if task not in TASKS:
             raise ValueError(f"task is {task!r}, expected one of {list(TASKS)}")
         name, robots, horizon = TASKS[task]
-        self._max_steps = max_episode_steps or horizon
-        deltas, poses = ARM_DIM * robots, POSE_6D_DIM * robots
-        if spec.action_dim not in (deltas, poses):
+        deltas, poses = DELTA * robots, POSE * robots
+        if spec.action_dim not in (len(deltas), len(poses)):
             raise ValueError(
-                f"the policy's action_dim is {spec.action_dim}, {task} expects {deltas} (deltas) or {poses} (absolute)"
+                f"the policy's action_dim is {spec.action_dim}, {task} expects {len(deltas)} (deltas) or {len(poses)} "
+                "(absolute)"
             )
-        self._absolute, self._action_dim = spec.action_dim == poses, spec.action_dim
+        self._absolute = spec.action_dim == len(poses)
         arguments = default_arguments(robots) if dataset is None else read_arguments(Path(dataset), name)
         if self._absolute:
             arguments = arguments | {"controller_configs": absolute_controllers(arguments["controller_configs"])}
@@ -97,22 +95,10 @@ class Robomimic(gymnasium.Env):
             cameras[key.removesuffix(PICTURE)] = height, width
         self._simulator = make_simulator(name, arguments, render_size, cameras)
         self._render_size = render_size
-        self._keys = list(spec.observation)
-        given = {key: value.shape for key, value in self._read(self._simulator._get_observations()).items()}
-        for key, (shape, *_) in spec.observation.items():
-            if given.get(key) != shape:
-                raise ValueError(f"the policy observes {key!r} with shape {shape}, expected one of {given} for {task}")
-        self.action_space = spaces.Box(-np.inf, np.inf, (spec.action_dim,), np.float32)
-        self.observation_space = spaces.Dict(
-            {
-                key: spaces.Box(0, 255, given[key], np.uint8)
-                if key in self._pictures
-                else spaces.Box(-np.inf, np.inf, given[key], np.float32)
-                for key in self._keys
-            }
-        )
-        self._steps, self._owed = 0, 0.0
-        self._last = self._rest()
+        self._raw = self._simulator._get_observations()
+        given = {key: value.shape for key, value in self._parts().items()}
+        actions, limit = (poses, np.inf) if self._absolute else (deltas, 1.0)
+        super().__init__(spec, task, given, actions, CONTROL_HZ, max_episode_steps or horizon, limit)
 
     def reset(
         self, *, seed: int | None = None, options: dict[str, Any] | None = None
@@ -143,35 +129,8 @@ class Robomimic(gymnasium.Env):
                 arm.update_initial_joints(simulator.sim.data.qpos[arm.qpos_index])
         # Poses relative to the gripper use those of the previous update, which must also be of this state.
         simulator._get_observations(force_update=True)
-        raw = simulator._get_observations(force_update=True)
-        self._steps, self._owed = 0, 0.0
-        self._last = self._rest()
-        return self._observe(raw), {"is_success": self._success()}
-
-    def step(self, action: Any) -> Result:
-        """One control step with ``action`` (Da,)."""
-        given = np.asarray(action, dtype=np.float64)
-        if given.shape != (self._action_dim,) or not np.isfinite(given).all():
-            raise ValueError(f"action is {action!r}, expected {self._action_dim} finite numbers")
-        self._last = self._still(given)
-        return self._run(given)
-
-    def hold(self, seconds: float) -> Result:
-        """Run the simulation for ``seconds`` while the arm keeps its target.
-
-        Only whole control steps are run; a remainder is added to the next call.
-        """
-        self._owed += seconds * CONTROL_HZ
-        count = int(self._owed + 1e-6)
-        self._owed -= count
-        success = self._success()
-        observation = self._observe(self._simulator._get_observations())
-        result: Result = (observation, float(success), success, self._steps >= self._max_steps, {"is_success": success})
-        for _ in range(count):
-            if result[2] or result[3]:
-                break
-            result = self._run(self._last)
-        return result
+        self._raw = simulator._get_observations(force_update=True)
+        return self._begin(self._rest(), bool(simulator._check_success()))
 
     def render(self) -> np.ndarray:
         """The scene from the front as (render_size, render_size, 3) uint8.
@@ -189,42 +148,32 @@ class Robomimic(gymnasium.Env):
         free_renderer(self._simulator)
         self._simulator.close()
 
-    def _run(self, action: np.ndarray) -> Result:
+    def _advance(self, action: np.ndarray) -> tuple[float, bool]:
         use_renderer(self._simulator)
-        raw, _, _, _ = self._simulator.step(to_axis_angle(action) if self._absolute else np.clip(action, -1, 1))
-        self._steps += 1
-        success = self._success()
-        return self._observe(raw), float(success), success, self._steps >= self._max_steps, {"is_success": success}
-
-    def _success(self) -> bool:
-        return bool(self._simulator._check_success())
+        self._raw, _, _, _ = self._simulator.step(to_axis_angle(action) if self._absolute else action)
+        success = bool(self._simulator._check_success())
+        return float(success), success
 
     def _still(self, action: np.ndarray) -> np.ndarray:
         """The action that keeps the target: the same pose, or no motion; the gripper as commanded."""
         still = action.copy()
         if not self._absolute:
-            still.reshape(-1, ARM_DIM)[:, :-1] = 0
+            still.reshape(-1, len(DELTA))[:, :-1] = 0
         return still
 
     def _rest(self) -> np.ndarray:
         """The action that stays where the arms are, grippers open."""
         if not self._absolute:
-            return self._still(np.full(self._action_dim, -1.0))
+            return self._still(np.full(len(self._actions), -1.0))
         data = self._simulator.sim.data
         sites = [robot.eef_site_id["right"] for robot in self._simulator.robots]
         rows = [[*data.site_xpos[site], *data.site_xmat[site].reshape(-1)[:6], -1.0] for site in sites]
         return np.concatenate(rows)
 
-    def _read(self, raw: Mapping[str, Any]) -> dict[str, np.ndarray]:
+    def _parts(self) -> dict[str, np.ndarray]:
         """robosuite's observations under robomimic's names, pictures upright."""
-        named = {"object" if key == "object-state" else key: value for key, value in raw.items()}
+        named = {"object" if key == "object-state" else key: value for key, value in self._raw.items()}
         return {
-            key: np.ascontiguousarray(value[::-1])
-            if key in self._pictures
-            else np.atleast_1d(np.asarray(value, dtype=np.float32))
+            key: np.ascontiguousarray(value[::-1]) if key in self._pictures else np.atleast_1d(value)
             for key, value in named.items()
         }
-
-    def _observe(self, raw: Mapping[str, Any]) -> dict[str, np.ndarray]:
-        read = self._read(raw)
-        return {key: read[key] for key in self._keys}

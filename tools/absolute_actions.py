@@ -17,7 +17,7 @@ import numpy as np
 from scipy.spatial.transform import Rotation
 from tqdm import tqdm
 
-from envs.robomimic import ARM_DIM, TASKS, Robomimic
+from envs.robomimic import DELTA, TASKS, Robomimic
 from envs.robosuite_simulator import CONTROL_HZ
 from parapolicy.errors import DataError
 from parapolicy.spec import Feature, PolicySpec
@@ -30,7 +30,7 @@ def absolute_actions(env: Robomimic, states: np.ndarray, actions: np.ndarray) ->
     for state, goal in zip(states, goals, strict=True):
         simulator.sim.set_state_from_flattened(state)
         simulator.sim.forward()
-        for robot, part in zip(simulator.robots, goal.reshape(-1, ARM_DIM), strict=True):
+        for robot, part in zip(simulator.robots, goal.reshape(-1, len(DELTA)), strict=True):
             robot.composite_controller.update_state()
             controller = robot.composite_controller.part_controllers["right"]
             controller.update(force=True)
@@ -64,7 +64,7 @@ def convert(path: Path, output: Path) -> int:
     if name not in tasks:
         raise DataError(f"{path} has the task {name!r}, expected one of {list(tasks)}")
     task, robots = tasks[name]
-    spec = PolicySpec({"robot0_eef_pos": Feature((3,))}, 1, 1, 1, ARM_DIM * robots, {}, {}, CONTROL_HZ)
+    spec = PolicySpec({"robot0_eef_pos": Feature((3,))}, 1, 1, 1, len(DELTA) * robots, {}, {}, CONTROL_HZ)
     env = Robomimic(spec, task, dataset=str(path))
     partial = output.with_name(f".{output.name}.partial")
     shutil.copyfile(path, partial)

@@ -15,7 +15,7 @@ from pathlib import Path
 
 import numpy as np
 
-from envs.robomimic import ARM_DIM, TASKS, Robomimic
+from envs.robomimic import DELTA, TASKS, Robomimic
 from envs.robosuite_simulator import CONTROL_HZ, default_arguments
 from parapolicy.spec import Feature, PolicySpec
 from tools.demonstrations import Recording, check, collect, run_command
@@ -112,7 +112,7 @@ def attempt(env: Robomimic, task: str, seed: int) -> tuple[bool, dict[str, np.nd
     observation, _ = env.reset(seed=seed)
     scene = Scene(env)
     speed = rng.uniform(0.75, 1.0)
-    noise = np.zeros(ARM_DIM - 1)
+    noise = np.zeros(len(DELTA) - 1)
     recording = Recording()
     for target in until_stuck(EXPERTS[task](scene, rng)):
         noise = NOISE_MEMORY * noise + rng.normal(0, NOISE)
@@ -136,7 +136,7 @@ def make_expert_env(task: str) -> Robomimic:
         1,
         1,
         1,
-        ARM_DIM,
+        len(DELTA),
         network={},
         scheduler={},
         control_hz=CONTROL_HZ,
