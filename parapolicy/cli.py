@@ -7,6 +7,7 @@ import logging
 import os
 import runpy
 import sys
+import warnings
 from collections.abc import Sequence
 from importlib import metadata
 from inspect import getdoc
@@ -99,21 +100,17 @@ def check(arguments: Sequence[str]) -> None:
     if parsed.chunks < 1:
         raise ValueError(f"chunks is {parsed.chunks}, expected at least 1")
 
+    from tqdm import tqdm
+
     from parapolicy import list_samplers, load_policy
     from parapolicy.bench.compare import compare_samplers, present
     from parapolicy.engine import make_engine
     from parapolicy.planner import made_up_observations
 
     policy = load_policy(parsed.checkpoint, device=parsed.device, engine=parsed.engine, ema=parsed.ema)
-    count, done = (parsed.chunks + 1) * len(list_samplers()), 0
-
-    def progress(chunks: int) -> None:
-        nonlocal done
-        done += chunks
-        if sys.stderr.isatty():
-            print(f"\r{done} of {count} chunks", end="\n" if done == count else "", file=sys.stderr, flush=True)
-
-    rows = compare_samplers(policy, made_up_observations(policy, parsed.chunks), progress)
+    count = (parsed.chunks + 1) * len(list_samplers())
+    with tqdm(total=count, unit="chunk", leave=False, disable=None) as bar:  # only on a terminal
+        rows = compare_samplers(policy, made_up_observations(policy, parsed.chunks), bar.update)
     where = f"{parsed.chunks} made-up observations, engine {policy.engine.name} on {policy.device}"
     print(f"{where}; error: largest difference from the sequential chunk, normalised\n{present(rows)}")
     usual = make_engine("auto", policy.device).name
@@ -341,7 +338,9 @@ def main(arguments: Sequence[str] | None = None) -> None:
         print(f"{USAGE}\nerror: command is {name!r}, expected one of {list(COMMANDS)}", file=sys.stderr)
         raise SystemExit(2)
     try:
-        COMMANDS[name](rest)
+        with warnings.catch_warnings():
+            warnings.showwarning = lambda message, *_: print(f"warning: {message}", file=sys.stderr)
+            COMMANDS[name](rest)
     except ImportError as error:
         extra = f"[{EXTRAS[name]}]" if name in EXTRAS else ""
         raise SystemExit(f"error: {error.name} is missing; pip install 'parapolicy{extra}'") from error

@@ -3,6 +3,7 @@
 import contextlib
 import dataclasses
 import json
+import warnings
 from collections.abc import Sequence
 from importlib import metadata
 from pathlib import Path
@@ -182,6 +183,14 @@ def test_no_checkpoint_is_a_clear_error(command: str, tmp_path: Path) -> None:
 def test_convert_does_not_write_over_anything(folder: Path) -> None:
     with pytest.raises(SystemExit, match="not an empty folder"):
         main(["convert", str(folder), str(folder)])
+
+
+def test_a_warning_is_printed_without_pythons_file_and_line(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setitem(COMMANDS, "inspect", lambda _: warnings.warn("the sky is low", stacklevel=1))
+    main(["inspect"])
+    assert capsys.readouterr().err == "warning: the sky is low\n"
 
 
 def test_the_version_is_printed(capsys: pytest.CaptureFixture[str]) -> None:

@@ -236,7 +236,7 @@ def alternate(
     """
     labels = list(calls)
     seconds: dict[str, list[float]] = {label: [] for label in labels}
-    for label in labels:
+    for label in tqdm(labels, "warm-up", unit="call", leave=False):  # engines compile
         calls[label]()
     for i in tqdm(range(repeats), unit="repeat", leave=False):
         begin(i)
