@@ -229,6 +229,7 @@ def test_samplers_agree(observed_dim: int, changes: dict[str, Any]) -> None:
 
 
 @needs_compiler
+@pytest.mark.distributed  # half a minute of compiling
 @pytest.mark.parametrize(("engine", "tolerance"), [("compiled", 1e-2), ("compiled_bfloat16", 20)])
 def test_engines_agree(engine: str, tolerance: float, recwarn: pytest.WarningsRecorder) -> None:
     policy = transformer_policy().with_sampler("sequential")

@@ -136,6 +136,7 @@ def test_a_visuomotor_policy_is_saved_and_read_back_to_the_bit(policy: parapolic
     np.testing.assert_array_equal(again.predict(observation).trajectory, policy.predict(observation).trajectory)
 
 
+@pytest.mark.distributed  # half a minute of compiling
 def test_the_compiled_engine_takes_encoders(policy: parapolicy.Policy) -> None:
     compiled = dataclasses.replace(policy, engine=make_engine("compiled", policy.device))
     observation = observe()
