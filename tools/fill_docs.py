@@ -201,10 +201,10 @@ def rounding_scores_table(folders: Folders) -> str:
     for folder in folders:
         row = _results(folder)["samplers"]["sequential"]
         scores.append({episode["seed"]: episode for episode in row["per_episode"]})
-    seeds = scores[0].keys() & scores[1].keys()
+    seeds = sorted(scores[0].keys() & scores[1].keys())
     numbers = []
     for name, margin in (("max_reward", 0.02), ("success", 0.07)):
-        differences = [float(scores[1][seed][name]) - float(scores[0][seed][name]) for seed in sorted(seeds)]
+        differences = [float(scores[1][seed][name]) - float(scores[0][seed][name]) for seed in seeds]
         mean = float(np.mean(differences))
         numbers.append(_interval("{:+.3f}", mean, mean_interval(differences)))
         numbers.append(f"{equivalence_p(differences, margin):.1g}")
