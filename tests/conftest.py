@@ -2,6 +2,7 @@ import os
 from pathlib import Path
 
 import hypothesis
+import numpy as np
 import pytest
 import torch
 
@@ -44,3 +45,18 @@ def demonstrations() -> Path:
             f"no Push-T demonstrations at {zarr}; set PARAPOLICY_DEMONSTRATIONS to the folder that holds pusht/"
         )
     return zarr
+
+
+@pytest.fixture
+def buffer(tmp_path: Path) -> Path:
+    """Three episodes of 5, 9 and 20 steps in the published layout."""
+    import zarr  # which not every test environment has, and which takes a second
+
+    path = tmp_path / "replay.zarr"
+    layout = {"zarr_format": 2} if int(zarr.__version__[0]) > 2 else {}  # the published one; zarr 2 knows no other
+    root = zarr.open_group(str(path), mode="w", **layout)
+    rng = np.random.default_rng(0)
+    for name, shape in {"state": (34, 5), "points": (34, 3, 2), "action": (34, 2)}.items():
+        root[f"data/{name}"] = rng.uniform(0, 512, shape).astype(np.float32)
+    root["meta/episode_ends"] = np.array([5, 14, 34])
+    return path

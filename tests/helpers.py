@@ -2,6 +2,7 @@
 
 import atexit
 import functools
+import importlib.util
 import shutil
 import tempfile
 from collections.abc import Callable, Iterator, Mapping
@@ -12,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pytest
 import torch
 from hydra import compose, initialize_config_dir
 from omegaconf import DictConfig
@@ -41,6 +43,8 @@ DDPM_CONFIG: dict[str, Any] = {
     "prediction_type": "epsilon",
 }
 FLOW_CONFIG: dict[str, Any] = {"_class_name": "FlowMatchEulerDiscreteScheduler", "num_train_timesteps": 100}
+# read_zarr's, of the fixture buffer
+SOURCES: dict[str, Any] = {"position": {"array": "state", "columns": [0, 1]}, "points": "points", "action": "action"}
 
 
 def small_spec(**changes: Any) -> PolicySpec:
@@ -201,3 +205,9 @@ class Waits(TorchDispatchMode):
         waiting = name in waits or any(isinstance(i, Tensor) and i.dtype == torch.bool for i in indices)
         assert not waiting, f"{name} waits for a value"
         return func(*args, **(kwargs or {}))
+
+
+def needs(*packages: str) -> pytest.MarkDecorator:
+    """Skip a test without these packages, which are not imported here: OpenVINO's import reports itself."""
+    missing = [name for name in packages if importlib.util.find_spec(name) is None]
+    return pytest.mark.skipif(bool(missing), reason=f"not installed: {missing}")

@@ -1,6 +1,5 @@
 """Networks and encoders as files of other runtimes: loaded there, equal for any number of rows, or not written."""
 
-import importlib.util
 import json
 import sys
 from pathlib import Path
@@ -15,7 +14,7 @@ from parapolicy import export_graph
 from parapolicy.cli import main
 from parapolicy.engine.openvino import import_openvino
 from parapolicy.networks import NETWORKS, Embedding
-from tests.helpers import small_policy
+from tests.helpers import needs, small_policy
 from tests.test_toy_network import OBSERVATION, Toy
 
 CAMERA = {"backbone": "resnet18", "norm": "group", "levels": 1, "crop": [13, 13], "keypoints": 4, "features": 8}
@@ -26,11 +25,6 @@ SEEING: dict[str, Any] = {
         "encoder": {"cameras": {"camera": CAMERA}},
     },
 }
-
-
-def needs(*packages: str) -> pytest.MarkDecorator:
-    missing = [name for name in packages if importlib.util.find_spec(name) is None]
-    return pytest.mark.skipif(bool(missing), reason=f"not installed: {missing}")
 
 
 def assert_the_files_are_the_network(policy: parapolicy.Policy, folder: Path, form: str, rows: int = 5) -> None:

@@ -1,7 +1,6 @@
 """The engine openvino: equal to eager for any number of rows, and it reports to nobody."""
 
 import dataclasses
-import importlib.util
 import socket
 import sys
 from concurrent.futures import ThreadPoolExecutor
@@ -16,11 +15,10 @@ import parapolicy
 from parapolicy.engine import OpenVino, make_engine
 from parapolicy.engine.openvino import import_openvino
 from parapolicy.networks import NETWORKS, Embedding, Network
-from tests.helpers import small_policy, some_observation
+from tests.helpers import needs, small_policy, some_observation
 from tests.test_toy_network import OBSERVATION, Toy
 
-# importorskip would import it, telemetry and all
-installed = pytest.mark.skipif(importlib.util.find_spec("openvino") is None, reason="openvino is not installed")
+installed = needs("openvino")
 # Condition layers mix its memory's tokens, which the native engine does not compute.
 TRANSFORMER = {"name": "transformer1d", "n_layer": 1, "n_head": 2, "n_emb": 16, "n_cond_layers": 1}
 

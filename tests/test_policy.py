@@ -2,7 +2,6 @@
 
 import copy
 import dataclasses
-import importlib.util
 import os
 import pickle
 import platform
@@ -20,7 +19,7 @@ import parapolicy
 from parapolicy.engine import Eager, make_engine
 from parapolicy.normalizer import Affine, Normalizer
 from tests.conftest import ROOT, SHIPPED
-from tests.helpers import small_policy, small_spec, some_observation
+from tests.helpers import needs, small_policy, small_spec, some_observation
 
 
 def test_one_observation() -> None:
@@ -60,10 +59,8 @@ def test_same_seed_same_chunk_and_given_noise() -> None:
         np.testing.assert_array_equal(policy.predict(observation, noise=given).trajectory, first)
 
 
-@pytest.mark.parametrize("engine", ["fused", "compiled", "openvino"])
+@pytest.mark.parametrize("engine", ["fused", "compiled", pytest.param("openvino", marks=needs("openvino"))])
 def test_a_policy_can_be_copied_and_sent_to_another_process(engine: str) -> None:
-    if engine == "openvino" and importlib.util.find_spec(engine) is None:
-        pytest.skip("openvino is not installed")  # importorskip would import it, telemetry and all
     policy = dataclasses.replace(small_policy(), engine=make_engine(engine, torch.device("cpu")))
     observation = some_observation(policy.spec)
     if engine == "fused":  # the others' first chunks take long, and their locks alone could not be copied
