@@ -5,6 +5,7 @@ import dataclasses
 import json
 import logging
 import os
+import re
 import runpy
 import sys
 import warnings
@@ -38,8 +39,8 @@ USAGE = """usage: parapolicy eval [env=pusht checkpoint=FOLDER samplers=[sequent
   ros2     run a ROS 2 node between topics of observations and of actions; its settings: docs/ros2.md
   report   combine evaluation runs in one page, with tables and plots
 
-parapolicy COMMAND --help has every option, parapolicy --version the version. eval and train are hydra applications:
-key=value, and --cfg job shows all.
+parapolicy COMMAND --help has every option, parapolicy --version the version. An option is --key value, --key=value or
+key=value. eval and train are hydra applications: key=value only, and --cfg job shows all.
 Exit codes: 0 done, 1 failed, with the reason on stderr, 2 unknown command or flag, 130 interrupted.
 
 A CHECKPOINT is a folder of parapolicy or LeRobot, hf://owner/name[@revision], a .ckpt of Diffusion Policy's published
@@ -237,7 +238,7 @@ def _checkpoint_parser(name: str) -> argparse.ArgumentParser:
 
 
 def serve(arguments: Sequence[str]) -> None:
-    """``parapolicy serve``: settings are ``key=value``, as hydra's overrides are."""
+    """``parapolicy serve``: settings are ``key=value``, as hydra's overrides are, or ``--key value``."""
     from omegaconf import OmegaConf
     from omegaconf.errors import OmegaConfBaseException
 
@@ -249,6 +250,7 @@ def serve(arguments: Sequence[str]) -> None:
         print(f"usage: parapolicy serve [key=value …]\n\n{getdoc(ServeConfig)}\n\nDefaults:\n{defaults}", end="")
         return
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(name)s %(message)s")
+    arguments = as_settings(arguments)
     for argument in arguments:
         if argument.endswith("="):  # OmegaConf reads it as null: an empty variable would turn the API key off
             raise ValueError(f"the setting {argument!r} has no value; give one, or null")
@@ -307,6 +309,34 @@ def report(arguments: Sequence[str]) -> None:
     print(f"wrote {write_report(parsed.folders, parsed.output, margins)}")
 
 
+def as_settings(arguments: Sequence[str]) -> list[str]:
+    """``--key value`` and ``--key=value`` as ``key=value``; an argument that is neither stays as it is."""
+    settings, key = list[str](), None
+    for argument in arguments:
+        if key is not None:
+            settings.append(f"{key}={argument}")
+            key = None
+        elif re.fullmatch(r"--[\w-]+", argument):
+            key = argument[2:].replace("-", "_")
+        elif found := re.fullmatch(r"--([\w-]+)=(.*)", argument, re.DOTALL):
+            settings.append(f"{found[1].replace('-', '_')}={found[2]}")
+        else:
+            settings.append(argument)
+    if key is not None:
+        raise ValueError(f"the setting {key!r} has no value; give one, or null")
+    return settings
+
+
+def as_flags(arguments: Sequence[str]) -> list[str]:
+    """``key=value`` as ``--key=value``, unless it is the name of a file or folder."""
+    return [
+        f"--{found[1].replace('_', '-')}={found[2]}"
+        if (found := re.fullmatch(r"([a-z][\w-]*)=(.*)", argument, re.DOTALL)) and not Path(argument).exists()
+        else argument
+        for argument in arguments
+    ]
+
+
 COMMANDS = {
     "eval": evaluate,
     "train": train,
@@ -320,6 +350,7 @@ COMMANDS = {
     "ros2": ros2,
     "report": report,
 }
+SETTINGS = ("eval", "train", "serve", "ros2")  # commands that take key=value themselves
 # The package extra that a command needs.
 EXTRAS = dict.fromkeys(("eval", "train", "bench", "calibrate", "report"), "eval") | {"serve": "serve", "ros2": "ros2"}
 
@@ -340,7 +371,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     try:
         with warnings.catch_warnings():
             warnings.showwarning = lambda message, *_: print(f"warning: {message}", file=sys.stderr)
-            COMMANDS[name](rest)
+            COMMANDS[name](rest if name in SETTINGS else as_flags(rest))
     except ImportError as error:
         extra = f"[{EXTRAS[name]}]" if name in EXTRAS else ""
         raise SystemExit(f"error: {error.name} is missing; pip install 'parapolicy{extra}'") from error

@@ -16,7 +16,7 @@ import torch
 import parapolicy
 from eval import find_policy
 from parapolicy.calibrate import FILE
-from parapolicy.cli import COMMANDS, USAGE, main
+from parapolicy.cli import COMMANDS, USAGE, as_flags, as_settings, main
 from parapolicy.normalizer import Affine, Normalizer
 from parapolicy.planner import made_up_observations
 from parapolicy.samplers import Secant
@@ -284,6 +284,23 @@ def test_exit_codes(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.Monk
         assert ended.value.code == code
     shown = capsys.readouterr().err
     assert "error: command is 'inspekt', expected one of" in shown[shown.index(USAGE) + len(USAGE) :]
+
+
+def test_options_have_one_style(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    settings = ["port=8000", "api_key=a=b", "sampler=secant"]
+    assert as_settings(["--port", "8000", "--api-key=a=b", "sampler=secant"]) == settings
+    assert as_settings(["--deadline-ms", "-1"]) == ["deadline_ms=-1"]  # refused where it is read
+    with pytest.raises(ValueError, match="the setting 'port' has no value"):
+        as_settings(["--port"])
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "lr=3").mkdir()
+    given = ["lr=3", "sweep/lr=4", "chunks=8", "control_hz=20", "--json"]
+    assert as_flags(given) == ["lr=3", "sweep/lr=4", "--chunks=8", "--control-hz=20", "--json"]
+
+
+def test_a_setting_is_an_option(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    main(["check", str(folder), "chunks=1"])
+    assert capsys.readouterr().out.startswith("1 made-up observations")
 
 
 def test_every_command_is_in_the_overview_and_on_its_page() -> None:

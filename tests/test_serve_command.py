@@ -108,7 +108,8 @@ def test_closing_finishes_what_was_asked(command: Callable, policy: Policy) -> N
     ("settings", "message"),
     [
         (["prot=1"], r"no settings \['prot'\], expected some of \['checkpoint', 'host', 'port'"),
-        (["--port", "1"], r"no settings \['--port', '1'\]"),
+        (["--prot", "1"], r"no settings \['prot'\]"),
+        (["--port"], "'port' has no value"),
         (["port=high"], "high"),
         (["checkpoint=nowhere"], "no checkpoint at 'nowhere'"),
         (["sampler=fast"], "sampler is 'fast'"),
