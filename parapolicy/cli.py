@@ -18,7 +18,7 @@ USAGE = """usage: parapolicy eval [env=pusht checkpoint=FOLDER samplers=[sequent
        parapolicy train data.path=FOLDER [data=pusht_state output=FOLDER …]
        parapolicy bench [CHECKPOINT] [--engines eager compiled] [--chunks 20] [--widen 4] [--scaling]
        parapolicy inspect CHECKPOINT [--json]
-       parapolicy check CHECKPOINT [--chunks 5] [--engine auto] [--device auto]
+       parapolicy check CHECKPOINT [--chunks 5] [--engine auto] [--device auto] [--json]
        parapolicy convert CHECKPOINT OUT [--control-hz HZ]
        parapolicy export CHECKPOINT OUT [--format fused|onnx|openvino|aoti] [--sampler sequential] [--engine fused]
        parapolicy calibrate FOLDER [--observations FILE.npz…] [--chunks 60] [--draws 60]
@@ -97,6 +97,7 @@ def check(arguments: Sequence[str]) -> None:
     parser.add_argument("--chunks", type=int, default=5, help="observations per sampler")
     parser.add_argument("--engine", default="auto", help="auto: the one that load_policy takes")
     parser.add_argument("--device", default="auto")
+    parser.add_argument("--json", action="store_true", help="print JSON")
     parsed = parser.parse_args(arguments)
     if parsed.chunks < 1:
         raise ValueError(f"chunks is {parsed.chunks}, expected at least 1")
@@ -113,7 +114,11 @@ def check(arguments: Sequence[str]) -> None:
     with tqdm(total=count, unit="chunk", leave=False, disable=None) as bar:  # only on a terminal
         rows = compare_samplers(policy, made_up_observations(policy, parsed.chunks), bar.update)
     where = f"{parsed.chunks} made-up observations, engine {policy.engine.name} on {policy.device}"
-    print(f"{where}; error: largest difference from the sequential chunk, normalised\n{present(rows)}")
+    if parsed.json:
+        settings = {"checkpoint": parsed.checkpoint, "chunks": parsed.chunks, "engine": policy.engine.name}
+        print(json.dumps({**settings, "samplers": rows}))
+    else:
+        print(f"{where}; error: largest difference from the sequential chunk, normalised\n{present(rows)}")
     usual = make_engine("auto", policy.device).name
     if policy.engine.name != usual:
         print(f"load_policy takes engine {usual} here: --engine {usual} measures what you will see", file=sys.stderr)

@@ -123,6 +123,16 @@ def test_check_runs_every_sampler(folder: Path, capsys: pytest.CaptureFixture[st
     assert rows["speculative"][3:5] == ["another", "draw"]
 
 
+def test_check_prints_the_same_as_json(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    main(["check", str(folder), "--chunks", "1", "--device", "cpu", "--engine", "eager", "--json"])
+    found = json.loads(capsys.readouterr().out)
+    assert (found["checkpoint"], found["chunks"], found["engine"]) == (str(folder), 1, "eager")
+    rows = {row["sampler"]: row for row in found["samplers"]}
+    assert set(rows) == set(parapolicy.list_samplers())
+    assert rows["secant"]["error_median"] == rows["secant"]["error_max"] > 0
+    assert rows["speculative"]["error_median"] is None
+
+
 def test_convert_keeps_answers_to_the_bit(folder: Path, tmp_path: Path) -> None:
     main(["convert", str(folder), str(tmp_path / "out")])
     before, after = (parapolicy.load_policy(path, device="cpu", engine="eager") for path in (folder, tmp_path / "out"))

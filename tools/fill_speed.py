@@ -242,6 +242,22 @@ def live_table(folders: Folders) -> str:
     return table(["", "policies", "`sequential`, eager", "`secant`, tolerance 1e-4"], rows)
 
 
+def check_table(folders: Folders) -> str:
+    """What faster samplers do to several policies, from the lines of ``parapolicy check --json``."""
+    rows = []
+    for line in (folders[0] / "checks.jsonl").read_text().splitlines():
+        check = json.loads(line)
+        found = {row["sampler"]: row for row in check["samplers"]}
+        parts = [part for part in Path(check["checkpoint"]).with_suffix("").parts if part != "pretrained_model"]
+        row = ["/".join(parts[-2:]), f"{found['sequential']['evaluations']:.0f}"]
+        for name in ("secant", "collocation"):
+            one = found[name]
+            row += [f"{one['error_median']:.0e} / {one['error_max']:.0e}", f"{one['rounds']:.1f}"]
+            row.append(f"{one['evaluations']:.0f}")
+        rows.append(row)
+    return table(["policy", "steps", "secant", "rounds", "evaluations", "collocation", "rounds", "evaluations"], rows)
+
+
 def printed(folders: Folders) -> str:
     """The output of a program."""
     return f"```\n{(folders[0] / 'printed.txt').read_text().strip()}\n```"
