@@ -73,6 +73,10 @@ def test_an_interrupted_step_keeps_its_folder(tmp_path: Path) -> None:
 def test_a_step_without_its_output_has_failed(tmp_path: Path) -> None:
     outcome = run_step("a", {**STEP, "run": "echo what went wrong"}, tmp_path, False, "code")
     assert outcome.startswith("failed with status 0: what went wrong")
+    begun = run_step(
+        "b", {**STEP, "run": f"(echo one; exit 3) | tail -n 1 > $OUT/{STEP['output']}"}, tmp_path, False, ""
+    )
+    assert begun.startswith("failed with status 3")
 
 
 def test_what_is_missing_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

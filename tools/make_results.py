@@ -107,7 +107,7 @@ def run_step(name: str, step: Step, results: Path, quick: bool, digest: str, roo
     paths = {"PATH": f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}", "PYTHONPATH": str(root)}
     with (folder / "log.txt").open("a") as log:
         code = subprocess.run(
-            ["bash", "-c", command],
+            ["bash", "-o", "pipefail", "-c", command],
             cwd=root,
             env={**os.environ, **paths, "OUT": str(folder), "RESULTS": str(results)},
             stdout=log,
