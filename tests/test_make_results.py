@@ -10,7 +10,7 @@ import pytest
 from parapolicy.engine import ENGINES
 from tests.conftest import ROOT
 from tools import fill_docs, make_results
-from tools.make_results import RECORD, command_of, fill, missing, read_table, run_step
+from tools.make_results import RECORD, command_of, fill, missing, read_table, run_step, torch_of
 from tools.time_calls import STATIC
 
 STEPS, BLOCKS = read_table()
@@ -151,3 +151,12 @@ def test_a_caption_names_command_machine_and_commit(tmp_path: Path) -> None:
     assert caption.endswith("# x`")
     assert command_of(STEP, True).endswith("quick >> $OUT/runs")
     assert fill_docs.block_names(f"<!-- a -->\n{caption}\n<!-- end -->") == ["a"]
+
+
+def test_another_environment_s_torch_is_named(tmp_path: Path) -> None:
+    python = tmp_path / ".venv-other" / "bin" / "python"
+    python.parent.mkdir(parents=True)
+    python.write_text("#!/bin/sh\necho 2.10.0\n")
+    python.chmod(0o755)
+    assert torch_of("PYTHONPATH=x .venv-other/bin/python run.py", tmp_path) == {"torch": "2.10.0"}
+    assert torch_of("python run.py", tmp_path) == torch_of(".venv-none/bin/python run.py", tmp_path) == {}

@@ -238,7 +238,8 @@ def live_table(folders: Folders) -> str:
     for folder in folders:
         found = _read(folder, "live.json")
         worst = (f"at most {max(found[sampler].values()):.1e}" for sampler in ("sequential", "secant"))
-        rows.append([folder.name.removeprefix("live_"), str(len(found["sequential"])), *worst])
+        name = folder.name.removeprefix("live_").replace("stanford", "real-stanford")
+        rows.append([name, str(len(found["sequential"])), *worst])
     return table(["", "policies", "`sequential`, eager", "`secant`, tolerance 1e-4"], rows)
 
 

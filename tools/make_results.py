@@ -125,10 +125,19 @@ def run_step(name: str, step: Step, results: Path, quick: bool, digest: str, roo
         "commit": git.get("commit"),
         "changed": git.get("changed"),
         "machine": describe_machine(torch.device("cuda" if torch.cuda.is_available() else "cpu")),
-        "versions": describe_versions(),
+        "versions": describe_versions() | torch_of(command, root),
     }
     (folder / RECORD).write_text(json.dumps(record, indent=2) + "\n")
     return "done"
+
+
+def torch_of(command: str, root: Path = ROOT) -> dict[str, str]:
+    """The version of torch in the other environment, such as LeRobot's, whose Python a command runs."""
+    found = re.search(r"\.venv-\w+/bin/", command)
+    if found is None or not (python := root / found[0] / "python").is_file():
+        return {}
+    version = "from importlib.metadata import version; print(version('torch'))"
+    return {"torch": subprocess.run([python, "-c", version], capture_output=True, text=True).stdout.strip()}
 
 
 def _matches(path: Path, key: Mapping[str, str]) -> bool:
