@@ -12,6 +12,7 @@ import numpy as np
 from gym_pusht.envs.pusht import PushTEnv
 from gymnasium import spaces
 
+from envs.joined import JOINED, joined_shape, parts_of
 from parapolicy.spec import PolicySpec
 
 # The nine block keypoints of the published data set in the block's own frame (pixels), found from its recorded
@@ -38,13 +39,20 @@ OBSERVATIONS: Mapping[str, tuple[int, ...]] = {
     "environment_state": (16,),  # gym-pusht's eight corners of the block
     "image": (96, 96, 3),  # the scene as in the published data set: RGB, uint8
 }
+# the names of LeRobot's policies -> ours
+LEROBOT = {
+    "observation.state": "agent_pos",
+    "observation.environment_state": "environment_state",
+    "observation.image": "image",
+}
 
 
 class PushT(gymnasium.Env):
     """Push-T with a dictionary of observations.
 
     Args:
-        spec: its ``observation`` has keys of ``OBSERVATIONS``.
+        spec: its ``observation`` has keys of ``OBSERVATIONS``, of ``LEROBOT``, or real-stanford's ``obs``
+            (:func:`envs.joined.parts_of`).
         max_episode_steps: control steps until an episode is cut off.
         render_size: width and height of :meth:`render`'s frames, pixels; at least 96.
 
@@ -56,25 +64,28 @@ class PushT(gymnasium.Env):
     render_mode = "rgb_array"
 
     def __init__(self, spec: PolicySpec, max_episode_steps: int = 300, render_size: int = 256) -> None:
+        self._parts = {key: [LEROBOT.get(key, key)] for key in spec.observation}  # of each key, what it consists of
+        given = {**OBSERVATIONS, **{key: OBSERVATIONS[name] for key, name in LEROBOT.items()}}
+        if JOINED in spec.observation:
+            self._parts[JOINED] = parts_of(spec, OBSERVATIONS)
+            given[JOINED] = joined_shape(self._parts[JOINED], OBSERVATIONS)
         for key, (shape, *_) in spec.observation.items():
-            if OBSERVATIONS.get(key) != shape:
-                raise ValueError(
-                    f"the policy observes {key!r} with shape {shape}, expected one of Push-T's {dict(OBSERVATIONS)}"
-                )
+            if given.get(key) != shape:
+                raise ValueError(f"the policy observes {key!r} with shape {shape}, expected one of Push-T's {given}")
         if spec.action_dim != 2:
             raise ValueError(f"the policy's action_dim is {spec.action_dim}, expected 2 for Push-T: x, y")
         if render_size < 96:
             raise ValueError(f"render_size is {render_size}, expected at least 96, the least for drawing markers")
-        self._keys = list(spec.observation)
+        self._kinds = {key: np.uint8 if parts == ["image"] else np.float32 for key, parts in self._parts.items()}
         self._max_steps = max_episode_steps
         self._simulator = PushTEnv(visualization_width=render_size, visualization_height=render_size)
         self.action_space = spaces.Box(0, 512, (2,), np.float32)
         self.observation_space = spaces.Dict(
             {
-                key: spaces.Box(0, 255, OBSERVATIONS[key], np.uint8)
-                if key == "image"
-                else spaces.Box(-np.inf, np.inf, OBSERVATIONS[key], np.float32)
-                for key in self._keys
+                key: spaces.Box(0, 255, given[key], kind)
+                if kind is np.uint8
+                else spaces.Box(-np.inf, np.inf, given[key], kind)
+                for key, kind in self._kinds.items()
             }
         )
 
@@ -147,10 +158,11 @@ class PushT(gymnasium.Env):
         simulator.space.step(simulator.dt)
 
     def _observe(self) -> dict[str, np.ndarray]:
-        return {
-            key: np.asarray(getattr(self, f"_{key}")(), dtype=np.uint8 if key == "image" else np.float32)
-            for key in self._keys
-        }
+        observed = {}
+        for key, names in self._parts.items():
+            arrays = [np.asarray(getattr(self, f"_{name}")(), dtype=self._kinds[key]) for name in names]
+            observed[key] = arrays[0] if key != JOINED else np.concatenate([array.ravel() for array in arrays])
+        return observed
 
     def _state(self) -> np.ndarray:
         return self._simulator.get_obs()

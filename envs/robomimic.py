@@ -1,9 +1,10 @@
 """Robomimic's manipulation tasks (Mandlekar et al., CoRL 2021) over robosuite.
 
 Observations have robomimic's names and order: ``object`` is robosuite's ``object-state``, the others have the same
-names. The image of a camera is ``CAMERA_image``, (height, width, 3) uint8, top row first. The reward is 1 at success
-and 0 before. An episode ends with success or after the task's horizon, at 20 control steps per second. A seed gives the
-initial state. Only images and :meth:`Robomimic.render` need a GL library.
+names. The low-dimensional policies of real-stanford observe several of them as one vector, ``obs``. The image of a
+camera is ``CAMERA_image``, (height, width, 3) uint8, top row first. The reward is 1 at success and 0 before. An episode
+ends with success or after the task's horizon, at 20 control steps per second. A seed gives the initial state. Only
+images and :meth:`Robomimic.render` need a GL library.
 
 robosuite is used directly, because robomimic 0.3's wrapper imports mujoco_py, which robosuite no longer uses.
 """
@@ -15,6 +16,7 @@ from typing import Any
 import numpy as np
 
 from envs.control_steps import ControlSteps
+from envs.joined import JOINED, joined_shape, parts_of
 from envs.robosuite_simulator import (
     CONTROL_HZ,
     absolute_controllers,
@@ -95,8 +97,11 @@ class Robomimic(ControlSteps):
             cameras[key.removesuffix(PICTURE)] = height, width
         self._simulator = make_simulator(name, arguments, render_size, cameras)
         self._render_size = render_size
-        self._raw = self._simulator._get_observations()
+        self._raw, self._joined = self._simulator._get_observations(), list[str]()
         given = {key: value.shape for key, value in self._parts().items()}
+        if JOINED in spec.observation:
+            self._joined = parts_of(spec, [key for key, shape in given.items() if len(shape) == 1])
+            given[JOINED] = joined_shape(self._joined, given)
         actions, limit = (poses, np.inf) if self._absolute else (deltas, 1.0)
         super().__init__(spec, task, given, actions, CONTROL_HZ, max_episode_steps or horizon, limit)
 
@@ -173,7 +178,10 @@ class Robomimic(ControlSteps):
     def _parts(self) -> dict[str, np.ndarray]:
         """robosuite's observations under robomimic's names, pictures upright."""
         named = {"object" if key == "object-state" else key: value for key, value in self._raw.items()}
-        return {
+        parts = {
             key: np.ascontiguousarray(value[::-1]) if key in self._pictures else np.atleast_1d(value)
             for key, value in named.items()
         }
+        if self._joined:
+            parts[JOINED] = np.concatenate([parts[key] for key in self._joined])
+        return parts

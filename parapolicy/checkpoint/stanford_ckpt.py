@@ -174,6 +174,8 @@ def _describe_family(
     if encoder is None:
         observed = _vector_length(saved, "obs", "policy.obs_dim")
         observation = {"obs": Feature((observed,))}
+        if parts := _parts_of_observation(config):
+            provenance["obs"] = parts
         action_dim = found.width - observed * inpaints
         saved.agree("policy.action_dim", action_dim)
     else:
@@ -207,6 +209,16 @@ def _describe_family(
         inference=inference,
     )
     return spec, found, encoder
+
+
+def _parts_of_observation(config: Config) -> list[str]:
+    """Names of what the published data sets concatenate as ``obs``; empty if the file does not say it."""
+    data = str(config.known("task.dataset._target_")).rpartition(".")[2]
+    names = [config.known(f"task.dataset.{name}") for name in ("obs_key", "state_key")]
+    if data == "PushTLowdimDataset" and names in ([None, None], ["keypoint", "state"]):  # its defaults
+        return ["keypoint", "agent_pos"]
+    keys = config.known("task.dataset.obs_keys")
+    return keys if isinstance(keys, list) and all(isinstance(key, str) for key in keys) else []
 
 
 def _vector_length(saved: Saved, key: str, path: str) -> int:

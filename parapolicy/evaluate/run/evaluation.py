@@ -1,5 +1,6 @@
 """Evaluation of several samplers on one policy: reward in closed loop, latency per chunk, chunk error."""
 
+import dataclasses
 import time
 from collections.abc import Callable, Iterator, Mapping
 from functools import partial
@@ -67,6 +68,8 @@ def evaluate(config: DictConfig, folder: Path, make_env: MakeEnv) -> dict[str, A
     if config.threads:
         torch.set_num_threads(config.threads)
     policy = load_policy(config.checkpoint, device=config.device, engine=config.engine)
+    if policy.spec.control_hz is None and (rate := config.env.get("control_hz")) is not None:
+        policy = dataclasses.replace(policy, spec=policy.spec.with_control_hz(rate))
     plain: Any = OmegaConf.to_container(config, resolve=True)
     variants = build_variants(policy, plain["samplers"], config.control, config.env.latency, config.seam)
     machine = {"machine": describe_machine(policy.device), "versions": describe_versions()}
