@@ -16,7 +16,8 @@ import torch
 import parapolicy
 from eval import find_policy
 from parapolicy.calibrate import FILE
-from parapolicy.cli import COMMANDS, USAGE, as_flags, as_settings, main
+from parapolicy.cli import COMMANDS, USAGE, as_flags, main
+from parapolicy.commands import as_settings
 from parapolicy.normalizer import Affine, Normalizer
 from parapolicy.planner import made_up_observations
 from parapolicy.samplers import Secant
