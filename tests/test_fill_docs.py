@@ -10,7 +10,7 @@ import pytest
 
 import parapolicy
 from tests.conftest import ROOT
-from tools import fill_docs, fill_speed
+from tools import fill_docs, fill_speed, fill_tasks
 from tools.observation_history import play
 
 PAGE = "# Title\n\nProse.\n\n<!-- closed loop -->\nold\n<!-- end -->\n\nMore.\n\n<!-- errors -->\n<!-- end -->\n"
@@ -126,7 +126,7 @@ def test_tables_of_programs_that_are_run(tmp_path: Path) -> None:
     assert "| the present step | 0.950 | 0.25 |" in fill_speed.history_table([history])
     differences = {"sequential": {"unet": 1e-6, "transformer": 2e-6}, "secant": {"unet": 3e-5, "transformer": 1e-5}}
     live = write(tmp_path / "live_stanford", "live.json", differences)
-    assert fill_speed.live_table([live]).endswith("| stanford | 2 | at most 2.0e-06 | at most 3.0e-05 |")
+    assert fill_speed.live_table([live]).endswith("| real-stanford | 2 | at most 2.0e-06 | at most 3.0e-05 |")
     (tmp_path / "printed.txt").write_text("10 ticks\n\n")
     assert fill_speed.printed([tmp_path]) == "```\n10 ticks\n```"
 
@@ -179,6 +179,39 @@ def test_the_headline_joins_times_and_scores(tmp_path: Path) -> None:
     assert "| collocation (24 nodes) | 4.0 | 125× | 0.600 | +0.000 [+0.000, +0.000] | 0.500 |" in text
     assert "6 and 4 episodes" in text
     assert fill_docs.equivalence_tables([runs]).splitlines()[2].startswith("| Push-T | collocation-24 | 6 |")
+
+
+def test_other_programs_policies_are_named_by_their_folders(tmp_path: Path) -> None:
+    row = {"rounds": 100.0, "evaluations": 100.0, "error_median": 0.0, "error_max": 0.0}
+    fast = {"rounds": 7.25, "evaluations": 197.4, "error_median": 8e-4, "error_max": 2e-3}
+    samplers = [{"sampler": "sequential", **row}, *({"sampler": s, **fast} for s in ("secant", "collocation"))]
+    names = ("checkpoints/pusht_lowdim", "/data/lerobot/v06/pretrained_model", "/data/real-stanford/unet.ckpt")
+    lines = [json.dumps({"checkpoint": name, "samplers": samplers}) for name in names]
+    (tmp_path / "checks.jsonl").write_text("\n".join(lines))
+    rows = fill_speed.check_table([tmp_path]).splitlines()[2:]
+    assert [row.split(" | ")[0] for row in rows] == [
+        "| checkpoints/pusht_lowdim",
+        "| lerobot/v06",
+        "| real-stanford/unet",
+    ]
+    assert rows[0].endswith("| 100 | 8e-04 / 2e-03 | 7.2 | 197 | 8e-04 / 2e-03 | 7.2 | 197 |")
+
+
+def test_the_tables_of_tasks(tmp_path: Path) -> None:
+    rewards = {"lift": [1.0, 0.0, 1.0, 1.0], "kitchen": [1.0, 0.75, 0.5, 0.0]}
+    for env, values in rewards.items():
+        rows = [{**an_episode(i), "max_reward": value, "success": value == 1} for i, value in enumerate(values)]
+        samplers = {"sequential": {"per_episode": rows}, "ddim-16": {"per_episode": rows[:2]}}
+        write(tmp_path / f"env={env}", "results.json", {"env": env, "checkpoint": env, "samplers": samplers})
+    scores = fill_tasks.task_scores_table([tmp_path]).splitlines()
+    assert scores[0] == "| mean max reward | episodes | sequential | ddim-16 |"
+    assert scores[2].startswith("| Kitchen | 4 | 0.56 [")
+    assert scores[3].startswith("| Lift | 4 | 0.75 [")
+    assert "| sequential | 2 | 8 | 0.656 [" in fill_tasks.tasks_together_table([tmp_path])
+    whole, short = fill_tasks.kitchen_table([tmp_path]).splitlines()[2:]
+    assert whole.startswith("| sequential | 2.25 | 0.75 [0.30, 0.95] | 0.75 [")
+    assert [cell.split()[0] for cell in whole.split("|")[3:7]] == ["0.75", "0.75", "0.50", "0.25"]
+    assert short.startswith("| ddim-16 | 3.50 | 1.00 [")
 
 
 def test_two_engines_scores_are_paired_by_seed(tmp_path: Path) -> None:

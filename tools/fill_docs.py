@@ -14,8 +14,7 @@ from safetensors import safe_open
 
 from parapolicy.evaluate.measure.statistics import equivalence_p, mean_interval
 from parapolicy.evaluate.report.gather import episode_table, gather_fidelities, gather_latencies, gather_runs
-from parapolicy.evaluate.report.markdown import costs_table, equivalence_table, pooled_table
-from parapolicy.evaluate.report.pooled import pool
+from parapolicy.evaluate.report.markdown import costs_table, equivalence_table
 from parapolicy.evaluate.report.summary import Margins, recommend, summarize
 
 BLOCK = re.compile(r"<!-- ([\w ]+) -->\n(.*?)<!-- end -->", re.DOTALL)
@@ -29,6 +28,7 @@ TASKS = {
     "metaworld_assembly": "Assembly",
     "metaworld_peg_insert_side": "Peg Insert Side",
     "metaworld_push_wall": "Push Wall",
+    "kitchen": "Kitchen",
 }
 HEADLINE = {  # chunk of bench.json -> sampler of the runs
     "sequential": "sequential",
@@ -68,7 +68,7 @@ def speedups(folders: Folders) -> str:
 def headline(folders: Folders) -> str:
     """README's results: times of the fastest engine, and scores of the same samplers."""
     chunks, engine = _bench_chunks(folders[0])
-    scores = _summary(folders[1:]).set_index("sampler")
+    scores = summary_of(folders[1:]).set_index("sampler")
     upstream = chunks["upstream, DDPM-100"]["p50"]
     rows = [["published code's way, 100 steps", f"{upstream:.0f}", "1×", "", "", "", ""]]
     for chunk, sampler in HEADLINE.items():
@@ -157,42 +157,18 @@ def errors_table(folders: Folders) -> str:
 
 def sweep_table(folders: Folders) -> str:
     """Costs and scores of runs and sweeps on one task, and which sampler the report recommends."""
-    summary = _summary(folders)
+    summary = summary_of(folders)
     return f"{costs_table(summary)}\n\n{recommend(summary.dropna(axis=1, how='all'), Margins())[1]}"
 
 
 def equivalence_tables(folders: Folders) -> str:
     """Tests of equivalence of several tasks in one table."""
     lines: list[str] = []
-    for env, task in _summary(folders, tasks=None).groupby("env", sort=False):
+    for env, task in summary_of(folders, tasks=None).groupby("env", sort=False):
         head, rule, *rows = equivalence_table(task).splitlines()
         lines = lines or [f"| task {head}", f"| --- {rule}"]
         lines += [f"| {TASKS.get(str(env), env)} {row}" for row in rows]
     return "\n".join(lines)
-
-
-def task_scores_table(folders: Folders) -> str:
-    """A row per task, a column per sampler: mean maximum rewards."""
-    summary = _summary(folders, tasks=None)
-    samplers = list(dict.fromkeys(summary["sampler"]))
-    rows = []
-    for env, task in summary.groupby("env", sort=False):
-        scores = task.set_index("sampler")
-        texts = [
-            _interval(
-                "{:.2f}", scores.loc[name, "reward"], [scores.loc[name, f"reward_{end}"] for end in ("low", "high")]
-            )
-            if name in scores.index
-            else ""
-            for name in samplers
-        ]
-        rows.append([TASKS.get(str(env), str(env)), str(scores["episodes"].max()), *texts])
-    return table(["mean max reward", "episodes", *samplers], rows)
-
-
-def tasks_together_table(folders: Folders) -> str:
-    """Scores over all tasks."""
-    return pooled_table(pool(episode_table(gather_runs(folders))))
 
 
 def rounding_scores_table(folders: Folders) -> str:
@@ -206,7 +182,7 @@ def rounding_scores_table(folders: Folders) -> str:
     for name, margin in (("max_reward", 0.02), ("success", 0.07)):
         differences = [float(scores[1][seed][name]) - float(scores[0][seed][name]) for seed in seeds]
         mean = float(np.mean(differences))
-        numbers.append(_interval("{:+.3f}", mean, mean_interval(differences)))
+        numbers.append(with_interval("{:+.3f}", mean, mean_interval(differences)))
         numbers.append(f"{equivalence_p(differences, margin):.1g}")
     return table(["pairs", "reward", "p", "success", "p"], [[str(len(seeds)), *numbers]])
 
@@ -226,7 +202,7 @@ def calibrations_table(folders: Folders) -> str:
                     f"{row['rounds']:.1f}",
                     f"{row['evaluations']:.1f}",
                     "{median:.1e} / {p95:.1e} / {p99:.1e}".format(**row["error"]),
-                    _interval("{:.1e}", row["energy"], row["energy_ci95"]),
+                    with_interval("{:.1e}", row["energy"], row["energy_ci95"]),
                     f"{row['energy_ci95'][1] / row['spread']:.2%}",
                 ]
             )
@@ -263,7 +239,7 @@ def seams_table(folders: Folders) -> str:
                 label,
                 *_scores(row),
                 *(
-                    _interval(form, motion[name]["mean"], motion[name]["ci95"]) if name in motion else ""
+                    with_interval(form, motion[name]["mean"], motion[name]["ci95"]) if name in motion else ""
                     for name, form in (("relative_jump", "{:.2f}"), ("jerk", "{:.3g}"))
                 ),
             ]
@@ -273,14 +249,14 @@ def seams_table(folders: Folders) -> str:
 
 def _scores(row: Mapping[str, Any]) -> list[str]:
     """Reward and success of a sampler, with intervals."""
-    reward = _interval("{:.3f}", row["mean_max_reward"], row["mean_max_reward_ci95"])
-    return [reward, _interval("{:.2f}", row["success_rate"], row["success_rate_ci95"])]
+    reward = with_interval("{:.3f}", row["mean_max_reward"], row["mean_max_reward_ci95"])
+    return [reward, with_interval("{:.2f}", row["success_rate"], row["success_rate_ci95"])]
 
 
 def _paired(label: str, row: Mapping[str, Any]) -> str:
     """The difference of reward by seed; empty for the sampler that the others are compared with."""
     paired = row.get("paired_reward_difference")
-    return _interval("{:+.3f}", paired["mean"], paired["ci95"]) if paired and paired["to"] != label else ""
+    return with_interval("{:+.3f}", paired["mean"], paired["ci95"]) if paired and paired["to"] != label else ""
 
 
 def _results(folder: Path) -> dict[str, Any]:
@@ -288,7 +264,7 @@ def _results(folder: Path) -> dict[str, Any]:
     return found
 
 
-def _summary(folders: Folders, tasks: int | None = 1) -> Any:
+def summary_of(folders: Folders, tasks: int | None = 1) -> Any:
     """The report's summary of runs and sweeps.
 
     Raises:
@@ -313,10 +289,12 @@ def _bounds(row: Any, name: str) -> str:
     return f"{row[name]:+.3f} [{row[f'{name}_low']:+.3f}, {row[f'{name}_high']:+.3f}]"
 
 
-def _interval(form: str, mean: float, bounds: Sequence[float]) -> str:
+def with_interval(form: str, mean: float, bounds: Sequence[float]) -> str:
+    """``mean [low, high]``."""
     return f"{form} [{form}, {form}]".format(mean, *bounds)
 
 
 def table(headings: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+    """A table in Markdown."""
     lines = [headings, ["---"] * len(headings), *rows]
     return "\n".join("| " + " | ".join(line) + " |" for line in lines)

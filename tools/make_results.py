@@ -26,7 +26,7 @@ import torch
 import yaml
 
 from parapolicy.evaluate.measure.machine import describe_git, describe_machine, describe_versions
-from tools import fill_docs, fill_speed
+from tools import fill_docs, fill_speed, fill_tasks
 
 ROOT = Path(__file__).resolve().parent.parent
 TABLE = Path(__file__).with_suffix(".yaml")
@@ -195,8 +195,9 @@ def fill(
 
 
 def find_table(name: str) -> Callable[[Sequence[Path]], str]:
-    """A block's function, from :mod:`tools.fill_docs` or :mod:`tools.fill_speed`."""
-    found: Callable[[Sequence[Path]], str] = getattr(fill_docs, name, None) or getattr(fill_speed, name)
+    """A block's function, from :mod:`tools.fill_docs`, :mod:`tools.fill_tasks` or :mod:`tools.fill_speed`."""
+    modules = (module for module in (fill_docs, fill_tasks, fill_speed) if hasattr(module, name))
+    found: Callable[[Sequence[Path]], str] = getattr(next(modules), name)
     return found
 
 
