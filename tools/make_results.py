@@ -153,13 +153,17 @@ def caption(folders: Sequence[Path]) -> str:
     records = [json.loads((folder / RECORD).read_text()) for folder in folders]
     commands = dict.fromkeys(f"`{PLACES.sub('', ' '.join(record['command'].split()))}`" for record in records)
     facts = dict.fromkeys(
-        f"{record['machine']['cpu']}, {record['machine']['threads']} threads, {record['machine']['device']}, torch "
+        f"{record['machine']['cpu']}, {_threads(record['machine']['threads'])}, {record['machine']['device']}, torch "
         f"{record['versions']['torch']}, {record['date']}, commit {(record['commit'] or 'unknown')[:10]}"
         + (" with changes" if record["changed"] else "")
         for record in records
     )
     quick = "A quick run: few episodes and chunks. " if any(record["quick"] for record in records) else ""
     return f"{quick}{'; '.join(facts)}: {', '.join(commands)}"
+
+
+def _threads(count: int) -> str:
+    return "1 thread" if count == 1 else f"{count} threads"
 
 
 def fill(
