@@ -208,10 +208,6 @@ def test_the_tables_of_tasks(tmp_path: Path) -> None:
     assert scores[2].startswith("| Kitchen | 4 | 0.56 [")
     assert scores[3].startswith("| Lift | 4 | 0.75 [")
     assert "| sequential | 2 | 8 | 0.656 [" in fill_tasks.tasks_together_table([tmp_path])
-    whole, short = fill_tasks.kitchen_table([tmp_path]).splitlines()[2:]
-    assert whole.startswith("| sequential | 2.25 | 0.75 [0.30, 0.95] | 0.75 [")
-    assert [cell.split()[0] for cell in whole.split("|")[3:7]] == ["0.75", "0.75", "0.50", "0.25"]
-    assert short.startswith("| ddim-16 | 3.50 | 1.00 [")
 
 
 def test_two_engines_scores_are_paired_by_seed(tmp_path: Path) -> None:
