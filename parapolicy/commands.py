@@ -5,7 +5,6 @@ import dataclasses
 import json
 import logging
 import os
-import re
 import runpy
 import sys
 from collections.abc import Sequence
@@ -281,17 +280,14 @@ def report(arguments: Sequence[str]) -> None:
 
 def as_settings(arguments: Sequence[str]) -> list[str]:
     """``--key value`` and ``--key=value`` as ``key=value``; an argument that is neither stays as it is."""
-    settings, key = list[str](), None
-    for argument in arguments:
-        if key is not None:
-            settings.append(f"{key}={argument}")
-            key = None
-        elif re.fullmatch(r"--[\w-]+", argument):
-            key = argument[2:].replace("-", "_")
-        elif found := re.fullmatch(r"--([\w-]+)=(.*)", argument, re.DOTALL):
-            settings.append(f"{found[1].replace('-', '_')}={found[2]}")
-        else:
+    settings, left = list[str](), iter(arguments)
+    for argument in left:
+        if not argument.startswith("--"):
             settings.append(argument)
-    if key is not None:
-        raise ValueError(f"the setting {key!r} has no value; give one, or null")
+            continue
+        name, given, value = argument[2:].partition("=")
+        key = name.replace("-", "_")
+        if not given and (value := next(left, "--")).startswith("--"):
+            raise ValueError(f"the setting {key!r} has no value; give one, or null")
+        settings.append(f"{key}={value}")
     return settings

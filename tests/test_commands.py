@@ -303,6 +303,8 @@ def test_options_have_one_style(tmp_path: Path, monkeypatch: pytest.MonkeyPatch)
     assert as_settings(["--deadline-ms", "-1"]) == ["deadline_ms=-1"]  # refused where it is read
     with pytest.raises(ValueError, match="the setting 'port' has no value"):
         as_settings(["--port"])
+    with pytest.raises(ValueError, match="the setting 'api_key' has no value"):
+        as_settings(["--api-key", "--port=8000"])
     monkeypatch.chdir(tmp_path)
     (tmp_path / "lr=3").mkdir()
     given = ["lr=3", "sweep/lr=4", "chunks=8", "control_hz=20", "--json"]
