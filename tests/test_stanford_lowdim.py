@@ -38,6 +38,24 @@ def test_a_made_up_file_acts_as_its_network(tmp_path: Path) -> None:
     assert policy.predict({"obs": np.zeros((2, 3), np.float32)}).actions.shape == (4, 2)
 
 
+@pytest.mark.parametrize(
+    ("dataset", "parts"),
+    [
+        ({"_target_": "x.PushTLowdimDataset"}, ["keypoint", "agent_pos"]),
+        ({"_target_": "x.PushTLowdimDataset", "obs_key": "corners"}, None),
+        ({"_target_": "x.RobomimicReplayLowdimDataset", "obs_keys": ["object", "gripper"]}, ["object", "gripper"]),
+        ({"_target_": "x.RobomimicReplayLowdimDataset"}, None),
+        ({"_target_": "mine.Dataset", "obs_keys": ["object", "gripper"]}, None),  # may join them in another way
+        ({}, None),
+    ],
+)
+def test_the_parts_of_its_observation_are_those_of_a_known_data_set(
+    tmp_path: Path, dataset: dict[str, Any], parts: list[str] | None
+) -> None:
+    loaded, _ = lowdim(tmp_path, files.UNET, files.lowdim_config() | {"task": {"dataset": dataset}})
+    assert loaded.spec.provenance.get("obs") == parts
+
+
 def test_raw_weights_act_where_no_average_was_kept(tmp_path: Path) -> None:
     config = files.lowdim_config()
     config["training"]["use_ema"] = False

@@ -217,7 +217,7 @@ def _parts_of_observation(config: Config) -> list[str]:
     names = [config.known(f"task.dataset.{name}") for name in ("obs_key", "state_key")]
     if data == "PushTLowdimDataset" and names in ([None, None], ["keypoint", "state"]):  # its defaults
         return ["keypoint", "agent_pos"]
-    keys = config.known("task.dataset.obs_keys")
+    keys = config.known("task.dataset.obs_keys") if data == "RobomimicReplayLowdimDataset" else None
     return keys if isinstance(keys, list) and all(isinstance(key, str) for key in keys) else []
 
 
