@@ -97,7 +97,8 @@ class Robomimic(ControlSteps):
             cameras[key.removesuffix(PICTURE)] = height, width
         self._simulator = make_simulator(name, arguments, render_size, cameras)
         self._render_size = render_size
-        self._raw, self._joined = self._simulator._get_observations(), list[str]()
+        self._raw = self._simulator._get_observations()
+        self._joined: list[str] = []
         given = {key: value.shape for key, value in self._parts().items()}
         if JOINED in spec.observation:
             self._joined = parts_of(spec, [key for key, shape in given.items() if len(shape) == 1])
