@@ -1,6 +1,7 @@
 """`make results`: steps run once per code and settings, go on after a failure, and fill their blocks."""
 
 import json
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -27,8 +28,11 @@ def test_the_table_hangs_together() -> None:
         assert callable(make_results.find_table(block["table"]))
     used = {step for block in BLOCKS.values() for step in block.get("from", ())}
     assert {name for name, step in STEPS.items() if name not in used and "figures" not in step} == set()
-    for step in STEPS.values():
+    for name, step in STEPS.items():
         assert step["quick"] is False or isinstance(step["quick"], str)
+        for needed in make_results.USED.findall(step["run"]):
+            assert list(STEPS).index(needed) < list(STEPS).index(name)
+            assert step.get("timed", True) or not STEPS[needed].get("timed", True)
         for figure in step.get("figures", {}).values():
             assert (ROOT / "docs" / figure).is_file()
 
@@ -121,11 +125,31 @@ def test_a_failing_step_is_named_and_the_others_go_on(
     assert ended.value.code == 1
     printed = capsys.readouterr()
     assert "error: bad: failed with status 5" in printed.err
-    assert "[2/3] absent: left out, no_such_module is missing" in printed.out
+    assert "absent: left out, no_such_module is missing" in printed.out
+    assert "[2/2] good: done" in printed.out
     assert (tmp_path / "good" / RECORD).is_file()
     monkeypatch.setattr(sys, "argv", ["make_results", "--only", "unknown"])
     with pytest.raises(SystemExit, match="--only has unknown, expected some of bad, absent, good"):
         make_results.main()
+
+
+def test_untimed_steps_run_together_and_timed_ones_alone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(os, "cpu_count", lambda: 2)
+    meets = "touch $OUT/here; for i in {1..300}; do test -e $RESULTS/%s/here && break; sleep 0.1; done; test $i != 300"
+    alone = "ls $RESULTS/*/busy && exit 1; touch $OUT/busy; sleep 0.2; rm $OUT/busy; touch $OUT/output"
+    untimed = {**STEP, "timed": False}
+    steps = {
+        "first": {**STEP, "run": alone},
+        "second": {**STEP, "run": alone},
+        "a": {**untimed, "run": f"touch $OUT/busy; {meets % '[b]'}; sleep 0.2; rm $OUT/busy; touch $OUT/output"},
+        "b": {**untimed, "run": f"{meets % '[a]'}; touch $OUT/output"},
+        "after": {**untimed, "run": "test -e $RESULTS/a/output && echo $OMP_NUM_THREADS > $OUT/output"},
+    }
+    assert make_results.run_steps(steps, tmp_path, False) == {}
+    assert (tmp_path / "after" / "output").read_text() == "1\n"
+    assert ", 1 thread, " in make_results.caption([tmp_path / "after"])
+    steps["after"] = {**untimed, "run": "test -e $RESULTS/none/output"}
+    assert make_results.run_steps(steps, tmp_path, False).keys() == {"after"}
 
 
 def test_the_digest_is_of_the_code_that_measures(tmp_path: Path) -> None:
@@ -149,6 +173,8 @@ def test_a_caption_names_command_machine_and_commit(tmp_path: Path) -> None:
     assert "torch" in caption
     assert "commit" in caption
     assert caption.endswith("# x`")
+    assert run_step("b", {**STEP, "run": f"{STEP['run']} # --threads 7"}, tmp_path, False, "code") == "done"
+    assert ", 7 threads, " in make_results.caption([tmp_path / "b"])
     assert command_of(STEP, True).endswith("quick >> $OUT/runs")
     assert fill_docs.block_names(f"<!-- a -->\n{caption}\n<!-- end -->") == ["a"]
 

@@ -19,6 +19,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -38,8 +39,10 @@ CODE = (
     *LIVE,
     ":!*.md",
 )
+THREADS = re.compile(r"(?:OMP_NUM_THREADS=|threads[= ])(\d+)")  # in a command
 RECORD = "step.json"  # of a finished step, in its folder
-PLACES = re.compile(r" (?:> |--output |output=|hydra\.(?:run|sweep)\.dir=)\$OUT\S*")  # removed in captions
+USED = re.compile(r"\$RESULTS/(\w+)")  # the steps whose output a command reads
+PLACES = re.compile(r" (?:> |--output |output=|hydra\.(?:run|sweep)\.dir=)\$(?:OUT|RESULTS)\S*")  # removed in captions
 
 Step = Mapping[str, Any]
 
@@ -105,11 +108,12 @@ def run_step(name: str, step: Step, results: Path, quick: bool, digest: str, roo
     (folder / RECORD).unlink(missing_ok=True)
     begin = time.time()
     paths = {"PATH": f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}", "PYTHONPATH": str(root)}
+    threads = {} if step.get("timed", True) else {"OMP_NUM_THREADS": "1"}
     with (folder / "log.txt").open("a") as log:
         code = subprocess.run(
             ["bash", "-o", "pipefail", "-c", command],
             cwd=root,
-            env={**os.environ, **paths, "OUT": str(folder), "RESULTS": str(results)},
+            env={**os.environ, **paths, **threads, "OUT": str(folder), "RESULTS": str(results)},
             stdout=log,
             stderr=subprocess.STDOUT,
         ).returncode
@@ -117,6 +121,9 @@ def run_step(name: str, step: Step, results: Path, quick: bool, digest: str, roo
         last = (folder / "log.txt").read_text(errors="replace").strip().splitlines()[-1:]
         return f"failed with status {code}: {last[0] if last else ''}; see {folder / 'log.txt'}"
     git = describe_git(root) or {}
+    machine = describe_machine(torch.device("cuda" if torch.cuda.is_available() else "cpu"))
+    if threads or (found := THREADS.search(command)):
+        machine["threads"] = 1 if threads else int(found[1])
     record = {
         **key,
         "quick": quick,
@@ -124,11 +131,54 @@ def run_step(name: str, step: Step, results: Path, quick: bool, digest: str, roo
         "seconds": time.time() - begin,
         "commit": git.get("commit"),
         "changed": git.get("changed"),
-        "machine": describe_machine(torch.device("cuda" if torch.cuda.is_available() else "cpu")),
+        "machine": machine,
         "versions": describe_versions() | torch_of(command, root),
     }
     (folder / RECORD).write_text(json.dumps(record, indent=2) + "\n")
     return "done"
+
+
+def run_steps(chosen: Mapping[str, Step], results: Path, quick: bool) -> dict[str, str]:
+    """Run the steps: first those that time nothing, as many at once as there are cores; then the others, each alone.
+
+    Returns:
+        Step -> how it failed.
+    """
+    digest, outcomes, failed = code_digest(), dict[str, Future[str]](), dict[str, str]()
+
+    def run(name: str, step: Step) -> str:
+        for needed in USED.findall(step["run"]):
+            if needed in outcomes:
+                outcomes[needed].result()
+        print(f"{name} …", flush=True)
+        begin = time.perf_counter()
+        outcome = run_step(name, step, results, quick, digest)
+        if not outcome.startswith("done"):
+            failed[name] = outcome
+        ended.append(name)
+        print(f"[{len(ended)}/{len(runnable)}] {name}: {outcome}, {time.perf_counter() - begin:.0f} s", flush=True)
+        return outcome
+
+    ended, runnable = list[str](), dict[str, Step]()
+    for name, step in chosen.items():
+        if quick and step["quick"] is False:
+            print(f"{name}: left out of a quick run")
+        elif (need := missing(step)) is not None:
+            print(f"{name}: left out, {need} is missing")
+        else:
+            runnable[name] = step
+    for timed, workers in ((False, os.cpu_count()), (True, 1)):
+        with ThreadPoolExecutor(workers) as executor:
+            for name, step in runnable.items():
+                if step.get("timed", True) is timed:
+                    outcomes[name] = executor.submit(run, name, step)
+            try:
+                for outcome in outcomes.values():
+                    outcome.result()
+            except BaseException:
+                executor.shutdown(cancel_futures=True)
+                raise
+    return failed
 
 
 def torch_of(command: str, root: Path = ROOT) -> dict[str, str]:
@@ -200,8 +250,7 @@ def fill(
 
 def find_table(name: str) -> Callable[[Sequence[Path]], str]:
     """A block's function, from :mod:`tools.fill_docs`, :mod:`tools.fill_tasks` or :mod:`tools.fill_speed`."""
-    modules = (module for module in (fill_docs, fill_tasks, fill_speed) if hasattr(module, name))
-    found: Callable[[Sequence[Path]], str] = getattr(next(modules), name)
+    found: Callable[[Sequence[Path]], str] = (vars(fill_docs) | vars(fill_tasks) | vars(fill_speed))[name]
     return found
 
 
@@ -226,24 +275,11 @@ def main() -> None:
         raise SystemExit(f"error: --only has {', '.join(unknown)}, expected some of {', '.join(steps)}")
     results = (given.output or ROOT / f"outputs/results{'_quick' if given.quick else ''}").resolve()
     chosen = {} if given.fill else {name: steps[name] for name in given.only or steps}
-    digest, failed = code_digest(), dict[str, str]()
-    for i, (name, step) in enumerate(chosen.items(), start=1):
-        if given.quick and step["quick"] is False:
-            print(f"[{i}/{len(chosen)}] {name}: left out of a quick run", flush=True)
-            continue
-        if (need := missing(step)) is not None:
-            print(f"[{i}/{len(chosen)}] {name}: left out, {need} is missing", flush=True)
-            continue
-        print(f"[{i}/{len(chosen)}] {name} …", flush=True)
-        begin = time.perf_counter()
-        try:
-            outcome = run_step(name, step, results, given.quick, digest)
-        except KeyboardInterrupt:
-            print("interrupted; the same command continues", file=sys.stderr)
-            raise SystemExit(130) from None
-        print(f"    {outcome}, {time.perf_counter() - begin:.0f} s", flush=True)
-        if not outcome.startswith("done"):
-            failed[name] = outcome
+    try:
+        failed = run_steps(chosen, results, given.quick)
+    except KeyboardInterrupt:
+        print("interrupted; the same command continues", file=sys.stderr)
+        raise SystemExit(130) from None
     target = results / "pages" if given.quick else None
     filled, errors = fill(blocks, results, target)
     copy_figures(steps, results, (ROOT if target is None else target) / "docs")
