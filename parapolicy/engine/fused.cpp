@@ -16,6 +16,7 @@
 
 #include "attention.h"
 #include "convolution.h"
+#include "tiles.h"
 #include "work_sharing.h"
 
 namespace parapolicy {
@@ -23,6 +24,7 @@ namespace {
 
 constexpr int64_t PART_ROWS = 16;  // most rows of a part: its sums stay in a core's cache
 constexpr int64_t BLOCK_ROWS = 8;  // most rows of a block: enough to hide reading the weights behind the products
+constexpr int64_t TILED_ROWS = 16;  // the same for the faster products of tiles
 constexpr int64_t CACHED = 32 << 20;  // bytes of weights that may fit into the last-level cache
 
 // Memory of a thread, kept between calls: the system clears memory that it allocates.
@@ -193,11 +195,23 @@ void mix_tokens(const Call& call, const Layer& l, const Part& part, float* scrat
 void compute_part(const Call& call, const Layer& l, const Part& part, float* sums) {
     if (l.kind != CONVOLUTION) return mix_tokens(call, l, part, sums);
     const int32_t* weights = static_cast<const int32_t*>(call.network.weights);
+    const auto* exact = reinterpret_cast<const int32_t*>(call.exact);
+    const auto* rounded = reinterpret_cast<const int32_t*>(call.rounded);
     const float* values = call.network.values;
-    if (l.precision == BFLOAT16)
-        convolve<Bfloat16>(l, reinterpret_cast<const int32_t*>(call.rounded), call.rows, weights, values, part, sums);
-    else
-        convolve<Float32>(l, reinterpret_cast<const int32_t*>(call.exact), call.rows, weights, values, part, sums);
+    const int64_t vectors = l.strip / LANES;
+    if (l.precision == FLOAT32) {
+        convolve<1>(l, exact, call.rows, weights, values, part, sums, [&](const Tap& tap, const int32_t* weight) {
+            multiply_tap<Float32>(tap, weight, l.inputs, vectors);
+        });
+    } else if (tiles_allowed()) {
+        Tiles tiles(l.inputs / 2, l.strip);
+        convolve<2>(l, rounded, call.rows, weights, values, part, sums,
+                    [&](const Tap& tap, const int32_t* weight) { tiles.multiply(tap, weight); });
+    } else {
+        convolve<2>(l, rounded, call.rows, weights, values, part, sums, [&](const Tap& tap, const int32_t* weight) {
+            multiply_tap<Bfloat16>(tap, weight, l.inputs / 2, vectors);
+        });
+    }
     finish(call, l, part, sums, sums + l.target_length * part.rows * part.channels);
 }
 
@@ -230,8 +244,9 @@ struct Division {
     Division(const Network& n, int64_t all, int64_t wanted)
         : threads(std::min(std::max<int64_t>(wanted, 1), MOST_THREADS)) {
         const int64_t bytes = 4 * (n.layers[n.count - 1].weight);  // without the last layer's
-        const int64_t most = std::min(threads * ((all + threads * BLOCK_ROWS - 1) / (threads * BLOCK_ROWS)), all);
-        blocks = bytes <= CACHED ? std::min(most, MOST_PARTS) : all >= threads * BLOCK_ROWS ? threads : 1;
+        const int64_t room = threads * (n.precision == BFLOAT16 && tiles_allowed() ? TILED_ROWS : BLOCK_ROWS);
+        const int64_t most = std::min(threads * ((all + room - 1) / room), all);
+        blocks = bytes <= CACHED ? std::min(most, MOST_PARTS) : all >= room ? threads : 1;
         rows = (all + blocks - 1) / blocks;
         activations = filled(n.memory * rows);
         scratch = 0;

@@ -18,6 +18,7 @@ HEADERS = (
     "fused.h",
     "vectors.h",
     "convolution.h",
+    "tiles.h",
     "attention.h",
     "work_sharing.h",
     "chunk.h",
@@ -34,6 +35,10 @@ AVX2 = frozenset(["abm", "avx", "avx2", "bmi1", "bmi2", "f16c", "fma", "movbe", 
 AVX512 = AVX2 | frozenset(["avx512bw", "avx512cd", "avx512dq", "avx512f", "avx512vl"])
 # The libraries of a wheel, best first: compiler flags, and the processor flags of /proc/cpuinfo that it needs.
 VARIANTS: Mapping[str, tuple[tuple[str, ...], frozenset[str]]] = {
+    "x86-64-v4-amx": (
+        (*COMMON, "-march=x86-64-v4", "-mavx512bf16", "-mamx-tile", "-mamx-bf16"),
+        AVX512 | {"avx512_bf16", "amx_tile", "amx_bf16"},
+    ),
     "x86-64-v4-avx512bf16": ((*COMMON, "-march=x86-64-v4", "-mavx512bf16"), AVX512 | {"avx512_bf16"}),
     "x86-64-v4": ((*COMMON, "-march=x86-64-v4"), AVX512),
     "x86-64-v3": ((*COMMON, "-march=x86-64-v3"), AVX2),
