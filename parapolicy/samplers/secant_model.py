@@ -30,21 +30,29 @@ class SecantModel:
         """Add evaluations at batch elements ``element`` (B, 1) and ``step`` (B, W): states and estimates (B, W, S)."""
         newest = torch.stack((states, estimates), 2)[:, :, :, None]
         past = torch.where(
-            self.seen[element, step][..., None, None, None], self.pairs[element, step][:, :, :, :-1], newest
+            self.seen[element, step][..., None, None, None], self._at(element, step)[:, :, :, :-1], newest
         )
-        self.pairs[element, step] = torch.cat((newest, past), 3)
+        new = torch.cat((newest, past), 3)
+        self.pairs.flatten(0, 1).index_copy_(0, self._rows(element, step), new.flatten(0, 1))
         self.seen[element, step] = True
 
     def fit(self, element: Tensor, step: Tensor) -> tuple[Tensor, Tensor]:
         """The model J = du^T weights at each step of a window (B, W): weights and du, (B, W, m, S) each."""
         around = torch.cat((step[:, :1] - 1, step, step[:, -1:] + 1), 1).clamp(0, self.last)
-        pairs = self.pairs[element, around]
+        pairs = self._at(element, around)
         own = pairs[:, :, :, :-1] - pairs[:, :, :, 1:]  # (B, W + 2, 2, history, S)
         dx, du = torch.cat((own[:, 1:-1], own[:, :-2], own[:, 2:]), 3).unbind(2)  # with the neighbours': (B, W, m, S)
         normal = dx @ dx.mT  # (B, W, m, m)
         damping = REGULARIZATION * normal.diagonal(dim1=-2, dim2=-1).sum(-1) + 1e-12
         normal.diagonal(dim1=-2, dim2=-1).add_(damping[..., None])
         return eliminate(normal, dx), du
+
+    def _at(self, element: Tensor, step: Tensor) -> Tensor:
+        """``pairs[element, step]``, without torch's threads, which would then keep the cores from the engine's."""
+        return self.pairs.flatten(0, 1).index_select(0, self._rows(element, step)).unflatten(0, step.shape)
+
+    def _rows(self, element: Tensor, step: Tensor) -> Tensor:
+        return (element * self.pairs.shape[1] + step).flatten()
 
 
 def eliminate(matrix: Tensor, right: Tensor) -> Tensor:
