@@ -6,8 +6,8 @@
 // into parts, so its result is the same to the bit.
 //
 // Threads share a call by blocks of rows. Each block goes through all layers, so that a core's activations stay in its
-// cache. A single row is shared layer by layer, and so are few rows of a network whose weights fit into no cache: the
-// weights are then read once.
+// cache. A single row is shared layer by layer, and so are few rows where reading the weights takes the time: they are
+// then read once.
 #include "fused.h"
 
 #include <cmath>
@@ -25,6 +25,7 @@ namespace {
 constexpr int64_t PART_ROWS = 16;  // most rows of a part: its sums stay in a core's cache
 constexpr int64_t BLOCK_ROWS = 8;  // most rows of a block: enough to hide reading the weights behind the products
 constexpr int64_t TILED_ROWS = 16;  // the same for the faster products of tiles
+constexpr int64_t SHARED_ROWS = 2;  // rows per thread up to which tiles wait for the weights, so that threads share them
 constexpr int64_t CACHED = 32 << 20;  // bytes of weights that may fit into the last-level cache
 
 // Memory of a thread, kept between calls: the system clears memory that it allocates.
@@ -244,9 +245,14 @@ struct Division {
     Division(const Network& n, int64_t all, int64_t wanted)
         : threads(std::min(std::max<int64_t>(wanted, 1), MOST_THREADS)) {
         const int64_t bytes = 4 * (n.layers[n.count - 1].weight);  // without the last layer's
-        const int64_t room = threads * (n.precision == BFLOAT16 && tiles_allowed() ? TILED_ROWS : BLOCK_ROWS);
+        const bool tiled = n.precision == BFLOAT16 && tiles_allowed();
+        const int64_t room = threads * (tiled ? TILED_ROWS : BLOCK_ROWS);
         const int64_t most = std::min(threads * ((all + room - 1) / room), all);
-        blocks = bytes <= CACHED ? std::min(most, MOST_PARTS) : all >= room ? threads : 1;
+        const bool attends = std::any_of(n.layers, n.layers + n.count, [](const Layer& l) { return l.kind == ATTENTION; });
+        if (tiled && all <= SHARED_ROWS * threads && !attends)
+            blocks = 1;
+        else
+            blocks = bytes <= CACHED ? std::min(most, MOST_PARTS) : all >= room ? threads : 1;
         rows = (all + blocks - 1) / blocks;
         activations = filled(n.memory * rows);
         scratch = 0;
