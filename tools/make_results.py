@@ -122,8 +122,10 @@ def run_step(name: str, step: Step, results: Path, quick: bool, digest: str, roo
         return f"failed with status {code}: {last[0] if last else ''}; see {folder / 'log.txt'}"
     git = describe_git(root) or {}
     machine = describe_machine(torch.device("cuda" if torch.cuda.is_available() else "cpu"))
-    if threads or (found := THREADS.search(command)):
-        machine["threads"] = 1 if threads else int(found[1])
+    if threads:
+        machine["threads"] = 1
+    elif found := THREADS.search(command):
+        machine["threads"] = int(found[1])
     record = {
         **key,
         "quick": quick,
