@@ -95,7 +95,7 @@ def test_tables_of_the_benchmarks(tmp_path: Path) -> None:
     assert "| 1 | 0.10 | 2.00 (20.0×) | 0.40 (4.0×) |" in chunks
     scaling = fill_speed.scaling_tables(bench)
     assert "| window | 5 | 9 |" in scaling
-    assert "| seconds, ms | 100 | 200 |" in scaling
+    assert "| `secant`, ms | 100 | 200 |" in scaling
     assert "| 16 | `secant` | 3000 | 8.0 | 500.0 |" in scaling
     calls = {"rows": [1, 3], "threads": 2, "ms": {"fused": [0.44, 0.97]}}
     table = fill_speed.calls_table([write(tmp_path / "a", "calls.json", calls)])

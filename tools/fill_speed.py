@@ -6,6 +6,9 @@ from typing import Any
 
 from tools.fill_docs import TASKS, Folders, table
 
+# Rows of the scaling tables.
+SCALED = {"seconds": "`secant`", "rounds": "its rounds", "sequential": "`sequential`", "1 rows": "1 row"}
+
 
 def chunks_table(folders: Folders) -> str:
     """A chunk by sampler and engine, and a network call by rows, from ``bench.json``."""
@@ -93,7 +96,8 @@ def _scaling(results: Any) -> str:
         lines = [[first, *(str(row[first]) for row in rows)]]
         for key in others:
             form, unit, factor = ("{:.1f}", "", 1.0) if key == "rounds" else ("{:.3g}", ", ms", 1e3)
-            lines.append([f"{key}{unit}", *(form.format(factor * row[key]) for row in rows)])
+            name = SCALED.get(key, key)
+            lines.append([f"{name}{unit}", *(form.format(factor * row[key]) for row in rows)])
         parts.append(table(lines[0], lines[1:]))
     return "\n\n".join(parts)
 
