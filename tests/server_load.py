@@ -165,9 +165,10 @@ def load(checkpoint: str, malformed: int, giant: int, connections: int) -> dict[
 
 def end(checkpoint: str, waiting: int = 10) -> dict[str, Any]:
     """What a server did that was told to end while one batch was computed and ``waiting`` requests waited: each is a
-    batch of its own, and the first answer says that the second one is being computed."""
+    batch of its own, and the first answer says that the second one is being computed. The slowest engine leaves the
+    server time to read the others."""
     with contextlib.ExitStack() as stack:
-        process, port = stack.enter_context(command(checkpoint, "max_batch=1", "sampler=sequential"))
+        process, port = stack.enter_context(command(checkpoint, "max_batch=1", "sampler=sequential", "engine=eager"))
         clients = [stack.enter_context(open_client(port)) for _ in range(waiting + 2)]
         begin = time.monotonic()
         infer(*clients[0])

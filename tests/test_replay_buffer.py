@@ -147,6 +147,7 @@ def test_a_replay_buffer_packed_by_pickle_is_refused_unread(buffer: Path, tmp_pa
     path.write_text(json.dumps({**about, entry: [codec] if entry == "filters" else codec}))
     for chunk in path.parent.glob("[0-9]*"):
         chunk.write_bytes(pickle.dumps(RunsCode(tmp_path / "mark")))
-    with pytest.raises(parapolicy.DataError, match=r"data/action .*pickle"):  # zarr 3 refuses it, too
+    # zarr 3 refuses it, too, and zarr 2 where it is the compressor
+    with pytest.raises(parapolicy.DataError, match=r"data/action .*(pickle|cannot be read \(error decoding metadata)"):
         read_zarr(buffer, SOURCES)
     assert not (tmp_path / "mark").exists()
