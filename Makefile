@@ -53,7 +53,7 @@ eval: setup
 	$(BIN)/python eval.py env=$(ENV) $(ARGS)
 
 # All figures of README and docs, measured on this machine: hours; the same command continues after an interruption.
-# RESULTS=quick takes about 20 minutes and fills copies of the pages; ARGS='--only bench' runs one step.
+# RESULTS=quick takes 10 to 20 minutes and fills copies of the pages; ARGS='--only bench' runs one step.
 results: setup
 	$(BIN)/python -m tools.make_results $(if $(filter quick,$(RESULTS)),--quick) $(ARGS)
 
