@@ -49,7 +49,12 @@ ALLOWED: dict[str, tuple[str, ...]] = {
         "at most 1e-6 from LeRobot's own chunks",
     ),
     "docs/live.md": ("differ by more than 0.05 (normalised)", "needs 0.31 or newer"),
-    "docs/performance.md": ("spins for 0.3 ms", "is within 1e-5 everywhere", "equal to the trained network to 1e-6"),
+    "docs/performance.md": (
+        "spins for 0.3 ms",
+        "is within 1e-5 everywhere",
+        "equal to the trained network to 1e-6",
+        "of reward within ±0.02 and success within ±0.07",  # margins
+    ),
     "docs/samplers.md": (
         "(0.01) of the mean distance",
         "(95 %) over the observations",
