@@ -147,6 +147,7 @@ def run_steps(chosen: Mapping[str, Step], results: Path, quick: bool) -> dict[st
         Step -> how it failed.
     """
     digest, outcomes, failed = code_digest(), dict[str, Future[str]](), dict[str, str]()
+    ended, runnable = list[str](), dict[str, Step]()
 
     def run(name: str, step: Step) -> str:
         for needed in USED.findall(step["run"]):
@@ -161,7 +162,6 @@ def run_steps(chosen: Mapping[str, Step], results: Path, quick: bool) -> dict[st
         print(f"[{len(ended)}/{len(runnable)}] {name}: {outcome}, {time.perf_counter() - begin:.0f} s", flush=True)
         return outcome
 
-    ended, runnable = list[str](), dict[str, Step]()
     for name, step in chosen.items():
         if quick and step["quick"] is False:
             print(f"{name}: left out of a quick run")

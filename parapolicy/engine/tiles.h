@@ -77,6 +77,22 @@ class Tiles {
         _tile_loadconfig(&shape_);
     }
 
+// Sums += inputs times weights, of the words at k. A macro, because the intrinsics need the numbers of tiles as literals.
+#define PARAPOLICY_ADD_PRODUCTS(INPUTS, WEIGHTS)         \
+    _tile_loadd(INPUTS, input + k, input_pitch);         \
+    _tile_loadd(WEIGHTS, weight, PITCH);                 \
+    _tile_dpbf16ps(0, INPUTS, WEIGHTS);                  \
+    if constexpr (V > 1) {                               \
+        _tile_loadd(WEIGHTS, weight + TILE, PITCH);      \
+        _tile_dpbf16ps(1, INPUTS, WEIGHTS);              \
+    }                                                    \
+    if constexpr (V > 2) {                               \
+        _tile_loadd(WEIGHTS, weight + 2 * TILE, PITCH);  \
+        _tile_dpbf16ps(2, INPUTS, WEIGHTS);              \
+        _tile_loadd(WEIGHTS, weight + 3 * TILE, PITCH);  \
+        _tile_dpbf16ps(3, INPUTS, WEIGHTS);              \
+    }
+
     template <int V>  // pitches in bytes
     static void block(const int32_t* input, int64_t input_pitch, float* sum, int64_t sum_pitch, const int32_t* weight,
                       int64_t words, bool fetch) {
@@ -94,34 +110,10 @@ class Tiles {
         for (; k + TILE <= words; k += TILE, weight += TILE * TILE * V) {
             if (fetch)
                 for (int64_t i = 0; i < TILE * TILE * V; i += 16) __builtin_prefetch(weight + AHEAD + i);
-            _tile_loadd(4, input + k, input_pitch);
-            _tile_loadd(5, weight, PITCH);
-            _tile_dpbf16ps(0, 4, 5);
-            if constexpr (V > 1) {
-                _tile_loadd(5, weight + TILE, PITCH);
-                _tile_dpbf16ps(1, 4, 5);
-            }
-            if constexpr (V > 2) {
-                _tile_loadd(5, weight + 2 * TILE, PITCH);
-                _tile_dpbf16ps(2, 4, 5);
-                _tile_loadd(5, weight + 3 * TILE, PITCH);
-                _tile_dpbf16ps(3, 4, 5);
-            }
+            PARAPOLICY_ADD_PRODUCTS(4, 5)
         }
         if (k < words) {
-            _tile_loadd(6, input + k, input_pitch);
-            _tile_loadd(7, weight, PITCH);
-            _tile_dpbf16ps(0, 6, 7);
-            if constexpr (V > 1) {
-                _tile_loadd(7, weight + TILE, PITCH);
-                _tile_dpbf16ps(1, 6, 7);
-            }
-            if constexpr (V > 2) {
-                _tile_loadd(7, weight + 2 * TILE, PITCH);
-                _tile_dpbf16ps(2, 6, 7);
-                _tile_loadd(7, weight + 3 * TILE, PITCH);
-                _tile_dpbf16ps(3, 6, 7);
-            }
+            PARAPOLICY_ADD_PRODUCTS(6, 7)
         }
         _tile_stored(0, sum, sum_pitch);
         if constexpr (V > 1) {
@@ -133,6 +125,7 @@ class Tiles {
         }
         fence();
     }
+#undef PARAPOLICY_ADD_PRODUCTS
 
     const int64_t words_, vectors_;
     Shape shape_;

@@ -251,7 +251,7 @@ class SecantRounds(Rounds):
         """The states (B, K, S) after steps (B, K) without the contribution of their estimates, and each estimate's gain
         on each state, (B, K, K). ``state`` and ``previous_u`` are those before the first step, (B, S).
         """
-        rows = step[:, :, None] * self.propagators.shape[-1] + step[:, None]
+        rows = step[:, :, None] * self.propagators.shape[-1] + step[:, None]  # not [:, i, j]: see SecantModel._at
         spread, gain = self.propagators.flatten(1).index_select(1, rows.flatten()).unflatten(1, rows.shape)
         a, c, s = self.tables[:, step][..., None]  # (B, K, 1) each
         increment = s * self.z[self.element, step]
